@@ -1,0 +1,66 @@
+"""bnn: posteriors over the weights of any torch module, kept as banks of weight samples.
+
+Fit a posterior (`fit`), keep it as a `Bank`, apply its samples with a `FunctionalModel`, pair them
+with data (`SampleIndexSampler`, `PairedLoader`), and measure what they are worth (`evaluate`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnn import errors, inference, likelihoods, metrics, priors, uncertainty
+    from bnn.bank import Bank
+    from bnn.evaluation import Report, evaluate
+    from bnn.fitting import fit
+    from bnn.functional import FunctionalModel
+    from bnn.model import BayesianModel
+    from bnn.predictive import predict
+    from bnn.samplers import PairedLoader, SampleIndexSampler
+    from bnn.training import distil
+
+__all__ = [
+    "Bank",
+    "BayesianModel",
+    "FunctionalModel",
+    "PairedLoader",
+    "Report",
+    "SampleIndexSampler",
+    "distil",
+    "errors",
+    "evaluate",
+    "fit",
+    "inference",
+    "likelihoods",
+    "metrics",
+    "predict",
+    "priors",
+    "uncertainty",
+]
+
+# Where each name lives; loaded on first use, so that `import bnn` costs next to nothing.
+_HOMES = {
+    "Bank": "bnn.bank",
+    "BayesianModel": "bnn.model",
+    "FunctionalModel": "bnn.functional",
+    "PairedLoader": "bnn.samplers",
+    "Report": "bnn.evaluation",
+    "SampleIndexSampler": "bnn.samplers",
+    "distil": "bnn.training",
+    "evaluate": "bnn.evaluation",
+    "fit": "bnn.fitting",
+    "predict": "bnn.predictive",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return import_module(f"bnn.{name}")
+    raise AttributeError(f"module 'bnn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,6 @@
+"""Weight sample banks: a folder of safetensors shards, written atomically, read without copies."""
+
+from bnn.bank.reader import Bank, verify_files
+from bnn.bank.writer import BankWriter
+
+__all__ = ["Bank", "BankWriter", "verify_files"]

@@ -1,0 +1,208 @@
+"""The bytes of a bank: aligned safetensors files and strict JSON. `docs/bank-format.md` is the law here."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnn.errors import BankCorrupt, BankError, ConfigError
+
+FORMAT = "bnn-bank"
+VERSION = 1
+FEATURES: frozenset[str] = frozenset()  # features beyond version 1 that this reader knows
+
+DATA_ALIGNMENT = 4096  # direct I/O and GPU-direct reads want pages
+TENSOR_ALIGNMENT = 256  # what cuBLAS and vector loads ask of a base pointer
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_JSON_BYTES = 64 * 1024 * 1024
+
+COLUMNS: dict[str, torch.dtype] = {
+    "@chain": torch.int64,
+    "@draw": torch.int64,
+    "@log_joint": torch.float64,
+    "@log_weight": torch.float64,
+}
+DTYPE_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+WRITER_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
+SHARD_NAME = re.compile(r"([a-z0-9][a-z0-9_]{0,31})-([0-9]{6})\.safetensors")
+STATE_NAME = re.compile(r"state-([a-z0-9][a-z0-9_]{0,31})-([0-9]{6})\.safetensors")
+MANIFEST_NAME = re.compile(r"manifest-([a-z0-9][a-z0-9_]{0,31})\.json")
+LOCK_NAME = re.compile(r"lock-([a-z0-9][a-z0-9_]{0,31})")
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: dtype, shape, and its byte range in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Place]]:
+    """The first bytes of a file, up to its data, and where each tensor goes.
+
+    Data start at a multiple of 4096 bytes and every tensor at a multiple of 256: the header is padded
+    with blanks, gaps are filled with `@pad.<n>` tensors, since the format allows no holes. Metadata
+    are sorted, so that equal content gives equal bytes.
+    """
+    relative: dict[str, Place] = {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        gap = -offset % TENSOR_ALIGNMENT
+        if gap:
+            relative[f"@pad.{len(relative)}"] = Place(torch.uint8, (gap,), offset, offset + gap)
+            offset += gap
+        size = math.prod(shape) * dtype.itemsize
+        relative[name] = Place(dtype, tuple(shape), offset, offset + size)
+        offset += size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **{key: metadata[key] for key in sorted(metadata)}}}
+    for name, place in relative.items():
+        header[name] = {
+            "dtype": DTYPE_CODES[place.dtype],
+            "shape": list(place.shape),
+            "data_offsets": [place.begin, place.end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    start = 8 + len(text)
+    places = {n: p._replace(begin=p.begin + start, end=p.end + start) for n, p in relative.items()}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def decode_header(raw: bytes | memoryview, file_size: int, place: str) -> tuple[dict[str, Place], dict[str, str]]:
+    """Places of all tensors of a safetensors file, and its metadata.
+
+    Args:
+        raw: the file, or at least its header.
+        file_size: bytes of the whole file, which the tensors must fill without holes or overlap.
+        place: the file's name, for errors.
+
+    Raises:
+        BankCorrupt: anything that the format forbids.
+    """
+    length = int.from_bytes(raw[:8], "little") if len(raw) >= 8 else -1
+    if not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
+        raise corrupt(place, "a safetensors header", f"a header of {length} bytes in a file of {file_size}")
+    header = parse_json(bytes(raw[8 : 8 + length]), place)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise corrupt(place, "string metadata", "something else")
+    places: dict[str, Place] = {}
+    for name, fact in header.items():
+        try:
+            dtype, shape = CODE_DTYPES[fact["dtype"]], tuple(fact["shape"])
+            begin, end = fact["data_offsets"]
+            legal = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
+            legal = legal and math.prod(shape) * dtype.itemsize == end - begin
+        except (KeyError, TypeError, ValueError):
+            legal = False
+        if not legal:
+            raise corrupt(place, f"dtype, shape and offsets of tensor '{name}' that agree", repr(fact)[:200])
+        places[name] = Place(dtype, shape, begin + 8 + length, end + 8 + length)
+    offset = 8 + length
+    for where in sorted(places.values(), key=lambda p: (p.begin, p.end)):
+        if where.begin != offset:
+            raise corrupt(place, f"tensors without holes or overlap at byte {offset}", f"one at {where.begin}")
+        offset = where.end
+    if offset != file_size:
+        raise corrupt(place, f"{offset} bytes", f"{file_size}")
+    return places, metadata
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def parse_json(raw: bytes, place: str) -> dict[str, Any]:
+    """A JSON object, read strictly: no duplicate keys, no NaN, no deep nesting.
+
+    Raises:
+        BankCorrupt: the bytes are no such object.
+    """
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            raise ValueError("a key stands twice")
+        return keys
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(place, "a JSON object", f"{type(error).__name__}: {error}"[:200]) from error
+    if not isinstance(value, dict):
+        raise corrupt(place, "a JSON object", type(value).__name__)
+    return value
+
+
+def dump_json(value: Mapping[str, Any], place: str) -> bytes:
+    """JSON for people and machines: sorted keys, two blanks, no NaN."""
+    try:
+        return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(place, want="plain finite values", got=str(error), fix="store tensors in shards") from error
+
+
+def check_version(config: Mapping[str, Any], place: str) -> None:
+    """Raise BankError unless this reader understands the format, version and features named."""
+    if config.get("format") != FORMAT:
+        raise corrupt(place, f"format {FORMAT!r}", repr(config.get("format")))
+    missing = set(config.get("requires", ())) - FEATURES
+    if config.get("version") != VERSION or missing:
+        got = f"version {config.get('version')}" + (f" with {', '.join(sorted(missing))}" if missing else "")
+        raise BankError(place, want=f"format version {VERSION}", got=got, fix="install a newer bnn-toolkit")
+
+
+def check_rows(params: Mapping[str, Tensor], place: str, first_row: int) -> None:
+    """Raise BankError, naming parameter and row, where a sample holds NaN or Inf."""
+    for name, tensor in params.items():
+        if not torch.isfinite(tensor).all():
+            row = int((~torch.isfinite(tensor).flatten(1).all(dim=1)).nonzero()[0]) if tensor.dim() > 1 else int(
+                (~torch.isfinite(tensor)).nonzero()[0]
+            )  # fmt: skip
+            raise BankError(
+                place, want="finite samples", got=f"NaN or Inf in '{name}' of row {first_row + row}",
+                fix="the row was not written; look at the producer's step size or learning rate",
+            )  # fmt: skip
+
+
+def encode_state(state: Mapping[str, Any], place: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A producer's state as tensors, and its plain values as one metadata string."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    return tensors, {"state": dump_json(plain, place).decode()}
+
+
+def decode_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], place: str) -> dict[str, Any]:
+    plain = parse_json(metadata.get("state", "").encode(), place)
+    return {**{name: tensor for name, tensor in tensors.items() if not name.startswith("@pad.")}, **plain}
+
+
+def corrupt(place: str, want: str, got: str) -> BankCorrupt:
+    return BankCorrupt(place, want=want, got=got, fix="restore the file from a copy, or make the bank again")
+
+
+def chunks_of(header: bytes, places: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:
+    """The bytes of a file in order: header, tensors, pads."""
+    yield memoryview(header)
+    for name, place in places.items():
+        yield tensor_bytes(tensors[name]) if name in tensors else memoryview(bytes(place.end - place.begin))

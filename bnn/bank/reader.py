@@ -1,0 +1,421 @@
+"""A bank in memory: a read-only sequence of samples, mapped from shards or held as tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnn.bank import files
+from bnn.bank import format as fmt
+from bnn.bank.writer import BankWriter
+from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, choose
+from bnn.layout import Layout, layout_of
+from bnn.types import Block, Params, make_block
+
+Verify: TypeAlias = Literal["first-use", "never", "full"]
+RESIDENT_BYTES = 256 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
+
+
+class Shard(Protocol):
+    """R rows of a bank."""
+
+    rows: int
+
+    def tensor(self, name: str) -> Tensor:
+        """All rows of one entry or column, [R, *shape]."""
+        ...
+
+
+class MemoryShard(NamedTuple):
+    """Rows held as tensors."""
+
+    rows: int
+    tensors: dict[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class MappedShard:
+    """Rows of one file, mapped and checked when first touched."""
+
+    def __init__(self, path: Path, fact: Mapping[str, Any], layout: Layout, verify: Verify) -> None:
+        self.path, self.rows, self.bytes = path, fact["rows"], fact["bytes"]
+        self._layout, self._crc32 = layout, fact["crc32"]
+        self._verify, self._checked = verify != "never", set[str]()
+        self._mapped: files.MappedFile | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        mapped = self._mapped or self._map()
+        tensor = mapped.tensors[name]
+        if self._verify and name not in self._checked:
+            if zlib.crc32(fmt.tensor_bytes(tensor)) != self._crc32.get(name):
+                raise fmt.corrupt(str(self.path), f"tensor '{name}' with the crc32 of the manifest", "other bytes")
+            self._checked.add(name)
+            mapped.release()  # the check has read every page; keep only those that are asked for
+        return tensor
+
+    def release(self) -> None:
+        if self._mapped is not None:
+            self._mapped.release()
+
+    def _map(self) -> files.MappedFile:
+        mapped = files.map_tensors(self.path, self.bytes)
+        expected = {e.name: (e.dtype, (self.rows, *e.shape)) for e in self._layout.entries}
+        expected |= {name: (dtype, (self.rows,)) for name, dtype in fmt.COLUMNS.items()}
+        found = {n: (t.dtype, tuple(t.shape)) for n, t in mapped.tensors.items() if not n.startswith("@pad.")}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise fmt.corrupt(
+                    str(self.path),
+                    f"tensor '{name}' as {expected.get(name, 'no tensor')}", f"{found.get(name, 'no tensor')}",
+                )  # fmt: skip
+        self._mapped = mapped
+        return mapped
+
+
+class Bank(Sequence[Params]):
+    """A fixed, ordered set of samples; open one with `Bank.open`, make one with `Bank.from_state_dicts`.
+
+    `len(bank)` is S, `bank[i]` the params of sample i (views, no copy), `bank.block(indices)` K of
+    them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
+    `log_joint` and `log_weight` are columns [S].
+
+    Example:
+        >>> import bnn, torch
+        >>> module = torch.nn.Linear(3, 2)
+        >>> bank = bnn.Bank.from_state_dicts([module.state_dict()] * 4, module=module)
+        >>> len(bank), bank[0]["weight"].shape, bank.block([0, 2]).params["bias"].shape
+        (4, torch.Size([2, 3]), torch.Size([2, 2]))
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        layout: Layout,
+        info: Mapping[str, Any],
+        *,
+        path: Path | None = None,
+        verify: Verify = "first-use",
+        digest: str | None = None,
+        base: Params | None = None,
+    ) -> None:
+        self.layout, self.info, self.path = layout, dict(info), path
+        self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
+        self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._touched: OrderedDict[int, int] = OrderedDict()  # shard -> bytes seen since it was released
+
+    # Ways to make one
+
+    @staticmethod
+    def open(path: str | Path, *, verify: Verify = "first-use") -> Bank:
+        """Open a bank for reading: no lock is taken, nothing written, and later commits are not seen.
+
+        Args:
+            path: the folder.
+            verify: `"first-use"` compares the crc32 of a tensor when it is first touched, `"full"`
+                the sha256 of every file now, `"never"` nothing but sizes and headers.
+
+        Raises:
+            BankNotFound: no such folder, or no bank in it.
+            BankCorrupt: a file is missing, cut or altered.
+            BankError: a newer format.
+        """
+        choose("verify", verify, ("first-use", "never", "full"))
+        folder = Path(path)
+        config_path = folder / "bank.json"
+        if not config_path.is_file():
+            got = "a folder without bank.json" if folder.is_dir() else "nothing there"
+            raise BankNotFound(str(folder), want="a bank", got=got, fix="make one with bnn.fit or 'bnn fit --out'")
+        config = files.read_json(config_path)
+        fmt.check_version(config, str(config_path))
+        try:
+            layout = Layout.from_config(config["layout"])  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise fmt.corrupt(str(config_path), "a layout", f"{type(error).__name__}: {error}") from error
+        if layout.fingerprint != config.get("fingerprint"):
+            raise fmt.corrupt(str(config_path), "the fingerprint of its layout", repr(config.get("fingerprint")))
+        manifests = read_manifests(folder)
+        shards = [
+            MappedShard(folder / fact["file"], fact, layout, verify)
+            for manifest in manifests
+            for fact in manifest["shards"]
+        ]
+        for shard in shards:
+            size = shard.path.stat().st_size if shard.path.is_file() else -1
+            if size != shard.bytes:
+                got = f"{size} bytes" if size >= 0 else "no file"
+                raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes", got)
+        if verify == "full":
+            problems = verify_files(folder)
+            if problems:
+                raise BankCorrupt(str(folder), want="the bytes of its manifests", got=problems[0],
+                                  fix="restore the file from a copy, or make the bank again")  # fmt: skip
+        facts = [layout.fingerprint, *(f["sha256"] for m in manifests for f in m["shards"])]
+        info = {
+            **config,
+            "complete": bool(manifests) and all(m["complete"] for m in manifests),
+            "diagnostics": {m["writer"]: m["info"] for m in manifests},
+        }
+        digest = hashlib.sha256("".join(facts).encode()).hexdigest()
+        return Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
+
+    @staticmethod
+    def from_blocks(blocks: Sequence[Block], *, layout: Layout, info: Mapping[str, Any],
+                    base: Params | None = None) -> Bank:  # fmt: skip
+        """A bank held in memory."""
+        kept = [block for block in blocks if block.num_samples]
+        for block in kept:
+            fmt.check_rows(block.params, "block", 0)
+        if not kept:
+            return Bank([], layout, info, base=base)
+        tensors = {name: torch.cat([block.params[name] for block in kept]) for name in layout.names}
+        tensors |= {
+            "@chain": torch.cat([b.chain for b in kept]), "@draw": torch.cat([b.draw for b in kept]),
+            "@log_joint": torch.cat([b.log_joint for b in kept]), "@log_weight": torch.cat([b.log_weight for b in kept]),
+        }  # fmt: skip
+        return Bank([MemoryShard(len(tensors["@chain"]), tensors)], layout, info, base=base)
+
+    @staticmethod
+    def from_state_dicts(
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        *,
+        module: nn.Module,
+        out: str | Path | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> Bank:
+        """A bank with one sample a state dict, such as the checkpoints of an ensemble.
+
+        Args:
+            state_dicts: at least one, each with every parameter of `module`. Buffers must equal the
+                module's: a bank keeps them once.
+            module: whose parameters they are.
+            out: a folder to write the bank to; in memory without it.
+            info: more for `bank.json`, such as `{"likelihood": likelihood.to_config()}`.
+
+        Raises:
+            BankMismatch: an entry is missing, has another shape, or a buffer differs.
+            BankError: a value is NaN or Inf.
+        """
+        layout = layout_of(module)
+        params: dict[str, list[Tensor]] = {name: [] for name in layout.names}
+        buffers = {name: buffer for name, buffer in module.state_dict().items() if name not in params}
+        for place, state_dict in enumerate(state_dicts):
+            for entry in layout.entries:
+                tensor = state_dict.get(entry.name)
+                if tensor is None or tuple(tensor.shape) != entry.shape:
+                    got = "nothing" if tensor is None else f"{list(tensor.shape)}"
+                    raise BankMismatch(f"state dict {place}", want=str(entry), got=got, fix="pass the module they are of")
+                params[entry.name].append(tensor.detach().to("cpu", entry.dtype))
+            for name, buffer in buffers.items():
+                if name not in layout.aliases and not torch.equal(state_dict.get(name, buffer).cpu(), buffer.cpu()):
+                    raise BankMismatch(
+                        f"state dict {place}", want=f"buffer '{name}' of the module", got="other values",
+                        fix="a bank keeps buffers once: load them into the module, or use layers without them",
+                    )  # fmt: skip
+        count = len(params[layout.names[0]])
+        if not count:
+            raise BankError("state_dicts", want="at least one", got="none", fix="pass a list of state dicts")
+        block = make_block(
+            {name: torch.stack(tensors) for name, tensors in params.items()},
+            chain=torch.arange(count), draw=torch.zeros(count, dtype=torch.int64),
+        )  # fmt: skip
+        config = {"method": {"name": "state-dicts", "options": {}}, **(info or {})}
+        base = {n: b.detach() for n, b in module.named_buffers()}
+        if out is None:
+            return Bank.from_blocks([block], layout=layout, info=config, base=base)
+        fmt.check_rows(block.params, str(out), 0)
+        writer = BankWriter(out, layout=layout, config=config, base=base)
+        writer.append(block)
+        writer.close()
+        return Bank.open(out)
+
+    # Reading
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> Params:  # type: ignore[override]
+        size = len(self)
+        if not -size <= index < size:
+            raise IndexError(f"bank index {index}: want 0 <= index < {size}")
+        index = index + size if index < 0 else index
+        place = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        shard, row = self._shards[place], index - int(self._firsts[place])
+        params = {name: shard.tensor(name)[row] for name in self.layout.names}
+        self._count(place, self.layout.num_bytes)
+        return params
+
+    def block(self, indices: Sequence[int] | slice | Tensor) -> Block:
+        """K samples stacked, in the order of `indices`: views where they are neighbours in one shard.
+
+        Raises:
+            IndexError: an index outside [-S, S).
+        """
+        rows = np.arange(len(self))[indices] if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
+        size = len(self)
+        if rows.size and not (-size <= rows.min() and rows.max() < size):
+            raise IndexError(f"bank indices {rows.min()} to {rows.max()}: want 0 <= index < {size}")
+        rows = np.where(rows < 0, rows + size, rows)
+        places = np.searchsorted(self._firsts, rows, side="right") - 1
+        names = (*self.layout.names, *fmt.COLUMNS)
+        if rows.size and (places == places[0]).all():
+            local = rows - self._firsts[places[0]]
+            consecutive = bool((np.diff(local) == 1).all())
+            pick = slice(int(local[0]), int(local[-1]) + 1) if consecutive else torch.from_numpy(local)
+            shard = self._shards[int(places[0])]
+            tensors = {name: shard.tensor(name)[pick] for name in names}
+            self._count(int(places[0]), self.layout.num_bytes * len(rows))
+        else:
+            tensors = self._gather(rows, places, names)
+        params = {name: tensors[name] for name in self.layout.names}
+        return Block(params, *(tensors[name] for name in fmt.COLUMNS))
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
+        """The bank from first to last in blocks of at most `size`, with their first index; never a copy."""
+        for place, shard in enumerate(self._shards):
+            first = int(self._firsts[place])
+            for start in range(0, shard.rows, size):
+                yield first + start, self.block(slice(first + start, first + min(start + size, shard.rows)))
+
+    @cached_property
+    def chain(self) -> Tensor:
+        """Chain of each sample, int64 [S]."""
+        return self._column("@chain")
+
+    @cached_property
+    def draw(self) -> Tensor:
+        """Step of each sample in its chain, int64 [S]."""
+        return self._column("@draw")
+
+    @cached_property
+    def log_joint(self) -> Tensor:
+        """Full-data log joint of each sample, float64 [S]; NaN where it was not computed."""
+        return self._column("@log_joint")
+
+    @cached_property
+    def log_weight(self) -> Tensor:
+        """Log weight of each sample, float64 [S]; 0 unless samples are truly weighted."""
+        return self._column("@log_weight")
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for exactly these samples, by which samplers know their bank again."""
+        if self._digest is not None:
+            return self._digest
+        digest = hashlib.sha256(self.layout.fingerprint.encode())
+        for shard in self._shards:
+            for name in self.layout.names:
+                digest.update(fmt.tensor_bytes(shard.tensor(name).contiguous()))
+        return digest.hexdigest()
+
+    def base(self) -> Params:
+        """Parameters outside the sample and buffers, as they were when the bank was made."""
+        if self._base is not None:
+            return dict(self._base)
+        path = None if self.path is None else self.path / "base.safetensors"
+        if path is None or not path.exists():
+            return {}
+        tensors = files.map_tensors(path).tensors
+        return {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith("@pad.")}
+
+    def refresh(self) -> Bank:
+        """The bank as it is on disk now, with the rows committed since this one was opened."""
+        if self.path is None:
+            return self
+        return Bank.open(self.path, verify=self._verify)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A process that gets the bank opens it anew: maps do not travel.
+        if self.path is not None:
+            return _reopen, (self.path, self._verify)
+        return super().__reduce_ex__(2)  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else str(self.path)
+        return f"Bank({where}: {len(self)} samples of {self.layout.num_values:,} values)"
+
+    def _column(self, name: str) -> Tensor:
+        columns = [shard.tensor(name) for shard in self._shards]
+        return torch.cat(columns) if columns else torch.empty(0, dtype=fmt.COLUMNS[name])
+
+    def _gather(self, rows: np.ndarray, places: np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:
+        """Rows from several shards: one indexed copy a shard and entry."""
+        shapes = {e.name: (e.dtype, e.shape) for e in self.layout.entries}
+        shapes |= {name: (dtype, ()) for name, dtype in fmt.COLUMNS.items()}
+        tensors = {name: torch.empty(len(rows), *shapes[name][1], dtype=shapes[name][0]) for name in names}
+        for place in np.unique(places).tolist():
+            here = np.flatnonzero(places == place)
+            local = torch.from_numpy(rows[here] - self._firsts[place])
+            for name in names:
+                tensors[name][torch.from_numpy(here)] = self._shards[place].tensor(name)[local]
+            self._count(place, self.layout.num_bytes * len(here))
+        return tensors
+
+    def _count(self, place: int, num_bytes: int) -> None:
+        """Keep the mapped pages of the process bounded: the shards longest untouched give theirs back."""
+        shard = self._shards[place]
+        if isinstance(shard, MemoryShard):
+            return
+        self._touched[place] = min(self._touched.pop(place, 0) + num_bytes, shard.rows * self.layout.num_bytes)
+        while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
+            oldest, _ = self._touched.popitem(last=False)
+            self._shards[oldest].release()  # type: ignore[attr-defined]
+
+
+def _reopen(path: Path, verify: Verify) -> Bank:
+    return Bank.open(path, verify=verify)
+
+
+def read_manifests(folder: Path) -> list[dict[str, Any]]:
+    """The manifests of all writers in the order of their names, checked.
+
+    Raises:
+        BankCorrupt: a manifest or a file name in it is not what the format allows.
+    """
+    manifests = []
+    for path in sorted(folder.iterdir()):
+        match = fmt.MANIFEST_NAME.fullmatch(path.name)
+        if not match:
+            continue
+        manifest: dict[str, Any] = files.read_json(path)
+        fmt.check_version(manifest, str(path))
+        row = 0
+        try:
+            for fact in manifest["shards"]:
+                named = fmt.SHARD_NAME.fullmatch(fact["file"])
+                legal = named is not None and named.group(1) == match.group(1) == manifest["writer"]
+                legal = legal and fact["first_row"] == row and type(fact["rows"]) is int and fact["rows"] > 0
+                if not (legal and type(fact["bytes"]) is int and len(fact["sha256"]) == 64 and dict(fact["crc32"])):
+                    raise fmt.corrupt(str(path), f"shards in order from row {row}", repr(fact)[:200])
+                row += fact["rows"]
+            if manifest["rows"] != row or not isinstance(manifest["complete"], bool):
+                raise fmt.corrupt(str(path), f"{row} rows", repr(manifest["rows"]))
+            manifest.setdefault("info", {})
+        except (KeyError, TypeError) as error:
+            raise fmt.corrupt(str(path), "a manifest", f"{type(error).__name__}: {error}") from error
+        manifests.append(manifest)
+    return manifests
+
+
+def verify_files(folder: Path) -> list[str]:
+    """Compare every committed file with its sha256; one line a file that differs."""
+    problems = []
+    for manifest in read_manifests(folder):
+        facts = manifest["shards"] + ([manifest["state"]] if manifest["state"] else [])
+        for fact in facts:
+            try:
+                if files.sha256_of(folder / fact["file"]) != fact["sha256"]:
+                    problems.append(f"{fact['file']}: other bytes than the manifest says")
+            except BankError as error:
+                problems.append(f"{fact['file']}: {error.got}")
+    return problems

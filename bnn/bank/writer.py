@@ -1,0 +1,278 @@
+"""Write a bank: rows are buffered, shards committed atomically together with the producer's state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnn.bank import files
+from bnn.bank import format as fmt
+from bnn.errors import BankCorrupt, BankExists, BankMismatch, BankNotFound, ConfigError
+from bnn.layout import Layout
+from bnn.types import Block, State
+
+SHARD_BYTES = 256 * 1024 * 1024
+ROW_SECONDS = 10.0  # a row waits at most so long for its commit
+STATE_SECONDS = 30.0  # a state without new rows waits at most so long
+
+
+def rows_per_shard(row_bytes: int) -> int:
+    """The largest multiple of 64 under 256 MiB; for very large samples as many as fit, at least 1.
+
+    With 64 rows every stacked float32 tensor is a multiple of 256 bytes long: no pads are needed.
+    """
+    fit = SHARD_BYTES // max(row_bytes, 1)
+    return max(fit // 64 * 64 if fit >= 64 else fit, 1)
+
+
+class BankWriter:
+    """The one writer of its name in a bank. `append` blocks, then `close`.
+
+    Nothing of an existing bank is touched before the first commit. A commit is one manifest that
+    replaces the last one: it names all rows so far and the state that follows them, so that a crash
+    at any moment leaves a prefix of the rows and the state to go on from.
+
+    Args:
+        path: the folder; made if missing.
+        layout: of the rows.
+        config: what `bank.json` says, apart from format, layout and versions.
+        base: parameters outside the sample and buffers, kept once.
+        writer: a name of small letters, digits and `_`; several writers may fill one bank.
+        resume: go on with an unfinished bank of the same configuration.
+        overwrite: replace a bank that is there.
+
+    Raises:
+        BankExists: the folder is there and neither `resume` nor `overwrite` was said.
+        BankNotFound: nothing is there to resume.
+        BankMismatch: the bank to resume was made with another configuration; the difference is named.
+        BankLocked: another process writes under this name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        layout: Layout,
+        config: Mapping[str, Any],
+        base: Mapping[str, Tensor] | None = None,
+        writer: str = "main",
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        if not fmt.WRITER_NAME.fullmatch(writer):
+            raise ConfigError("writer", want="1 to 32 small letters, digits or '_'", got=repr(writer), fix="rename it")
+        self.path, self.layout, self.writer = Path(path), layout, writer
+        self._config = {
+            "format": fmt.FORMAT, "version": fmt.VERSION, "requires": [],
+            "layout": layout.to_config(), "fingerprint": layout.fingerprint, **config,
+        }  # fmt: skip
+        self._base = {} if base is None else dict(base)
+        self._check_place(resume, overwrite)
+        self._made_folder = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = files.Lock(self.path, writer)
+        self._shards: list[dict[str, Any]] = []
+        self._generation = self._next_number = self._next_state = 0
+        self.state: State | None = None  # after the last committed row
+        self._pending_state: State | None = None
+        self._started = False
+        self._fresh = self._made_folder  # whether what stands in the folder is this writer's own
+        self._capacity = rows_per_shard(layout.num_bytes)
+        self._buffer: dict[str, Tensor] = {}
+        self._buffered = 0
+        self._first_row_at = self._last_commit_at = time.monotonic()
+        if resume:
+            try:
+                self._restore()
+            except BaseException:
+                self._lock.close()
+                raise
+
+    @property
+    def num_rows(self) -> int:
+        """Rows committed."""
+        return sum(shard["rows"] for shard in self._shards)
+
+    def append(self, block: Block, state: State | None = None) -> None:
+        """Take K rows and the state that follows them; commit when a shard is full or time has come.
+
+        Raises:
+            BankError: a sample holds NaN or Inf; none of the block's rows is taken.
+            BankMismatch: the block has another layout.
+        """
+        size = block.num_samples
+        if size:
+            self._check_block(block)
+            if self._buffered and self._buffered + size > self._capacity:
+                self.commit()
+            if not self._buffered:
+                self._first_row_at = time.monotonic()
+            for start in range(0, size, self._capacity):
+                stop = min(start + self._capacity, size)
+                if self._buffered + stop - start > self._capacity:
+                    self._write_shard()
+                self._copy_rows(block, start, stop)
+        self._pending_state = state
+        now = time.monotonic()
+        full = self._buffered == self._capacity
+        row_waits = self._buffered > 0 and now - self._first_row_at > ROW_SECONDS
+        if full or row_waits or now - self._last_commit_at > STATE_SECONDS:
+            self.commit()
+
+    def commit(self, *, complete: bool = False) -> None:
+        """Make all rows appended so far durable, with the state that follows them."""
+        if not self._started:
+            self._start()
+        if self._buffered:
+            self._write_shard()
+        state_fact, old_states = None, self._state_files()
+        if self._pending_state is not None:
+            name = f"state-{self.writer}-{self._next_state:06d}.safetensors"
+            tensors, metadata = fmt.encode_state(self._pending_state, name)
+            written = files.write_tensors(self.path / name, tensors, metadata)
+            state_fact = {"file": name, "bytes": written.bytes, "sha256": written.sha256}
+            self._next_state += 1
+        info = (self._pending_state or {}).get("info", {})
+        manifest = {
+            "format": fmt.FORMAT, "version": fmt.VERSION, "writer": self.writer,
+            "generation": self._generation + 1, "complete": complete, "rows": self.num_rows,
+            "shards": self._shards, "state": state_fact, "info": info,
+        }  # fmt: skip
+        name = f"manifest-{self.writer}.json"
+        files.write_atomic(self.path / name, [fmt.dump_json(manifest, name)])
+        self._generation += 1
+        self.state = self._pending_state
+        for old in old_states:  # the manifest no longer names them
+            old.unlink(missing_ok=True)
+        self._last_commit_at = time.monotonic()
+
+    def close(self, *, complete: bool = True) -> None:
+        """Commit what is pending, mark the writer's part complete, and give the name free."""
+        self.commit(complete=complete)
+        self._lock.close()
+
+    def release(self) -> None:
+        """Give the name free without a commit: what was committed stays."""
+        self._lock.close()
+
+    def abandon(self) -> None:
+        """Give up after an error: committed rows stay, a bank without any goes, states and all."""
+        if not self._shards and self._fresh:
+            self._remove_bank()
+            self._lock.path.unlink(missing_ok=True)
+            if self._made_folder:
+                self.path.rmdir()
+        self._lock.close()
+
+    def _check_place(self, resume: bool, overwrite: bool) -> None:
+        place = str(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise BankExists(place, want="a folder or nothing", got="a file", fix="choose another name")
+        is_bank = (self.path / "bank.json").exists()
+        empty = not self.path.exists() or not any(not fmt.LOCK_NAME.fullmatch(p.name) for p in self.path.iterdir())
+        if resume and overwrite:
+            raise ConfigError(place, want="resume or overwrite", got="both", fix="say one of them")
+        if resume and not is_bank:
+            raise BankNotFound(place, want="a bank to go on with", got="none", fix="leave resume out to start one")
+        if not resume and is_bank and not overwrite:
+            raise BankExists(place, want="a new folder", got="a bank, which is kept",
+                             fix="go on with resume, replace it with overwrite, or choose another name")  # fmt: skip
+        if not is_bank and not empty:
+            raise BankExists(place, want="a new or empty folder", got="one with other files, which are kept",
+                             fix="choose another name")  # fmt: skip
+
+    def _start(self) -> None:
+        """Write what a bank has once; a bank that is to be overwritten goes now, not before."""
+        self._remove_bank()
+        self._fresh = True
+        if self._base:
+            files.write_tensors(
+                self.path / "base.safetensors", {n: t.cpu().contiguous() for n, t in self._base.items()}, {}
+            )
+        files.write_atomic(self.path / "bank.json", [fmt.dump_json(self._config, "bank.json")])
+        self._started = True
+
+    def _remove_bank(self) -> None:
+        for path in self.path.iterdir():
+            known = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME)
+            if path.name in ("bank.json", "base.safetensors") or any(p.fullmatch(path.name) for p in known):
+                path.unlink()
+
+    def _restore(self) -> None:
+        place = self.path / "bank.json"
+        kept = files.read_json(place)
+        fmt.check_version(kept, str(place))
+        for key in sorted((kept.keys() | self._config.keys()) - {"versions"}):
+            if kept.get(key) != self._config.get(key):
+                raise BankMismatch(str(place), want=f"{key} = {kept.get(key)}", got=f"{self._config.get(key)}",
+                                   fix="resume with the options that the bank was begun with")  # fmt: skip
+        self._started = True
+        manifest_path = self.path / f"manifest-{self.writer}.json"
+        if manifest_path.exists():
+            manifest: dict[str, Any] = files.read_json(manifest_path)
+            fmt.check_version(manifest, str(manifest_path))
+            self._shards, self._generation = manifest["shards"], manifest["generation"]
+            if manifest["state"] is not None:
+                self.state = self._pending_state = self._read_state(manifest["state"])
+        for path in self.path.iterdir():  # names are never used twice, not even those of orphans
+            for pattern, attribute in ((fmt.SHARD_NAME, "_next_number"), (fmt.STATE_NAME, "_next_state")):
+                match = pattern.fullmatch(path.name)
+                if match and match.group(1) == self.writer:
+                    setattr(self, attribute, max(getattr(self, attribute), int(match.group(2)) + 1))
+
+    def _read_state(self, fact: dict[str, Any]) -> State:
+        path = self.path / fact["file"]
+        if not fmt.STATE_NAME.fullmatch(fact["file"]) or files.sha256_of(path) != fact["sha256"]:
+            raise BankCorrupt(str(path), want="the state that the manifest names", got="another one",
+                              fix="restore the file; the rows of the bank are not affected")  # fmt: skip
+        mapped = files.map_tensors(path, fact["bytes"])
+        tensors = {name: tensor.clone() for name, tensor in mapped.tensors.items()}
+        return fmt.decode_state(tensors, mapped.metadata, str(path))
+
+    def _state_files(self) -> list[Path]:
+        found = [(path, fmt.STATE_NAME.fullmatch(path.name)) for path in self.path.iterdir()]
+        return [path for path, match in found if match and match.group(1) == self.writer]
+
+    def _check_block(self, block: Block) -> None:
+        for entry in self.layout.entries:
+            tensor = block.params.get(entry.name)
+            want = (block.num_samples, *entry.shape)
+            if tensor is None or tuple(tensor.shape) != want or tensor.dtype != entry.dtype:
+                got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise BankMismatch(f"block entry '{entry.name}'", want=f"{entry.dtype} {list(want)}", got=got,
+                                   fix="stack the samples in the layout's shapes and dtypes")  # fmt: skip
+        if block.params.keys() - set(self.layout.names):
+            extra = sorted(block.params.keys() - set(self.layout.names))[0]
+            raise BankMismatch("block", want="the entries of the layout", got=f"'{extra}' too", fix="leave it out")
+        fmt.check_rows(block.params, str(self.path), self.num_rows + self._buffered)
+
+    def _copy_rows(self, block: Block, start: int, stop: int) -> None:
+        if not self._buffer:  # empty memory costs nothing until it is written to
+            self._buffer = {e.name: torch.empty(self._capacity, *e.shape, dtype=e.dtype) for e in self.layout.entries}
+            self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in fmt.COLUMNS.items()}
+        columns = {"@chain": block.chain, "@draw": block.draw, "@log_joint": block.log_joint,
+                   "@log_weight": block.log_weight}  # fmt: skip
+        here = slice(self._buffered, self._buffered + stop - start)
+        for name, tensor in {**block.params, **columns}.items():
+            self._buffer[name][here].copy_(tensor[start:stop].detach())
+        self._buffered += stop - start
+
+    def _write_shard(self) -> None:
+        """Write the buffered rows as a shard; it counts once a manifest names it."""
+        if not self._started:
+            self._start()
+        name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", self.num_rows
+        metadata = {
+            "bnn_version": str(fmt.VERSION), "fingerprint": self.layout.fingerprint, "writer": self.writer,
+            "first_row": str(first_row), "rows": str(self._buffered),
+        }  # fmt: skip
+        tensors = {key: tensor[: self._buffered] for key, tensor in self._buffer.items()}
+        written = files.write_tensors(self.path / name, tensors, metadata)
+        self._shards.append({"file": name, "first_row": first_row, "rows": self._buffered, **written._asdict()})
+        self._next_number += 1
+        self._buffered = 0

@@ -1,0 +1,77 @@
+"""Every error that bnn raises: one line with place, want, got and way out."""
+
+from __future__ import annotations
+
+
+class BnnError(Exception):
+    """Something the caller can put right.
+
+    Args:
+        place: the file, argument or entry that is wrong.
+        want: what was expected there.
+        got: what was found.
+        fix: what the reader can do about it.
+    """
+
+    def __init__(self, place: str, *, want: str, got: str, fix: str) -> None:
+        super().__init__(f"{place}: want {want}, got {got}; {fix}")
+        self.place, self.want, self.got, self.fix = place, want, got, fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders (DataLoader workers); keyword-only arguments need help.
+        return _rebuild, (type(self), self.place, self.want, self.got, self.fix)
+
+
+def _rebuild(kind: type[BnnError], place: str, want: str, got: str, fix: str) -> BnnError:
+    return kind(place, want=want, got=got, fix=fix)
+
+
+class ConfigError(BnnError):
+    """An option is unknown, out of range or contradicts another."""
+
+
+class DataError(BnnError):
+    """Data that cannot be read or cannot mean what is asked of them."""
+
+
+class ModuleError(BnnError):
+    """A module that cannot be run functionally, or not in its present mode."""
+
+
+class FitError(BnnError):
+    """A producer cannot go on: the loss or the log joint is not finite."""
+
+
+class BankError(BnnError):
+    """A bank that cannot be opened, read or written."""
+
+
+class BankNotFound(BankError):
+    """The folder is not there or is no bank."""
+
+
+class BankExists(BankError):
+    """The folder to write to is there already."""
+
+
+class BankCorrupt(BankError):
+    """A file of the bank is cut, altered or not what the manifest says."""
+
+
+class BankMismatch(BankError):
+    """The bank belongs to another module, method or data set."""
+
+
+class BankWriteError(BankError):
+    """The disk refused a write: full, read-only or failing."""
+
+
+class BankLocked(BankError):
+    """Another process is writing under the same writer name."""
+
+
+def choose(place: str, value: str, table: dict[str, object] | tuple[str, ...] | list[str]) -> str:
+    """`value` if the table has it; otherwise a ConfigError that lists the choices."""
+    if value not in table:
+        raise ConfigError(place, want=f"one of {', '.join(table)}", got=repr(value), fix="choose from that list")
+    return value

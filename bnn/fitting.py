@@ -1,0 +1,130 @@
+"""Fit a posterior and keep it as a bank: producer -> writer, with resume and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bnn.bank import Bank, BankWriter
+from bnn.errors import BnnError
+from bnn.model import BayesianModel
+from bnn.types import Block, Data, Method, State
+
+
+def fit(
+    model: BayesianModel,
+    data: Data,
+    *,
+    method: Method,
+    num_samples: int,
+    out: str | Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Bank:
+    """Run a method on a model and data, and return the bank of its samples.
+
+    With `out`, rows and the method's state are committed as they come: a run that is killed or
+    interrupted goes on with `resume=True`, and ends with the same bits as one that was not.
+    A bank that is complete grows when resumed with a larger `num_samples`.
+
+    Args:
+        model: what to fit.
+        data: a pair of tensors, a data set, or a data loader.
+        method: such as `inference.HMC(num_chains=8)`.
+        num_samples: S, the samples in the bank, all chains together.
+        out: a folder for the bank; in memory without it.
+        seed: of everything random; global random states are neither read nor changed.
+        resume: go on with the unfinished bank at `out`.
+        overwrite: replace the bank at `out`.
+        progress: show a bar on stderr; by default where stderr is a terminal.
+        record: more for `bank.json`: `model` and `data` as the command line keeps them.
+
+    Raises:
+        BankExists: `out` is there and neither resume nor overwrite was said.
+        BankMismatch: the bank to resume was made with other options.
+        ConfigError, DataError, FitError: as the method says; nothing half-written is left behind.
+
+    Example:
+        >>> import torch
+        >>> from bnn import inference, likelihoods, priors
+        >>> module = torch.nn.Linear(2, 3)
+        >>> model = BayesianModel(module, prior=priors.Normal(), likelihood=likelihoods.Categorical(), num_data=4)
+        >>> fit(model, (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])), method=inference.Prior(), num_samples=10)
+        Bank(in memory: 10 samples of 9 values)
+    """
+    config = describe(model, method, seed, record)
+    if out is None:
+        blocks = list(_with_progress(method.run(model, data, num_samples=num_samples, seed=seed), method.name, progress))
+        return Bank.from_blocks([b for b, _ in blocks], layout=model.layout, info=config, base=model.base())
+    writer = BankWriter(
+        out, layout=model.layout, config=config, base=model.base(), resume=resume, overwrite=overwrite
+    )  # fmt: skip
+    if writer.num_rows < num_samples:
+        run = method.run(model, data, num_samples=num_samples, seed=seed, state=writer.state)
+        drive(writer, run, title=method.name, progress=progress)
+    else:
+        writer.release()
+    return Bank.open(out)
+
+
+def drive(
+    writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str, progress: bool | None = None
+) -> None:
+    """Pour a producer's blocks into a writer and close it; whatever happens, no committed row is lost.
+
+    On Ctrl-C what has come so far is committed. On an error, a folder in which nothing was
+    committed but states that lead into the error again is taken away.
+    """
+    try:
+        for block, state in _with_progress(run, title, progress):
+            writer.append(block, state)
+        writer.close()
+    except KeyboardInterrupt:
+        writer.close(complete=False)
+        raise
+    except BnnError:
+        writer.abandon()
+        raise
+    except BaseException:
+        writer.release()
+        raise
+
+
+def describe(model: BayesianModel, method: Method, seed: int, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `bank.json` says beside format and layout."""
+    options = dataclasses.asdict(method)  # type: ignore[call-overload]
+    return {
+        **model.to_config(),
+        "method": {"name": method.name, "options": options},
+        "seed": seed,
+        "versions": {
+            "bnn": version("bnn-toolkit"), "torch": torch.__version__, "pyro": version("pyro-ppl"),
+            "python": platform.python_version(),
+        },
+        "model": None,
+        "data": None,
+        **(record or {}),
+    }  # fmt: skip
+
+
+def _with_progress(
+    run: Iterable[tuple[Block, State]], title: str, progress: bool | None
+) -> Iterable[tuple[Block, State]]:  # fmt: skip
+    """The run itself, with a bar of the producer's own steps on stderr."""
+    with tqdm(desc=title, unit="step", delay=1.0, disable=None if progress is None else not progress) as bar:
+        for block, state in run:
+            bar.total = state["num_steps"]
+            bar.update(state["step"] - bar.n)
+            shown = {key: f"{value:.3g}" for key, value in state["info"].items()}
+            bar.set_postfix(shown, refresh=False)
+            yield block, state

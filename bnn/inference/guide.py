@@ -1,0 +1,202 @@
+"""Variational posteriors with Pyro: a guide is fitted by SVI to one flat site of all weights, then sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoDiagonalNormal, AutoLowRankMultivariateNormal
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import Tensor
+
+from bnn.batches import minibatches
+from bnn.errors import ConfigError, FitError, choose
+from bnn.model import BayesianModel
+from bnn.seeding import isolated
+from bnn.types import Batch, Block, Data, State, make_block
+
+Family: TypeAlias = Literal["mean-field", "low-rank", "map"]
+FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "map")
+
+STEPS_PER_STATE = 50  # optimisation steps between two states that a bank may keep
+
+
+@dataclass(frozen=True)
+class Guide:
+    """q(theta) that maximises the evidence lower bound, found with Pyro's SVI.
+
+    ELBO(q) = E_q[log p(D, theta)] - E_q[log q(theta)], with the log joint of a batch for log p(D, theta)
+
+    `"mean-field"` is a normal with a diagonal covariance, `"low-rank"` one with the covariance
+    W W^T + D of given rank, `"map"` the single point of highest log joint. All weights are one flat
+    site, in the unconstrained space of the model. Gradients are those of reparameterised draws;
+    samples are drawn afterwards without a graph, each from its own generator.
+
+    Args:
+        family: the form of q.
+        num_steps: optimisation steps, at least 1.
+        batch_size: rows a step.
+        lr: of Adam, falling exponentially to a tenth over the run.
+        rank: of `"low-rank"`, at least 1.
+        init_scale: initial standard deviation of q, as a share of the prior's.
+        block_size: samples a block; the samples do not depend on it.
+
+    Raises:
+        ConfigError: an option out of range.
+        FitError: the loss is not finite.
+
+    Source: Kingma and Welling (2014), arXiv:1312.6114; Kucukelbir et al. (2017), arXiv:1603.00788.
+    """
+
+    family: Family = "mean-field"
+    num_steps: int = 2000
+    batch_size: int = 128
+    lr: float = 0.01
+    rank: int = 10
+    init_scale: float = 0.05
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        choose("Guide", self.family, FAMILIES)
+        for name in ("num_steps", "batch_size", "rank", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Guide({name}=)", want="at least 1", got=str(getattr(self, name)), fix="raise it")
+        if not (self.lr > 0 and self.init_scale > 0):
+            raise ConfigError("Guide(lr=, init_scale=)", want="positive numbers", got=f"{self.lr}, {self.init_scale}",
+                              fix="pass ones such as 0.01 and 0.05")  # fmt: skip
+
+    name: ClassVar[str] = "guide"
+
+    def run(
+        self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
+    ) -> Iterator[tuple[Block, State]]:
+        if self.family == "map" and num_samples != 1:
+            raise ConfigError("num_samples", want="1 for Guide('map'), which is one point", got=str(num_samples),
+                              fix="pass num_samples=1")  # fmt: skip
+        yield from _run(self, model, data, num_samples, seed, state)
+
+
+def _run(
+    options: Guide, model: BayesianModel, data: Data, num_samples: int, seed: int, state: State | None
+) -> Iterator[tuple[Block, State]]:
+    total = options.num_steps + num_samples
+    guide, density = _build(options, model, seed)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr)
+    if state is not None:
+        _load(state, guide, optimizer)
+    step = 0 if state is None else min(state["step"], options.num_steps)
+    drawn = 0 if state is None else max(state["step"] - options.num_steps, 0)
+    info: dict[str, float] = {} if state is None else state["info"]
+    batches = minibatches(data, options.batch_size, seed=seed, start=step)
+    while step < options.num_steps:
+        stop = min(step + STEPS_PER_STATE, options.num_steps)
+        with _pyro_apart(), isolated(seed, "svi", step):
+            loss = _optimise(guide, density, optimizer, options, batches, range(step, stop))
+        step, info = stop, {"elbo_per_row": -loss / model.num_data}
+        yield _no_rows(model), {**_save(guide, optimizer), "step": step, "num_steps": total, "info": info}
+    fitted = _save(guide, optimizer)
+    with _pyro_apart(), torch.no_grad():
+        posterior = guide.get_posterior() if options.family != "map" else dist.Delta(guide.theta, event_dim=1)
+    for start in range(drawn, num_samples, options.block_size):
+        indices = range(start, min(start + options.block_size, num_samples))
+        params, _ = model.constrain(torch.stack([_draw(posterior, seed, index) for index in indices]))  # [K, P]
+        block = make_block(params, chain=torch.zeros(len(indices), dtype=torch.int64), draw=torch.tensor(list(indices)))
+        yield block, {**fitted, "step": options.num_steps + indices[-1] + 1, "num_steps": total, "info": info}
+
+
+def _build(options: Guide, model: BayesianModel, seed: int) -> tuple[Any, Callable[[Batch], None]]:
+    """The guide, started at the module's present values, and the Pyro model that it approximates."""
+    size = model.layout.num_values
+
+    def density(batch: Batch) -> None:
+        # The site is only a place for theta: its density is in the factor.
+        theta = pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), (size,)))
+        pyro.factor("log_density", model.log_density(theta, batch)[0])
+
+    def place(batch: Batch | None = None) -> None:
+        del batch
+        pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), (size,)))
+
+    start = model.unconstrain(model.module_params())
+    init = init_to_value(values={"theta": start})
+    guide: Any
+    if options.family == "map":
+        guide = AutoDelta(place, init_loc_fn=init)
+    elif options.family == "mean-field":
+        guide = AutoDiagonalNormal(place, init_loc_fn=init)
+    else:
+        guide = AutoLowRankMultivariateNormal(place, init_loc_fn=init, rank=options.rank)
+    with _pyro_apart(), isolated(seed, "guide"):
+        guide(None)  # Pyro makes the guide's parameters at the first call
+    if options.family != "map":
+        with torch.no_grad():
+            scale = (options.init_scale * model.prior_scale()).to(start.dtype)
+            guide.scale_unconstrained.copy_(scale.expm1().log())  # the inverse of Pyro's softplus
+    return guide, density
+
+
+def _optimise(
+    guide: Any, density: Callable[[Batch], None], optimizer: torch.optim.Adam, options: Guide,
+    batches: Iterator[Batch], steps: range,
+) -> float:  # fmt: skip
+    """Take these steps; the mean loss over them, in nats."""
+    elbo, losses = Trace_ELBO(), []
+    for step in steps:
+        optimizer.param_groups[0]["lr"] = options.lr * 0.1 ** (step / options.num_steps)
+        optimizer.zero_grad()
+        loss = elbo.differentiable_loss(density, guide, next(batches))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean) or not all(torch.isfinite(p).all() for p in guide.parameters()):
+        bad = next((s for s, value in zip(steps, losses, strict=True) if not torch.isfinite(value)), steps[-1])
+        raise FitError(f"Guide('{options.family}')", want="a finite loss", got=f"{mean} at step {bad}",
+                       fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data")  # fmt: skip
+    return mean
+
+
+def _draw(posterior: Any, seed: int, index: int) -> Tensor:
+    """Sample `index` of the guide in unconstrained space, [P]: the same bits whatever is drawn beside it."""
+    with isolated(seed, "draw", index), torch.no_grad():
+        return posterior.sample()
+
+
+def _no_rows(model: BayesianModel) -> Block:
+    none = torch.empty(0, dtype=torch.int64)
+    params = {e.name: torch.empty(0, *e.shape, dtype=e.dtype) for e in model.layout.entries}
+    return make_block(params, chain=none, draw=none)
+
+
+def _save(guide: Any, optimizer: torch.optim.Adam) -> State:
+    """Guide parameters and Adam's moments as copies under flat names."""
+    state: State = {}
+    for name, parameter in guide.named_parameters():
+        state[f"guide.{name}"] = parameter.detach().clone()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"adam.{name}.{key}"] = value.detach().clone()
+    return state
+
+
+def _load(state: State, guide: Any, optimizer: torch.optim.Adam) -> None:
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            parameter.copy_(state[f"guide.{name}"])
+            prefix = f"adam.{name}."
+            moments = {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}
+            if moments:
+                optimizer.state[parameter] = moments
+
+
+@contextmanager
+def _pyro_apart() -> Iterator[None]:
+    """Run Pyro code with a parameter store and settings of its own; the user's are as before afterwards."""
+    with pyro.get_param_store().scope(), pyro.settings.context(module_local_params=True):
+        yield

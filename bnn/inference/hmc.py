@@ -1,0 +1,348 @@
+"""Hamiltonian Monte Carlo with all chains on one batch axis, resumable after every draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bnn.batches import full_batch
+from bnn.errors import ConfigError, FitError, choose
+from bnn.model import BayesianModel
+from bnn.seeding import generator
+from bnn.types import Block, Data, State, make_block
+
+Start: TypeAlias = Literal["prior", "module"]
+
+MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent, as in Stan
+# Dual averaging (Hoffman and Gelman 2014, section 3.2.1): shrinkage, early damping, decay of the average.
+GAMMA, EARLY, KAPPA = 0.05, 10.0, 0.75
+
+
+@dataclass(frozen=True)
+class HMC:
+    """Draws from p(theta | D) by simulating Hamiltonian dynamics; exact as the number of draws grows.
+
+    H(u, p) = -log pi(u) + p^T M^-1 p / 2, integrated by leapfrog, accepted with min(1, exp(-dH)).
+
+    Chains run side by side on one `vmap` axis. During warm-up the step size, one for all chains, is
+    adapted by dual averaging and the diagonal mass is learnt from the pooled within-chain variances.
+    The number of steps is drawn anew for each trajectory, from half of `num_steps` to all of it, so
+    that no chain falls into step with a period of its target. The data are used in full at each step.
+
+    Args:
+        num_chains: chains, at least 1; `num_samples` must be a multiple of it.
+        num_warmup: draws a chain for adaptation, not kept.
+        num_steps: most leapfrog steps of a trajectory, at least 1.
+        target_accept: mean acceptance that the step size is adapted to, in (0, 1).
+        step_size: of the first step, in units of the mass matrix; found by doubling where None.
+        adapt_mass: whether the mass is learnt; the prior's scales are used without.
+        start: `"prior"` starts each chain at a draw of the prior, `"module"` at the module's values.
+        thin: keep every n-th draw.
+
+    Raises:
+        ConfigError: an option out of range.
+        FitError: the log joint is not finite at the start.
+
+    Source: Neal (2011), arXiv:1206.1901; Hoffman and Gelman (2014), arXiv:1111.4246.
+    """
+
+    num_chains: int = 4
+    num_warmup: int = 200
+    num_steps: int = 32
+    target_accept: float = 0.8
+    step_size: float | None = None
+    adapt_mass: bool = True
+    start: Start = "prior"
+    thin: int = 1
+
+    def __post_init__(self) -> None:
+        choose("HMC(start=)", self.start, ("prior", "module"))
+        for name, least in (("num_chains", 1), ("num_warmup", 0), ("num_steps", 1), ("thin", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"HMC({name}=)", want=f"at least {least}", got=str(value), fix="raise it")
+        if not 0 < self.target_accept < 1:
+            raise ConfigError("HMC(target_accept=)", want="a number in (0, 1)", got=str(self.target_accept), fix="try 0.8")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ConfigError("HMC(step_size=)", want="a positive number", got=str(self.step_size), fix="leave it out")
+
+    name: ClassVar[str] = "hmc"
+
+    def run(
+        self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
+    ) -> Iterator[tuple[Block, State]]:
+        if num_samples % self.num_chains:
+            near = max(num_samples // self.num_chains, 1) * self.num_chains
+            raise ConfigError("num_samples", want=f"a multiple of num_chains = {self.num_chains}", got=str(num_samples),
+                              fix=f"pass {near} or {near + self.num_chains}")  # fmt: skip
+        yield from _run(self, model, data, num_samples // self.num_chains, seed, state)
+
+
+class Position(NamedTuple):
+    """Where the chains stand: C positions with their densities and gradients."""
+
+    flat: Tensor  # [C, P] unconstrained
+    log_density: Tensor  # [C]
+    log_joint: Tensor  # [C]
+    gradient: Tensor  # [C, P]
+
+
+class Adaptation(NamedTuple):
+    """What warm-up learns: the step size by dual averaging, the mass from variances of the draws."""
+
+    log_step: float  # of the next trajectory
+    log_step_mean: float  # its average, used after warm-up
+    error_mean: float  # running mean of (target - acceptance)
+    count: int  # trajectories since the last restart
+    centre: float  # what log_step is drawn towards
+    inverse_mass: Tensor  # [P]
+    num_draws: int  # draws in the running moments below
+    mean: Tensor  # [C, P]
+    squares: Tensor  # [C, P] sums of squared deviations
+
+
+class Info(NamedTuple):
+    """Diagnostics of one trajectory."""
+
+    acceptance: Tensor  # [C] probabilities
+    divergent: Tensor  # [C] bool
+
+
+Density: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""u [C, P] -> log density [C], log joint [C], gradient of the former [C, P]."""
+
+
+def density_of(model: BayesianModel, data: Data) -> Density:
+    """The full-data log density of a model, with its gradient, over chains."""
+    batch = full_batch(data)
+
+    def log_density(flat: Tensor) -> tuple[Tensor, Tensor]:
+        return model.log_density(flat, batch)
+
+    gradient = torch.func.vmap(torch.func.grad_and_value(log_density, has_aux=True))
+
+    def density(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope, (value, log_joint) = gradient(flat)
+        return value.detach(), log_joint.detach(), slope.detach()
+
+    return density
+
+
+def trajectory(
+    density: Density, at: Position, momentum: Tensor, inverse_mass: Tensor, step_size: float, num_steps: int
+) -> tuple[Position, Tensor]:
+    """num_steps of the leapfrog integrator: the position reached and the momentum there.
+
+    p <- p + e/2 grad; repeat { u <- u + e M^-1 p; p <- p + e grad }; the last p half a step back
+    """
+    flat, gradient = at.flat, at.gradient
+    momentum = momentum + 0.5 * step_size * gradient
+    for step in range(num_steps):
+        flat = flat + step_size * inverse_mass * momentum
+        value, log_joint, gradient = density(flat)
+        momentum = momentum + (step_size if step < num_steps - 1 else 0.5 * step_size) * gradient
+    return Position(flat, value, log_joint, gradient), momentum
+
+
+def transition(
+    density: Density, at: Position, noise: Tensor, uniform: Tensor, inverse_mass: Tensor, step_size: float, num_steps: int
+) -> tuple[Position, Info]:
+    """One draw of every chain: fresh momentum, a trajectory, accept or stay.
+
+    Args:
+        noise: standard normals [C, P]; momentum is noise / sqrt(M^-1).
+        uniform: [C] in [0, 1), float64.
+    """
+    momentum = noise / inverse_mass.sqrt()
+    new, end = trajectory(density, at, momentum, inverse_mass, step_size, num_steps)
+    # Energies are summed in float64: the difference of two sums over P terms decides.
+    kinetic = 0.5 * ((end.double().square() - momentum.double().square()) * inverse_mass.double()).sum(dim=1)  # [C]
+    error = (at.log_density.double() - new.log_density.double()) + kinetic
+    error = torch.where(error.isfinite() & new.gradient.isfinite().all(dim=1), error, math.inf)
+    acceptance = (-error).clamp(max=0.0).exp()
+    accept = uniform < acceptance
+    moved = Position(*(torch.where(_like(accept, n), n, o) for n, o in zip(new, at, strict=True)))
+    return moved, Info(acceptance, error > MAX_ENERGY_ERROR)
+
+
+def update_step_size(adaptation: Adaptation, acceptance: float, target: float) -> Adaptation:
+    """One step of dual averaging.
+
+    x <- m - sqrt(t) / GAMMA * mean(target - acceptance);  x_mean <- t^-KAPPA x + (1 - t^-KAPPA) x_mean
+    """
+    count = adaptation.count + 1
+    error_mean = adaptation.error_mean * (1 - 1 / (count + EARLY)) + (target - acceptance) / (count + EARLY)
+    log_step = adaptation.centre - math.sqrt(count) / GAMMA * error_mean
+    weight = count**-KAPPA
+    mean = weight * log_step + (1 - weight) * adaptation.log_step_mean
+    return adaptation._replace(log_step=log_step, log_step_mean=mean, error_mean=error_mean, count=count)
+
+
+def restart_step_size(adaptation: Adaptation, step_size: float) -> Adaptation:
+    """Forget the average; draw the step size towards ten times this one, since long steps are cheap to try."""
+    log_step = math.log(step_size)
+    return adaptation._replace(log_step=log_step, log_step_mean=log_step, error_mean=0.0, count=0,
+                               centre=math.log(10 * step_size))  # fmt: skip
+
+
+def update_moments(adaptation: Adaptation, flat: Tensor) -> Adaptation:
+    """Add one draw a chain to the running variances (Welford)."""
+    num = adaptation.num_draws + 1
+    delta = flat - adaptation.mean
+    mean = adaptation.mean + delta / num
+    return adaptation._replace(num_draws=num, mean=mean, squares=adaptation.squares + delta * (flat - mean))
+
+
+def learn_mass(adaptation: Adaptation, prior_variance: Tensor) -> Adaptation:
+    """Set M^-1 to the variances seen, pooled over chains about each chain's own mean; forget them.
+
+    With n draws in all the estimate is drawn by 5 / (n + 5) towards a thousandth of the prior's
+    variance, as Stan does towards 1e-3.
+    """
+    chains = len(adaptation.mean)
+    count = chains * (adaptation.num_draws - 1)
+    variance = adaptation.squares.sum(dim=0) / max(count, 1)  # [P]
+    inverse_mass = (count * variance + 5e-3 * prior_variance) / (count + 5)
+    zeros = torch.zeros_like(adaptation.mean)
+    return adaptation._replace(inverse_mass=inverse_mass, num_draws=0, mean=zeros, squares=zeros)
+
+
+def windows(num_warmup: int) -> list[int]:
+    """Warm-up draws after which the mass is learnt: windows that double, between a start and an end without.
+
+    The first 15 % find the typical set and the last 10 % settle the step size, as in Stan.
+    """
+    begin, end = int(0.15 * num_warmup), num_warmup - int(0.1 * num_warmup)
+    edges, width = [], max((end - begin) // 7, 5)
+    edge = begin
+    while edge + width <= end:
+        following = edge + width + 2 * width
+        edge = end if following > end else edge + width
+        edges.append(edge)
+        width *= 2
+        if edge == end:
+            break
+    return edges
+
+
+def _run(
+    options: HMC, model: BayesianModel, data: Data, num_draws: int, seed: int, state: State | None
+) -> Iterator[tuple[Block, State]]:
+    chains = options.num_chains
+    density = density_of(model, data)
+    prior_variance = model.prior_scale().to(model.layout.dtype).square()
+    if state is None:
+        at = _start(options, model, density, seed)
+        adaptation = _first_adaptation(options, density, at, prior_variance, seed)
+        step, divergences, accepted = 0, 0, 0.0
+    else:
+        at, adaptation = _restore(state)
+        step, info = state["step"], state["info"]
+        divergences, accepted = info["divergences"], state["accepted"]
+    total, edges = options.num_warmup + num_draws * options.thin, set(windows(options.num_warmup))
+    while step < total:
+        warm = step < options.num_warmup
+        step_size = math.exp(adaptation.log_step if warm else adaptation.log_step_mean)
+        noise, uniform, length = _randomness(options, at.flat, seed, step)
+        at, info = transition(density, at, noise, uniform, adaptation.inverse_mass, step_size, length)
+        acceptance = float(info.acceptance.mean())
+        step += 1
+        if warm:
+            adaptation = update_step_size(adaptation, acceptance, options.target_accept)
+            adaptation = _learn(options, adaptation, at.flat, prior_variance, step, edges)
+        else:
+            divergences, accepted = divergences + int(info.divergent.sum()), accepted + acceptance
+        kept = step > options.num_warmup and (step - options.num_warmup) % options.thin == 0
+        rows = slice(None) if kept else slice(0, 0)
+        params, _ = model.constrain(at.flat[rows])  # [C, P], or none of them
+        draw = (step - options.num_warmup) // options.thin - 1
+        block = make_block(params, chain=torch.arange(chains)[rows],
+                           draw=torch.full((chains,), draw)[rows], log_joint=at.log_joint[rows])  # fmt: skip
+        after = max(step - options.num_warmup, 0)
+        diagnostics = {
+            "acceptance": accepted / after if after else acceptance, "divergences": divergences, "step_size": step_size,
+        }  # fmt: skip
+        yield block, {**_save(at, adaptation), "accepted": accepted, "step": step, "num_steps": total, "info": diagnostics}
+
+
+def _learn(
+    options: HMC, adaptation: Adaptation, flat: Tensor, prior_variance: Tensor, step: int, edges: set[int]
+) -> Adaptation:
+    """The mass part of warm-up after draw `step`."""
+    if not options.adapt_mass or step <= int(0.15 * options.num_warmup):
+        return adaptation
+    adaptation = update_moments(adaptation, flat)
+    if step in edges:
+        adaptation = restart_step_size(learn_mass(adaptation, prior_variance), math.exp(adaptation.log_step_mean))
+    return adaptation
+
+
+def _start(options: HMC, model: BayesianModel, density: Density, seed: int) -> Position:
+    if options.start == "module":
+        flat = model.unconstrain(model.module_params()).expand(options.num_chains, -1).clone()
+    else:
+        draws = [model.sample_prior(seed, "start", chain) for chain in range(options.num_chains)]
+        flat = torch.stack([model.unconstrain(draw) for draw in draws])  # [C, P]
+    value, log_joint, gradient = density(flat)
+    if not (value.isfinite().all() and gradient.isfinite().all()):
+        raise FitError("HMC", want="a finite log joint at the start", got=f"{value.tolist()}",
+                       fix="use a narrower prior, standardise the data, or start='module'")  # fmt: skip
+    return Position(flat, value, log_joint, gradient)
+
+
+def _first_adaptation(
+    options: HMC, density: Density, at: Position, prior_variance: Tensor, seed: int
+) -> Adaptation:
+    zeros = torch.zeros_like(at.flat)
+    start = Adaptation(0.0, 0.0, 0.0, 0, 0.0, prior_variance, 0, zeros, zeros)
+    step_size = options.step_size or _reasonable_step_size(density, at, prior_variance, seed)
+    return restart_step_size(start, step_size)
+
+
+def _reasonable_step_size(density: Density, at: Position, inverse_mass: Tensor, seed: int) -> float:
+    """A step size, found by doubling or halving, at which one step is accepted about half of the time."""
+    noise = torch.randn(at.flat.shape, generator=generator(seed, "step size"), dtype=at.flat.dtype)
+    uniform = torch.ones(len(noise), dtype=torch.float64)
+
+    def acceptance(step_size: float) -> float:
+        return float(transition(density, at, noise, uniform, inverse_mass, step_size, 1)[1].acceptance.mean())
+
+    step_size = 0.1
+    direction = 1 if acceptance(step_size) > 0.5 else -1
+    for _ in range(50):
+        following = step_size * 2.0**direction
+        if (acceptance(following) > 0.5) != (direction == 1):
+            return step_size if direction == 1 else following
+        step_size = following
+    raise FitError("HMC", want="a step size between 1e-16 and 1e14", got="none",
+                   fix="check the scale of prior and data")  # fmt: skip
+
+
+def _randomness(options: HMC, like: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, int]:
+    """Momenta [C, P], uniforms [C] and the length of draw `step`: by (seed, chain, step), whatever runs beside."""
+    sources = [generator(seed, "chain", chain, step) for chain in range(options.num_chains)]
+    noise = torch.stack([torch.randn(like.shape[1], generator=source, dtype=like.dtype) for source in sources])
+    uniform = torch.stack([torch.rand((), generator=source, dtype=torch.float64) for source in sources])
+    shortest = math.ceil(options.num_steps / 2)
+    length = torch.randint(shortest, options.num_steps + 1, (), generator=generator(seed, "length", step))
+    return noise, uniform, int(length)
+
+
+def _save(at: Position, adaptation: Adaptation) -> State:
+    state = {f"at.{name}": value for name, value in at._asdict().items()}
+    return state | {f"adaptation.{name}": value for name, value in adaptation._asdict().items()}
+
+
+def _restore(state: State) -> tuple[Position, Adaptation]:
+    at = Position(*(state[f"at.{name}"] for name in Position._fields))
+    return at, Adaptation(*(state[f"adaptation.{name}"] for name in Adaptation._fields))
+
+
+def _like(flags: Tensor, tensor: Tensor) -> Tensor:
+    """[C] -> [C] or [C, 1], to stand beside a tensor over chains."""
+    return flags if tensor.dim() == 1 else flags.unsqueeze(1)

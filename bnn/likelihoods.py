@@ -1,0 +1,147 @@
+"""Likelihoods: what the outputs of a module mean for the targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bnn import priors
+from bnn.errors import ConfigError, DataError
+from bnn.priors import LOG_2PI, PositivePrior, require_positive
+from bnn.types import Params
+
+SCALE = "@likelihood.scale"
+
+Task: TypeAlias = Literal["classification", "regression"]
+
+
+class Unknown(NamedTuple):
+    """A positive unknown of the likelihood that belongs to the sample, under its name in the params."""
+
+    name: str
+    prior: PositivePrior
+
+
+class Likelihood(Protocol):
+    """p(y | outputs, unknowns)."""
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def unknowns(self) -> tuple[Unknown, ...]: ...
+
+    def log_prob(self, outputs: Tensor, y: Tensor, params: Params) -> Tensor:
+        """log p(y_b | outputs_b, unknowns), [B]."""
+        ...
+
+    def to_config(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """p(y = c | z) = softmax(z)_c, for outputs z [B, C] (logits) and targets y int64 [B] in [0, C)."""
+
+    @property
+    def task(self) -> Task:
+        return "classification"
+
+    @property
+    def unknowns(self) -> tuple[Unknown, ...]:
+        return ()
+
+    def log_prob(self, outputs: Tensor, y: Tensor, params: Params) -> Tensor:
+        check_logits(outputs, y)
+        return outputs.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # [B, C] -> [B]
+
+    def to_config(self) -> dict[str, Any]:
+        return {"name": "Categorical"}
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """p(y | f) = Normal(f, scale^2), for outputs f and targets y [B] or [B, C], summed over C.
+
+    Args:
+        scale: noise standard deviation in the target's units: a positive number, or a prior
+            (`priors.HalfCauchy`, `priors.LogNormal`) with which it is learnt, as the entry
+            `@likelihood.scale` of every sample.
+    """
+
+    scale: float | PositivePrior = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, (int, float)):
+            require_positive("Gaussian(scale=)", self.scale)
+
+    @property
+    def task(self) -> Task:
+        return "regression"
+
+    @property
+    def unknowns(self) -> tuple[Unknown, ...]:
+        return () if isinstance(self.scale, (int, float)) else (Unknown(SCALE, self.scale),)
+
+    def scale_of(self, params: Params) -> Tensor:
+        """The noise scale of one sample (a scalar), or of K of them [K]."""
+        return torch.as_tensor(float(self.scale)) if isinstance(self.scale, (int, float)) else params[SCALE]
+
+    def log_prob(self, outputs: Tensor, y: Tensor, params: Params) -> Tensor:
+        outputs, y = as_columns(outputs), as_columns(y)  # [B, C]
+        if outputs.shape != y.shape:
+            raise DataError(
+                "likelihood Gaussian",
+                want=f"targets of the shape of the outputs {list(outputs.shape)}",
+                got=f"{list(y.shape)}",
+                fix="give the module as many outputs as there are targets",
+            )
+        scale = self.scale_of(params)
+        density = -(((y - outputs) / scale) ** 2) / 2.0 - scale.log() - 0.5 * LOG_2PI  # [B, C]
+        return density.sum(dim=-1)  # [B]
+
+    def to_config(self) -> dict[str, Any]:
+        scale = self.scale if isinstance(self.scale, (int, float)) else self.scale.to_config()
+        return {"name": "Gaussian", "scale": scale}
+
+
+def as_columns(values: Tensor) -> Tensor:
+    """[B] -> [B, 1]; [B, C] as it is. Keeps [B] and [B, 1] from broadcasting to [B, B]."""
+    return values.unsqueeze(-1) if values.dim() == 1 else values
+
+
+def check_logits(outputs: Tensor, y: Tensor) -> None:
+    """Raise DataError unless outputs are [B, C] and targets whole numbers [B]."""
+    if outputs.dim() != 2 or y.dim() != 1 or len(outputs) != len(y) or y.is_floating_point():
+        raise DataError(
+            "likelihood Categorical",
+            want="outputs [B, C] and whole-number targets [B]",
+            got=f"outputs {list(outputs.shape)} and {y.dtype} targets {list(y.shape)}",
+            fix="give the module one output a class and pass y as int64",
+        )
+
+
+def likelihood_from_config(config: dict[str, Any] | None) -> Likelihood:
+    """The likelihood that a bank was made with.
+
+    Raises:
+        ConfigError: the bank names none.
+    """
+    match config:
+        case {"name": "Categorical"}:
+            return Categorical()
+        case {"name": "Gaussian", "scale": {"name": "HalfCauchy", "scale": scale}}:
+            return Gaussian(priors.HalfCauchy(scale))
+        case {"name": "Gaussian", "scale": {"name": "LogNormal", "loc": loc, "scale": scale}}:
+            return Gaussian(priors.LogNormal(loc, scale))
+        case {"name": "Gaussian", "scale": int() | float() as scale}:
+            return Gaussian(scale)
+        case _:
+            raise ConfigError(
+                "bank",
+                want="a likelihood that this version knows",
+                got=repr(config),
+                fix="pass likelihood=bnn.likelihoods.Categorical() or Gaussian(...)",
+            )

@@ -1,0 +1,164 @@
+"""A module with a prior and a likelihood: the one place where N and the temperature exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnn import priors
+from bnn.errors import ConfigError
+from bnn.functional import Skeleton
+from bnn.layout import Entry, as_patterns, layout_of
+from bnn.likelihoods import Likelihood
+from bnn.priors import Prior
+from bnn.seeding import generator
+from bnn.types import Batch, Params
+
+
+class BayesianModel:
+    """module + prior + likelihood + N.
+
+    log_joint(theta; batch) = (N / B sum_b log p(y_b | x_b, theta) + log p(theta)) / T
+
+    With this scaling the log joints of the batches of an epoch, weighted by B_i / N, average to the
+    full-data one.
+
+    Args:
+        module: any module; never changed. Layers that rewrite themselves or draw random numbers in
+            train mode are refused there.
+        prior: over the Bayesian parameters, such as `priors.Normal(0.0, 1.0)`.
+        likelihood: what outputs mean, such as `likelihoods.Categorical()`.
+        num_data: N, the rows of the whole training set, at least 1.
+        bayesian: glob patterns of the Bayesian parameters, `!` negates; the others stay the module's own.
+        temperature: T > 0; 1 is the Bayes posterior, less a cold one.
+
+    Raises:
+        ConfigError: an option out of range, a pattern that matches nothing.
+        ModuleError: a module that cannot be run functionally.
+
+    Example:
+        >>> import torch
+        >>> from bnn import likelihoods
+        >>> model = BayesianModel(torch.nn.Linear(2, 3), prior=priors.Normal(), likelihood=likelihoods.Categorical(),
+        ...                       num_data=10)
+        >>> model.layout.num_values
+        9
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        prior: Prior,
+        likelihood: Likelihood,
+        num_data: int,
+        bayesian: str | Sequence[str] = "*",
+        temperature: float = 1.0,
+    ) -> None:
+        if not isinstance(num_data, int) or num_data < 1:
+            raise ConfigError(
+                "num_data",
+                want="a whole number of at least 1",
+                got=repr(num_data),
+                fix="pass the number of rows of the training set",
+            )
+        priors.require_positive("temperature", temperature)
+        unknowns = tuple(Entry(unknown.name, (), torch.float32) for unknown in likelihood.unknowns)
+        self.module, self.prior, self.likelihood = module, prior, likelihood
+        self.num_data, self.temperature = num_data, temperature
+        self.bayesian = as_patterns(bayesian)
+        self.layout = layout_of(module, bayesian, unknowns)
+        self._entries = self.layout.entries[: len(self.layout.entries) - len(unknowns)]
+        prior.check(self._entries)
+        self._skeleton = Skeleton(module, self.layout, detach=True)
+
+    def forward(self, params: Params, x: Any) -> Any:
+        """Outputs of the module for one sample."""
+        return self._skeleton(params, x)
+
+    def log_likelihood(self, params: Params, batch: Batch) -> Tensor:
+        """sum_b log p(y_b | x_b, theta), a scalar."""
+        return self.likelihood.log_prob(self.forward(params, batch.x), batch.y, params).sum()
+
+    def log_prior(self, params: Params) -> Tensor:
+        """log p(theta), unknowns of the likelihood included, a scalar."""
+        total = priors.log_prob(self.prior, self._entries, params)
+        for unknown in self.likelihood.unknowns:
+            total = total + unknown.prior.log_prob(params[unknown.name])
+        return total
+
+    def log_joint(self, params: Params, batch: Batch) -> Tensor:
+        """(N / B sum_b log p(y_b | x_b, theta) + log p(theta)) / T for one sample, a scalar."""
+        scale = self.num_data / len(batch.y)
+        return (scale * self.log_likelihood(params, batch) + self.log_prior(params)) / self.temperature
+
+    def log_density(self, flat: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log joint in the unconstrained space of the samplers, and in the constrained one.
+
+        log pi(u) = log_joint(theta(u)) + log |d theta / d u|, with theta = exp(u) for the positive
+        unknowns of the likelihood and theta = u for the rest.
+
+        Args:
+            flat: u, one sample [P].
+            batch: the rows that N / B scales up; all of them for the full-data density.
+
+        Returns:
+            The density to sample from and the log joint that a bank keeps, both scalars.
+        """
+        params, log_jacobian = self.constrain(flat)
+        log_joint = self.log_joint(params, batch)
+        return log_joint + log_jacobian, log_joint
+
+    def constrain(self, flat: Tensor) -> tuple[Params, Tensor]:
+        """u [P] or [K, P] -> params as banks keep them, and log |d theta / d u|, a scalar or [K]."""
+        params = self.layout.unflatten(flat)
+        log_jacobian = flat.new_zeros(flat.shape[:-1])
+        for unknown in self.likelihood.unknowns:
+            log_jacobian = log_jacobian + params[unknown.name]
+            params[unknown.name] = params[unknown.name].exp()
+        return params, log_jacobian
+
+    def unconstrain(self, params: Params) -> Tensor:
+        """Params -> u, [P] or [K, P]."""
+        logs = {unknown.name: params[unknown.name].log() for unknown in self.likelihood.unknowns}
+        return self.layout.flatten(params | logs)
+
+    def sample_prior(self, seed: int, *keys: int | str) -> Params:
+        """One draw of every entry from the prior; the same one for the same seed and keys."""
+        source = generator(seed, *keys)
+        params = priors.sample(self.prior, self._entries, source)
+        for unknown in self.likelihood.unknowns:
+            params[unknown.name] = unknown.prior.sample(source).to(torch.float32)
+        return params
+
+    def prior_scale(self) -> Tensor:
+        """Prior standard deviation of each number of u, [P]; 1 for the logarithms of positive unknowns."""
+        scales = {e.name: torch.full(e.shape, self.prior.moments(e)[1]) for e in self._entries}
+        scales |= {unknown.name: torch.ones(()) for unknown in self.likelihood.unknowns}
+        return self.layout.flatten(scales)
+
+    def module_params(self) -> Params:
+        """The module's present values as a sample; unknowns of the likelihood at 1."""
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        params = {e.name: named[e.name].detach().clone() for e in self._entries}
+        return params | {unknown.name: torch.ones(()) for unknown in self.likelihood.unknowns}
+
+    def base(self) -> Params:
+        """Parameters outside the sample, and buffers: what a bank keeps once."""
+        kept = set(self.layout.names) | set(self.layout.aliases)
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {name: tensor.detach() for name, tensor in tensors.items() if name not in kept}
+
+    def to_config(self) -> dict[str, Any]:
+        """What `bank.json` says of the model, apart from the module's own specification."""
+        return {
+            "bayesian": list(self.bayesian),
+            "prior": self.prior.to_config(),
+            "likelihood": self.likelihood.to_config(),
+            "task": self.likelihood.task,
+            "num_data": self.num_data,
+            "temperature": self.temperature,
+        }

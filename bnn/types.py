@@ -1,0 +1,87 @@
+"""Words that every room shares: params, blocks, batches, states and methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bnn.model import BayesianModel
+
+Params: TypeAlias = dict[str, Tensor]
+"""One tensor a Bayesian parameter, keyed as in `module.named_parameters()`."""
+
+State: TypeAlias = dict[str, Any]
+"""What a producer needs to go on: tensors and plain values (numbers, strings, lists, dicts of them).
+
+Every state has `step` and `num_steps` (progress, in the producer's own steps) and `info` (a flat
+dict of diagnostics that the bank's manifest keeps).
+"""
+
+Data: TypeAlias = Any
+"""A pair of tensors `(x, y)`, a `torch.utils.data.Dataset` of such rows, or a `DataLoader`."""
+
+
+class Batch(NamedTuple):
+    """Rows of data: inputs (a tensor, tuple or dict of tensors [B, ...]) and targets [B, ...]."""
+
+    x: Any
+    y: Tensor
+
+
+class Block(NamedTuple):
+    """K samples together; the only thing that passes from a producer to a bank.
+
+    `params` has a tensor [K, *shape] a parameter. `chain` and `draw` (int64 [K]) say where a sample
+    came from. `log_joint` (float64 [K]) is the full-data log joint of the constrained values, NaN
+    where it was not computed. `log_weight` (float64 [K]) is 0 unless samples are truly weighted.
+    """
+
+    params: Params
+    chain: Tensor
+    draw: Tensor
+    log_joint: Tensor
+    log_weight: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.chain)
+
+
+def make_block(
+    params: Params,
+    *,
+    chain: Tensor,
+    draw: Tensor,
+    log_joint: Tensor | None = None,
+    log_weight: Tensor | None = None,
+) -> Block:
+    """A block from `params` [K, *shape] with the columns left out filled in: NaN and 0."""
+    size = len(chain)
+    return Block(
+        params=params,
+        chain=chain.to(torch.int64),
+        draw=draw.to(torch.int64),
+        log_joint=torch.full((size,), torch.nan, dtype=torch.float64) if log_joint is None else log_joint.double(),
+        log_weight=torch.zeros(size, dtype=torch.float64) if log_weight is None else log_weight.double(),
+    )
+
+
+class Method(Protocol):
+    """A way of making samples: a frozen dataclass of options with one verb."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(
+        self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
+    ) -> Iterator[tuple[Block, State]]:
+        """Yield blocks until `num_samples` samples exist, each with the state that follows it.
+
+        A block may hold no rows (warm-up, optimisation); its state is still worth keeping. Started
+        again with a state it yields what would have followed, bit for bit.
+        """
+        ...
