@@ -58,8 +58,12 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes]) -> tuple[int,
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise BankWriteError(str(path), want="to write it", got=os.strerror(error.errno or errno.EIO),
-                                 fix="free space or permissions, then go on with resume") from error  # fmt: skip
+            raise BankWriteError(
+                str(path),
+                want="to write it",
+                got=os.strerror(error.errno or errno.EIO),
+                fix="free space or permissions, then go on with resume",
+            ) from error
         raise
     return size, digest.hexdigest()
 
@@ -167,9 +171,12 @@ class Lock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._descriptor)
-            raise BankLocked(str(folder), want=f"the writer name '{writer}' to be free", got="another process writing",
-                             fix="wait for it to end, or write under another name") from error  # fmt: skip
+            raise BankLocked(
+                str(folder),
+                want=f"the writer name '{writer}' to be free",
+                got="another process writing",
+                fix="wait for it to end, or write under another name",
+            ) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
-

@@ -29,10 +29,17 @@ COLUMNS: dict[str, torch.dtype] = {
     "@log_weight": torch.float64,
 }
 DTYPE_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # fmt: skip
+}
 CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 WRITER_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
@@ -126,7 +133,7 @@ def decode_header(raw: bytes | memoryview, file_size: int, place: str) -> tuple[
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def parse_json(raw: bytes, place: str) -> dict[str, Any]:
@@ -176,13 +183,17 @@ def check_rows(params: Mapping[str, Tensor], place: str, first_row: int) -> None
     """Raise BankError, naming parameter and row, where a sample holds NaN or Inf."""
     for name, tensor in params.items():
         if not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor).flatten(1).all(dim=1)).nonzero()[0]) if tensor.dim() > 1 else int(
-                (~torch.isfinite(tensor)).nonzero()[0]
-            )  # fmt: skip
+            row = (
+                int((~torch.isfinite(tensor).flatten(1).all(dim=1)).nonzero()[0])
+                if tensor.dim() > 1
+                else int((~torch.isfinite(tensor)).nonzero()[0])
+            )
             raise BankError(
-                place, want="finite samples", got=f"NaN or Inf in '{name}' of row {first_row + row}",
+                place,
+                want="finite samples",
+                got=f"NaN or Inf in '{name}' of row {first_row + row}",
                 fix="the row was not written; look at the producer's step size or learning rate",
-            )  # fmt: skip
+            )
 
 
 def encode_state(state: Mapping[str, Any], place: str) -> tuple[dict[str, Tensor], dict[str, str]]:

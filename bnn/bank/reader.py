@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,71 +15,13 @@ from torch import Tensor, nn
 
 from bnn.bank import files
 from bnn.bank import format as fmt
+from bnn.bank.shards import MappedShard, MemoryShard, Shard, Verify, read_manifests, verify_files
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, choose
 from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params, make_block
 
-Verify: TypeAlias = Literal["first-use", "never", "full"]
 RESIDENT_BYTES = 256 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
-
-
-class Shard(Protocol):
-    """R rows of a bank."""
-
-    rows: int
-
-    def tensor(self, name: str) -> Tensor:
-        """All rows of one entry or column, [R, *shape]."""
-        ...
-
-
-class MemoryShard(NamedTuple):
-    """Rows held as tensors."""
-
-    rows: int
-    tensors: dict[str, Tensor]
-
-    def tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-class MappedShard:
-    """Rows of one file, mapped and checked when first touched."""
-
-    def __init__(self, path: Path, fact: Mapping[str, Any], layout: Layout, verify: Verify) -> None:
-        self.path, self.rows, self.bytes = path, fact["rows"], fact["bytes"]
-        self._layout, self._crc32 = layout, fact["crc32"]
-        self._verify, self._checked = verify != "never", set[str]()
-        self._mapped: files.MappedFile | None = None
-
-    def tensor(self, name: str) -> Tensor:
-        mapped = self._mapped or self._map()
-        tensor = mapped.tensors[name]
-        if self._verify and name not in self._checked:
-            if zlib.crc32(fmt.tensor_bytes(tensor)) != self._crc32.get(name):
-                raise fmt.corrupt(str(self.path), f"tensor '{name}' with the crc32 of the manifest", "other bytes")
-            self._checked.add(name)
-            mapped.release()  # the check has read every page; keep only those that are asked for
-        return tensor
-
-    def release(self) -> None:
-        if self._mapped is not None:
-            self._mapped.release()
-
-    def _map(self) -> files.MappedFile:
-        mapped = files.map_tensors(self.path, self.bytes)
-        expected = {e.name: (e.dtype, (self.rows, *e.shape)) for e in self._layout.entries}
-        expected |= {name: (dtype, (self.rows,)) for name, dtype in fmt.COLUMNS.items()}
-        found = {n: (t.dtype, tuple(t.shape)) for n, t in mapped.tensors.items() if not n.startswith("@pad.")}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise fmt.corrupt(
-                    str(self.path),
-                    f"tensor '{name}' as {expected.get(name, 'no tensor')}", f"{found.get(name, 'no tensor')}",
-                )  # fmt: skip
-        self._mapped = mapped
-        return mapped
 
 
 class Bank(Sequence[Params]):
@@ -158,8 +99,12 @@ class Bank(Sequence[Params]):
         if verify == "full":
             problems = verify_files(folder)
             if problems:
-                raise BankCorrupt(str(folder), want="the bytes of its manifests", got=problems[0],
-                                  fix="restore the file from a copy, or make the bank again")  # fmt: skip
+                raise BankCorrupt(
+                    str(folder),
+                    want="the bytes of its manifests",
+                    got=problems[0],
+                    fix="restore the file from a copy, or make the bank again",
+                )
         facts = [layout.fingerprint, *(f["sha256"] for m in manifests for f in m["shards"])]
         info = {
             **config,
@@ -170,8 +115,9 @@ class Bank(Sequence[Params]):
         return Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
 
     @staticmethod
-    def from_blocks(blocks: Sequence[Block], *, layout: Layout, info: Mapping[str, Any],
-                    base: Params | None = None) -> Bank:  # fmt: skip
+    def from_blocks(
+        blocks: Sequence[Block], *, layout: Layout, info: Mapping[str, Any], base: Params | None = None
+    ) -> Bank:
         """A bank held in memory."""
         kept = [block for block in blocks if block.num_samples]
         for block in kept:
@@ -180,9 +126,11 @@ class Bank(Sequence[Params]):
             return Bank([], layout, info, base=base)
         tensors = {name: torch.cat([block.params[name] for block in kept]) for name in layout.names}
         tensors |= {
-            "@chain": torch.cat([b.chain for b in kept]), "@draw": torch.cat([b.draw for b in kept]),
-            "@log_joint": torch.cat([b.log_joint for b in kept]), "@log_weight": torch.cat([b.log_weight for b in kept]),
-        }  # fmt: skip
+            "@chain": torch.cat([b.chain for b in kept]),
+            "@draw": torch.cat([b.draw for b in kept]),
+            "@log_joint": torch.cat([b.log_joint for b in kept]),
+            "@log_weight": torch.cat([b.log_weight for b in kept]),
+        }
         return Bank([MemoryShard(len(tensors["@chain"]), tensors)], layout, info, base=base)
 
     @staticmethod
@@ -191,6 +139,7 @@ class Bank(Sequence[Params]):
         *,
         module: nn.Module,
         out: str | Path | None = None,
+        overwrite: bool = False,
         info: Mapping[str, Any] | None = None,
     ) -> Bank:
         """A bank with one sample a state dict, such as the checkpoints of an ensemble.
@@ -200,6 +149,7 @@ class Bank(Sequence[Params]):
                 module's: a bank keeps them once.
             module: whose parameters they are.
             out: a folder to write the bank to; in memory without it.
+            overwrite: replace a bank that is there.
             info: more for `bank.json`, such as `{"likelihood": likelihood.to_config()}`.
 
         Raises:
@@ -214,27 +164,32 @@ class Bank(Sequence[Params]):
                 tensor = state_dict.get(entry.name)
                 if tensor is None or tuple(tensor.shape) != entry.shape:
                     got = "nothing" if tensor is None else f"{list(tensor.shape)}"
-                    raise BankMismatch(f"state dict {place}", want=str(entry), got=got, fix="pass the module they are of")
+                    raise BankMismatch(
+                        f"state dict {place}", want=str(entry), got=got, fix="pass the module they are of"
+                    )
                 params[entry.name].append(tensor.detach().to("cpu", entry.dtype))
             for name, buffer in buffers.items():
                 if name not in layout.aliases and not torch.equal(state_dict.get(name, buffer).cpu(), buffer.cpu()):
                     raise BankMismatch(
-                        f"state dict {place}", want=f"buffer '{name}' of the module", got="other values",
+                        f"state dict {place}",
+                        want=f"buffer '{name}' of the module",
+                        got="other values",
                         fix="a bank keeps buffers once: load them into the module, or use layers without them",
-                    )  # fmt: skip
+                    )
         count = len(params[layout.names[0]])
         if not count:
             raise BankError("state_dicts", want="at least one", got="none", fix="pass a list of state dicts")
         block = make_block(
             {name: torch.stack(tensors) for name, tensors in params.items()},
-            chain=torch.arange(count), draw=torch.zeros(count, dtype=torch.int64),
-        )  # fmt: skip
+            chain=torch.arange(count),
+            draw=torch.zeros(count, dtype=torch.int64),
+        )
         config = {"method": {"name": "state-dicts", "options": {}}, **(info or {})}
         base = {n: b.detach() for n, b in module.named_buffers()}
         if out is None:
             return Bank.from_blocks([block], layout=layout, info=config, base=base)
         fmt.check_rows(block.params, str(out), 0)
-        writer = BankWriter(out, layout=layout, config=config, base=base)
+        writer = BankWriter(out, layout=layout, config=config, base=base, overwrite=overwrite)
         writer.append(block)
         writer.close()
         return Bank.open(out)
@@ -325,8 +280,30 @@ class Bank(Sequence[Params]):
         path = None if self.path is None else self.path / "base.safetensors"
         if path is None or not path.exists():
             return {}
+        if files.sha256_of(path) != (self.info.get("base") or {}).get("sha256"):
+            raise fmt.corrupt(str(path), "the sha256 that bank.json names", "other bytes")
         tensors = files.map_tensors(path).tensors
         return {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith("@pad.")}
+
+    def export(self, path: str | Path, index: int) -> None:
+        """Write one sample as an ordinary safetensors state dict: its entries, and what the bank keeps once.
+
+        Tied weights are written under each of their names; entries of likelihood and prior are left out.
+        """
+        params = {name: tensor.contiguous() for name, tensor in self[index].items() if not name.startswith("@")}
+        aliases = {alias: params[name] for alias, name in self.layout.aliases.items()}
+        files.write_tensors(Path(path), {**params, **aliases, **self.base()}, {})
+
+    def check_headers(self) -> list[str]:
+        """Compare the header of every shard with manifest and layout; one line a shard that differs."""
+        problems = []
+        for shard in self._shards:
+            if isinstance(shard, MappedShard):
+                try:
+                    shard.check_header()
+                except BankCorrupt as error:
+                    problems.append(str(error))
+        return problems
 
     def refresh(self) -> Bank:
         """The bank as it is on disk now, with the rows committed since this one was opened."""
@@ -374,48 +351,3 @@ class Bank(Sequence[Params]):
 
 def _reopen(path: Path, verify: Verify) -> Bank:
     return Bank.open(path, verify=verify)
-
-
-def read_manifests(folder: Path) -> list[dict[str, Any]]:
-    """The manifests of all writers in the order of their names, checked.
-
-    Raises:
-        BankCorrupt: a manifest or a file name in it is not what the format allows.
-    """
-    manifests = []
-    for path in sorted(folder.iterdir()):
-        match = fmt.MANIFEST_NAME.fullmatch(path.name)
-        if not match:
-            continue
-        manifest: dict[str, Any] = files.read_json(path)
-        fmt.check_version(manifest, str(path))
-        row = 0
-        try:
-            for fact in manifest["shards"]:
-                named = fmt.SHARD_NAME.fullmatch(fact["file"])
-                legal = named is not None and named.group(1) == match.group(1) == manifest["writer"]
-                legal = legal and fact["first_row"] == row and type(fact["rows"]) is int and fact["rows"] > 0
-                if not (legal and type(fact["bytes"]) is int and len(fact["sha256"]) == 64 and dict(fact["crc32"])):
-                    raise fmt.corrupt(str(path), f"shards in order from row {row}", repr(fact)[:200])
-                row += fact["rows"]
-            if manifest["rows"] != row or not isinstance(manifest["complete"], bool):
-                raise fmt.corrupt(str(path), f"{row} rows", repr(manifest["rows"]))
-            manifest.setdefault("info", {})
-        except (KeyError, TypeError) as error:
-            raise fmt.corrupt(str(path), "a manifest", f"{type(error).__name__}: {error}") from error
-        manifests.append(manifest)
-    return manifests
-
-
-def verify_files(folder: Path) -> list[str]:
-    """Compare every committed file with its sha256; one line a file that differs."""
-    problems = []
-    for manifest in read_manifests(folder):
-        facts = manifest["shards"] + ([manifest["state"]] if manifest["state"] else [])
-        for fact in facts:
-            try:
-                if files.sha256_of(folder / fact["file"]) != fact["sha256"]:
-                    problems.append(f"{fact['file']}: other bytes than the manifest says")
-            except BankError as error:
-                problems.append(f"{fact['file']}: {error.got}")
-    return problems

@@ -68,9 +68,13 @@ class BankWriter:
             raise ConfigError("writer", want="1 to 32 small letters, digits or '_'", got=repr(writer), fix="rename it")
         self.path, self.layout, self.writer = Path(path), layout, writer
         self._config = {
-            "format": fmt.FORMAT, "version": fmt.VERSION, "requires": [],
-            "layout": layout.to_config(), "fingerprint": layout.fingerprint, **config,
-        }  # fmt: skip
+            "format": fmt.FORMAT,
+            "version": fmt.VERSION,
+            "requires": [],
+            "layout": layout.to_config(),
+            "fingerprint": layout.fingerprint,
+            **config,
+        }
         self._base = {} if base is None else dict(base)
         self._check_place(resume, overwrite)
         self._made_folder = not self.path.exists()
@@ -79,6 +83,7 @@ class BankWriter:
         self._shards: list[dict[str, Any]] = []
         self._generation = self._next_number = self._next_state = 0
         self.state: State | None = None  # after the last committed row
+        self.complete = False  # whether the part that was resumed had been marked so
         self._pending_state: State | None = None
         self._started = False
         self._fresh = self._made_folder  # whether what stands in the folder is this writer's own
@@ -139,10 +144,16 @@ class BankWriter:
             self._next_state += 1
         info = (self._pending_state or {}).get("info", {})
         manifest = {
-            "format": fmt.FORMAT, "version": fmt.VERSION, "writer": self.writer,
-            "generation": self._generation + 1, "complete": complete, "rows": self.num_rows,
-            "shards": self._shards, "state": state_fact, "info": info,
-        }  # fmt: skip
+            "format": fmt.FORMAT,
+            "version": fmt.VERSION,
+            "writer": self.writer,
+            "generation": self._generation + 1,
+            "complete": complete,
+            "rows": self.num_rows,
+            "shards": self._shards,
+            "state": state_fact,
+            "info": info,
+        }
         name = f"manifest-{self.writer}.json"
         files.write_atomic(self.path / name, [fmt.dump_json(manifest, name)])
         self._generation += 1
@@ -157,17 +168,18 @@ class BankWriter:
         self._lock.close()
 
     def release(self) -> None:
-        """Give the name free without a commit: what was committed stays."""
+        """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
+        if self._made_folder and not self._started:
+            self._lock.path.unlink(missing_ok=True)
+            self.path.rmdir()
         self._lock.close()
 
     def abandon(self) -> None:
-        """Give up after an error: committed rows stay, a bank without any goes, states and all."""
-        if not self._shards and self._fresh:
+        """Give up after an error that would come again: a bank of this writer without any row goes, states and all."""
+        if self._fresh and self._started and not self._shards:
             self._remove_bank()
-            self._lock.path.unlink(missing_ok=True)
-            if self._made_folder:
-                self.path.rmdir()
-        self._lock.close()
+            self._started = False
+        self.release()
 
     def _check_place(self, resume: bool, overwrite: bool) -> None:
         place = str(self.path)
@@ -180,21 +192,30 @@ class BankWriter:
         if resume and not is_bank:
             raise BankNotFound(place, want="a bank to go on with", got="none", fix="leave resume out to start one")
         if not resume and is_bank and not overwrite:
-            raise BankExists(place, want="a new folder", got="a bank, which is kept",
-                             fix="go on with resume, replace it with overwrite, or choose another name")  # fmt: skip
+            raise BankExists(
+                place,
+                want="a new folder",
+                got="a bank, which is kept",
+                fix="go on with resume, replace it with overwrite, or choose another name",
+            )
         if not is_bank and not empty:
-            raise BankExists(place, want="a new or empty folder", got="one with other files, which are kept",
-                             fix="choose another name")  # fmt: skip
+            raise BankExists(
+                place,
+                want="a new or empty folder",
+                got="one with other files, which are kept",
+                fix="choose another name",
+            )
 
     def _start(self) -> None:
         """Write what a bank has once; a bank that is to be overwritten goes now, not before."""
         self._remove_bank()
         self._fresh = True
+        fact = None
         if self._base:
-            files.write_tensors(
-                self.path / "base.safetensors", {n: t.cpu().contiguous() for n, t in self._base.items()}, {}
-            )
-        files.write_atomic(self.path / "bank.json", [fmt.dump_json(self._config, "bank.json")])
+            kept = {name: tensor.cpu().contiguous() for name, tensor in self._base.items()}
+            written = files.write_tensors(self.path / "base.safetensors", kept, {})
+            fact = {"file": "base.safetensors", "bytes": written.bytes, "sha256": written.sha256}
+        files.write_atomic(self.path / "bank.json", [fmt.dump_json({**self._config, "base": fact}, "bank.json")])
         self._started = True
 
     def _remove_bank(self) -> None:
@@ -207,16 +228,21 @@ class BankWriter:
         place = self.path / "bank.json"
         kept = files.read_json(place)
         fmt.check_version(kept, str(place))
-        for key in sorted((kept.keys() | self._config.keys()) - {"versions"}):
+        for key in sorted((kept.keys() | self._config.keys()) - {"versions", "base"}):
             if kept.get(key) != self._config.get(key):
-                raise BankMismatch(str(place), want=f"{key} = {kept.get(key)}", got=f"{self._config.get(key)}",
-                                   fix="resume with the options that the bank was begun with")  # fmt: skip
+                raise BankMismatch(
+                    str(place),
+                    want=f"{key} = {kept.get(key)}",
+                    got=f"{self._config.get(key)}",
+                    fix="resume with the options that the bank was begun with",
+                )
         self._started = True
         manifest_path = self.path / f"manifest-{self.writer}.json"
         if manifest_path.exists():
             manifest: dict[str, Any] = files.read_json(manifest_path)
             fmt.check_version(manifest, str(manifest_path))
             self._shards, self._generation = manifest["shards"], manifest["generation"]
+            self.complete = manifest["complete"]
             if manifest["state"] is not None:
                 self.state = self._pending_state = self._read_state(manifest["state"])
         for path in self.path.iterdir():  # names are never used twice, not even those of orphans
@@ -228,8 +254,12 @@ class BankWriter:
     def _read_state(self, fact: dict[str, Any]) -> State:
         path = self.path / fact["file"]
         if not fmt.STATE_NAME.fullmatch(fact["file"]) or files.sha256_of(path) != fact["sha256"]:
-            raise BankCorrupt(str(path), want="the state that the manifest names", got="another one",
-                              fix="restore the file; the rows of the bank are not affected")  # fmt: skip
+            raise BankCorrupt(
+                str(path),
+                want="the state that the manifest names",
+                got="another one",
+                fix="restore the file; the rows of the bank are not affected",
+            )
         mapped = files.map_tensors(path, fact["bytes"])
         tensors = {name: tensor.clone() for name, tensor in mapped.tensors.items()}
         return fmt.decode_state(tensors, mapped.metadata, str(path))
@@ -244,8 +274,12 @@ class BankWriter:
             want = (block.num_samples, *entry.shape)
             if tensor is None or tuple(tensor.shape) != want or tensor.dtype != entry.dtype:
                 got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-                raise BankMismatch(f"block entry '{entry.name}'", want=f"{entry.dtype} {list(want)}", got=got,
-                                   fix="stack the samples in the layout's shapes and dtypes")  # fmt: skip
+                raise BankMismatch(
+                    f"block entry '{entry.name}'",
+                    want=f"{entry.dtype} {list(want)}",
+                    got=got,
+                    fix="stack the samples in the layout's shapes and dtypes",
+                )
         if block.params.keys() - set(self.layout.names):
             extra = sorted(block.params.keys() - set(self.layout.names))[0]
             raise BankMismatch("block", want="the entries of the layout", got=f"'{extra}' too", fix="leave it out")
@@ -255,8 +289,12 @@ class BankWriter:
         if not self._buffer:  # empty memory costs nothing until it is written to
             self._buffer = {e.name: torch.empty(self._capacity, *e.shape, dtype=e.dtype) for e in self.layout.entries}
             self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in fmt.COLUMNS.items()}
-        columns = {"@chain": block.chain, "@draw": block.draw, "@log_joint": block.log_joint,
-                   "@log_weight": block.log_weight}  # fmt: skip
+        columns = {
+            "@chain": block.chain,
+            "@draw": block.draw,
+            "@log_joint": block.log_joint,
+            "@log_weight": block.log_weight,
+        }
         here = slice(self._buffered, self._buffered + stop - start)
         for name, tensor in {**block.params, **columns}.items():
             self._buffer[name][here].copy_(tensor[start:stop].detach())
@@ -268,9 +306,12 @@ class BankWriter:
             self._start()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", self.num_rows
         metadata = {
-            "bnn_version": str(fmt.VERSION), "fingerprint": self.layout.fingerprint, "writer": self.writer,
-            "first_row": str(first_row), "rows": str(self._buffered),
-        }  # fmt: skip
+            "bnn_version": str(fmt.VERSION),
+            "fingerprint": self.layout.fingerprint,
+            "writer": self.writer,
+            "first_row": str(first_row),
+            "rows": str(self._buffered),
+        }
         tensors = {key: tensor[: self._buffered] for key, tensor in self._buffer.items()}
         written = files.write_tensors(self.path / name, tensors, metadata)
         self._shards.append({"file": name, "first_row": first_row, "rows": self._buffered, **written._asdict()})
