@@ -65,17 +65,18 @@ class SampleIndexSampler(Sampler[int]):
     Example:
         >>> sampler = SampleIndexSampler(5, seed=0)
         >>> list(sampler), list(sampler)
-        ([1, 3, 4, 0, 2], [4, 3, 2, 1, 0])
+        ([2, 3, 0, 4, 1], [3, 2, 4, 1, 0])
         >>> sampler.at([0, 5, 9]).tolist()
-        [1, 4, 0]
+        [2, 3, 0]
     """
 
     def __init__(self, bank_or_length: HasDigest | int, *, strategy: Strategy = "shuffle", seed: int = 0) -> None:
         choose("strategy", strategy, STRATEGIES)
         length = bank_or_length if isinstance(bank_or_length, int) else len(bank_or_length)
         if length < 1:
-            raise ConfigError("SampleIndexSampler", want="a bank of at least one sample", got=str(length),
-                              fix="fit the bank first")  # fmt: skip
+            raise ConfigError(
+                "SampleIndexSampler", want="a bank of at least one sample", got=str(length), fix="fit the bank first"
+            )
         self.length, self.strategy, self.seed = length, strategy, seed
         self._bank = None if isinstance(bank_or_length, int) else bank_or_length
         self._position = 0
@@ -121,9 +122,12 @@ class SampleIndexSampler(Sampler[int]):
     def state_dict(self) -> dict[str, Any]:
         """Where iteration stands; plain values, whatever S is."""
         return {
-            "position": self._position, "seed": self.seed, "strategy": self.strategy,
-            "length": self.length, "digest": self.digest,
-        }  # fmt: skip
+            "position": self._position,
+            "seed": self.seed,
+            "strategy": self.strategy,
+            "length": self.length,
+            "digest": self.digest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of a sampler with the same options over the same bank.
@@ -134,8 +138,12 @@ class SampleIndexSampler(Sampler[int]):
         mine = self.state_dict()
         for key in ("length", "digest", "strategy", "seed"):
             if state[key] != mine[key]:
-                raise BankMismatch(f"sampler state '{key}'", want=str(mine[key]), got=str(state[key]),
-                                   fix="resume with the bank, strategy and seed it was saved with")  # fmt: skip
+                raise BankMismatch(
+                    f"sampler state '{key}'",
+                    want=str(mine[key]),
+                    got=str(state[key]),
+                    fix="resume with the bank, strategy and seed it was saved with",
+                )
         self._position = int(state["position"])
 
     def _pass_order(self, number: int) -> np.ndarray:

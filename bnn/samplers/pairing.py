@@ -19,7 +19,7 @@ class Pair(NamedTuple):
     """A batch of data and the bank index (int, or int64 [K]) it meets."""
 
     data: Any
-    index: int | Tensor
+    index: int | Tensor  # type: ignore[assignment]  # hides tuple.index, which no pair needs
 
 
 class ShuffledSampler(Sampler[int]):
@@ -79,7 +79,7 @@ class PairedLoader:
         >>> from torch.utils.data import TensorDataset
         >>> loader = PairedLoader(TensorDataset(torch.arange(6)), SampleIndexSampler(4), batch_size=2)
         >>> [(x.tolist(), index) for (x,), index in loader]
-        [([0, 1], 1), ([2, 3], 3), ([4, 5], 0)]
+        [([0, 1], 2), ([2, 3], 3), ([4, 5], 0)]
     """
 
     def __init__(
@@ -104,8 +104,12 @@ class PairedLoader:
         seed: int | None = None,
     ) -> None:
         if batch_sampler is not None and (batch_size != 1 or shuffle or sampler is not None or drop_last):
-            raise ConfigError("batch_sampler", want="no batch_size, shuffle, sampler or drop_last beside it",
-                              got="one of them", fix="leave it out")  # fmt: skip
+            raise ConfigError(
+                "batch_sampler",
+                want="no batch_size, shuffle, sampler or drop_last beside it",
+                got="one of them",
+                fix="leave it out",
+            )
         if sampler is not None and shuffle:
             raise ConfigError("sampler", want="no shuffle beside it", got="shuffle=True", fix="leave shuffle out")
         if num_indices is not None and num_indices < 1:
@@ -124,10 +128,18 @@ class PairedLoader:
         self._batches = _SkippedBatches(batch_sampler)
         self._generator = torch.Generator()  # of the workers' base seeds
         self._loader: DataLoader[Any] = DataLoader(
-            dataset, batch_sampler=self._batches, num_workers=num_workers, collate_fn=collate_fn, pin_memory=pin_memory,
-            prefetch_factor=prefetch_factor, persistent_workers=persistent_workers, worker_init_fn=worker_init_fn,
-            timeout=timeout, multiprocessing_context=multiprocessing_context, generator=self._generator,
-        )  # fmt: skip
+            dataset,
+            batch_sampler=self._batches,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            worker_init_fn=worker_init_fn,
+            timeout=timeout,
+            multiprocessing_context=multiprocessing_context,
+            generator=self._generator,
+        )
         self._epoch = self._batch = self._start = 0
 
     def __len__(self) -> int:
@@ -155,9 +167,13 @@ class PairedLoader:
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches handed out in it, with what they are valid for; plain values."""
         return {
-            "epoch": self._epoch, "batch": self._batch, "batches": len(self), "seed": self.seed,
-            "num_indices": self._num_indices, "index": self.index_sampler.state_dict(),
-        }  # fmt: skip
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "batches": len(self),
+            "seed": self.seed,
+            "num_indices": self._num_indices,
+            "index": self.index_sampler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch that was handed out; a state at the end of an epoch starts the next.
@@ -168,8 +184,12 @@ class PairedLoader:
         mine = self.state_dict()
         for key in ("seed", "batches", "num_indices"):
             if state[key] != mine[key]:
-                raise BankMismatch(f"loader state '{key}'", want=str(mine[key]), got=str(state[key]),
-                                   fix="resume with the data, batch size and seed it was saved with")  # fmt: skip
+                raise BankMismatch(
+                    f"loader state '{key}'",
+                    want=str(mine[key]),
+                    got=str(state[key]),
+                    fix="resume with the data, batch size and seed it was saved with",
+                )
         self.index_sampler.load_state_dict(state["index"])
         done = state["batch"] >= len(self)
         self._epoch, self._batch = (state["epoch"] + 1, 0) if done else (state["epoch"], state["batch"])
