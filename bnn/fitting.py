@@ -64,22 +64,22 @@ def fit(
     """
     config = describe(model, method, seed, record)
     if out is None:
-        blocks = list(_with_progress(method.run(model, data, num_samples=num_samples, seed=seed), method.name, progress))
+        blocks = list(
+            _with_progress(method.run(model, data, num_samples=num_samples, seed=seed), method.name, progress)
+        )
         return Bank.from_blocks([b for b, _ in blocks], layout=model.layout, info=config, base=model.base())
-    writer = BankWriter(
-        out, layout=model.layout, config=config, base=model.base(), resume=resume, overwrite=overwrite
-    )  # fmt: skip
+    writer = BankWriter(out, layout=model.layout, config=config, base=model.base(), resume=resume, overwrite=overwrite)
     if writer.num_rows < num_samples:
         run = method.run(model, data, num_samples=num_samples, seed=seed, state=writer.state)
         drive(writer, run, title=method.name, progress=progress)
+    elif not writer.complete:  # killed between its last row and the end
+        writer.close()
     else:
         writer.release()
     return Bank.open(out)
 
 
-def drive(
-    writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str, progress: bool | None = None
-) -> None:
+def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str, progress: bool | None = None) -> None:
     """Pour a producer's blocks into a writer and close it; whatever happens, no committed row is lost.
 
     On Ctrl-C what has come so far is committed. On an error, a folder in which nothing was
@@ -108,18 +108,20 @@ def describe(model: BayesianModel, method: Method, seed: int, record: Mapping[st
         "method": {"name": method.name, "options": options},
         "seed": seed,
         "versions": {
-            "bnn": version("bnn-toolkit"), "torch": torch.__version__, "pyro": version("pyro-ppl"),
+            "bnn": version("bnn-toolkit"),
+            "torch": torch.__version__,
+            "pyro": version("pyro-ppl"),
             "python": platform.python_version(),
         },
         "model": None,
         "data": None,
         **(record or {}),
-    }  # fmt: skip
+    }
 
 
 def _with_progress(
     run: Iterable[tuple[Block, State]], title: str, progress: bool | None
-) -> Iterable[tuple[Block, State]]:  # fmt: skip
+) -> Iterable[tuple[Block, State]]:
     """The run itself, with a bar of the producer's own steps on stderr."""
     with tqdm(desc=title, unit="step", delay=1.0, disable=None if progress is None else not progress) as bar:
         for block, state in run:

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoDiagonalNormal, AutoLowRankMultivariateNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLowRankMultivariateNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
@@ -69,8 +69,12 @@ class Guide:
             if getattr(self, name) < 1:
                 raise ConfigError(f"Guide({name}=)", want="at least 1", got=str(getattr(self, name)), fix="raise it")
         if not (self.lr > 0 and self.init_scale > 0):
-            raise ConfigError("Guide(lr=, init_scale=)", want="positive numbers", got=f"{self.lr}, {self.init_scale}",
-                              fix="pass ones such as 0.01 and 0.05")  # fmt: skip
+            raise ConfigError(
+                "Guide(lr=, init_scale=)",
+                want="positive numbers",
+                got=f"{self.lr}, {self.init_scale}",
+                fix="pass ones such as 0.01 and 0.05",
+            )
 
     name: ClassVar[str] = "guide"
 
@@ -78,8 +82,12 @@ class Guide:
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
     ) -> Iterator[tuple[Block, State]]:
         if self.family == "map" and num_samples != 1:
-            raise ConfigError("num_samples", want="1 for Guide('map'), which is one point", got=str(num_samples),
-                              fix="pass num_samples=1")  # fmt: skip
+            raise ConfigError(
+                "num_samples",
+                want="1 for Guide('map'), which is one point",
+                got=str(num_samples),
+                fix="pass num_samples=1",
+            )
         yield from _run(self, model, data, num_samples, seed, state)
 
 
@@ -127,13 +135,13 @@ def _build(options: Guide, model: BayesianModel, seed: int) -> tuple[Any, Callab
     start = model.unconstrain(model.module_params())
     init = init_to_value(values={"theta": start})
     guide: Any
-    if options.family == "map":
-        guide = AutoDelta(place, init_loc_fn=init)
-    elif options.family == "mean-field":
-        guide = AutoDiagonalNormal(place, init_loc_fn=init)
-    else:
-        guide = AutoLowRankMultivariateNormal(place, init_loc_fn=init, rank=options.rank)
     with _pyro_apart(), isolated(seed, "guide"):
+        if options.family == "map":
+            guide = AutoDelta(place, init_loc_fn=init)
+        elif options.family == "mean-field":
+            guide = AutoDiagonalNormal(place, init_loc_fn=init)
+        else:
+            guide = AutoLowRankMultivariateNormal(place, init_loc_fn=init, rank=options.rank)
         guide(None)  # Pyro makes the guide's parameters at the first call
     if options.family != "map":
         with torch.no_grad():
@@ -143,9 +151,13 @@ def _build(options: Guide, model: BayesianModel, seed: int) -> tuple[Any, Callab
 
 
 def _optimise(
-    guide: Any, density: Callable[[Batch], None], optimizer: torch.optim.Adam, options: Guide,
-    batches: Iterator[Batch], steps: range,
-) -> float:  # fmt: skip
+    guide: Any,
+    density: Callable[[Batch], None],
+    optimizer: torch.optim.Adam,
+    options: Guide,
+    batches: Iterator[Batch],
+    steps: range,
+) -> float:
     """Take these steps; the mean loss over them, in nats."""
     elbo, losses = Trace_ELBO(), []
     for step in steps:
@@ -158,15 +170,20 @@ def _optimise(
     mean = float(torch.stack(losses).mean())
     if not math.isfinite(mean) or not all(torch.isfinite(p).all() for p in guide.parameters()):
         bad = next((s for s, value in zip(steps, losses, strict=True) if not torch.isfinite(value)), steps[-1])
-        raise FitError(f"Guide('{options.family}')", want="a finite loss", got=f"{mean} at step {bad}",
-                       fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data")  # fmt: skip
+        raise FitError(
+            f"Guide('{options.family}')",
+            want="a finite loss",
+            got=f"{mean} at step {bad}",
+            fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
+        )
     return mean
 
 
 def _draw(posterior: Any, seed: int, index: int) -> Tensor:
     """Sample `index` of the guide in unconstrained space, [P]: the same bits whatever is drawn beside it."""
     with isolated(seed, "draw", index), torch.no_grad():
-        return posterior.sample()
+        drawn: Tensor = posterior.sample()
+        return drawn
 
 
 def _no_rows(model: BayesianModel) -> Block:

@@ -67,7 +67,9 @@ class HMC:
             if value < least:
                 raise ConfigError(f"HMC({name}=)", want=f"at least {least}", got=str(value), fix="raise it")
         if not 0 < self.target_accept < 1:
-            raise ConfigError("HMC(target_accept=)", want="a number in (0, 1)", got=str(self.target_accept), fix="try 0.8")
+            raise ConfigError(
+                "HMC(target_accept=)", want="a number in (0, 1)", got=str(self.target_accept), fix="try 0.8"
+            )
         if self.step_size is not None and not self.step_size > 0:
             raise ConfigError("HMC(step_size=)", want="a positive number", got=str(self.step_size), fix="leave it out")
 
@@ -78,8 +80,12 @@ class HMC:
     ) -> Iterator[tuple[Block, State]]:
         if num_samples % self.num_chains:
             near = max(num_samples // self.num_chains, 1) * self.num_chains
-            raise ConfigError("num_samples", want=f"a multiple of num_chains = {self.num_chains}", got=str(num_samples),
-                              fix=f"pass {near} or {near + self.num_chains}")  # fmt: skip
+            raise ConfigError(
+                "num_samples",
+                want=f"a multiple of num_chains = {self.num_chains}",
+                got=str(num_samples),
+                fix=f"pass {near} or {near + self.num_chains}",
+            )
         yield from _run(self, model, data, num_samples // self.num_chains, seed, state)
 
 
@@ -98,7 +104,7 @@ class Adaptation(NamedTuple):
     log_step: float  # of the next trajectory
     log_step_mean: float  # its average, used after warm-up
     error_mean: float  # running mean of (target - acceptance)
-    count: int  # trajectories since the last restart
+    num_updates: int  # trajectories since the last restart
     centre: float  # what log_step is drawn towards
     inverse_mass: Tensor  # [P]
     num_draws: int  # draws in the running moments below
@@ -150,7 +156,13 @@ def trajectory(
 
 
 def transition(
-    density: Density, at: Position, noise: Tensor, uniform: Tensor, inverse_mass: Tensor, step_size: float, num_steps: int
+    density: Density,
+    at: Position,
+    noise: Tensor,
+    uniform: Tensor,
+    inverse_mass: Tensor,
+    step_size: float,
+    num_steps: int,
 ) -> tuple[Position, Info]:
     """One draw of every chain: fresh momentum, a trajectory, accept or stay.
 
@@ -175,19 +187,20 @@ def update_step_size(adaptation: Adaptation, acceptance: float, target: float) -
 
     x <- m - sqrt(t) / GAMMA * mean(target - acceptance);  x_mean <- t^-KAPPA x + (1 - t^-KAPPA) x_mean
     """
-    count = adaptation.count + 1
+    count = adaptation.num_updates + 1
     error_mean = adaptation.error_mean * (1 - 1 / (count + EARLY)) + (target - acceptance) / (count + EARLY)
     log_step = adaptation.centre - math.sqrt(count) / GAMMA * error_mean
     weight = count**-KAPPA
     mean = weight * log_step + (1 - weight) * adaptation.log_step_mean
-    return adaptation._replace(log_step=log_step, log_step_mean=mean, error_mean=error_mean, count=count)
+    return adaptation._replace(log_step=log_step, log_step_mean=mean, error_mean=error_mean, num_updates=count)
 
 
 def restart_step_size(adaptation: Adaptation, step_size: float) -> Adaptation:
     """Forget the average; draw the step size towards ten times this one, since long steps are cheap to try."""
     log_step = math.log(step_size)
-    return adaptation._replace(log_step=log_step, log_step_mean=log_step, error_mean=0.0, count=0,
-                               centre=math.log(10 * step_size))  # fmt: skip
+    return adaptation._replace(
+        log_step=log_step, log_step_mean=log_step, error_mean=0.0, num_updates=0, centre=math.log(10 * step_size)
+    )
 
 
 def update_moments(adaptation: Adaptation, flat: Tensor) -> Adaptation:
@@ -261,13 +274,22 @@ def _run(
         rows = slice(None) if kept else slice(0, 0)
         params, _ = model.constrain(at.flat[rows])  # [C, P], or none of them
         draw = (step - options.num_warmup) // options.thin - 1
-        block = make_block(params, chain=torch.arange(chains)[rows],
-                           draw=torch.full((chains,), draw)[rows], log_joint=at.log_joint[rows])  # fmt: skip
+        block = make_block(
+            params,
+            chain=torch.arange(chains)[rows],
+            draw=torch.full((chains,), draw)[rows],
+            log_joint=at.log_joint[rows],
+        )
         after = max(step - options.num_warmup, 0)
         diagnostics = {
-            "acceptance": accepted / after if after else acceptance, "divergences": divergences, "step_size": step_size,
-        }  # fmt: skip
-        yield block, {**_save(at, adaptation), "accepted": accepted, "step": step, "num_steps": total, "info": diagnostics}
+            "acceptance": accepted / after if after else acceptance,
+            "divergences": divergences,
+            "step_size": step_size,
+        }
+        yield (
+            block,
+            {**_save(at, adaptation), "accepted": accepted, "step": step, "num_steps": total, "info": diagnostics},
+        )
 
 
 def _learn(
@@ -290,14 +312,16 @@ def _start(options: HMC, model: BayesianModel, density: Density, seed: int) -> P
         flat = torch.stack([model.unconstrain(draw) for draw in draws])  # [C, P]
     value, log_joint, gradient = density(flat)
     if not (value.isfinite().all() and gradient.isfinite().all()):
-        raise FitError("HMC", want="a finite log joint at the start", got=f"{value.tolist()}",
-                       fix="use a narrower prior, standardise the data, or start='module'")  # fmt: skip
+        raise FitError(
+            "HMC",
+            want="a finite log joint at the start",
+            got=f"{value.tolist()}",
+            fix="use a narrower prior, standardise the data, or start='module'",
+        )
     return Position(flat, value, log_joint, gradient)
 
 
-def _first_adaptation(
-    options: HMC, density: Density, at: Position, prior_variance: Tensor, seed: int
-) -> Adaptation:
+def _first_adaptation(options: HMC, density: Density, at: Position, prior_variance: Tensor, seed: int) -> Adaptation:
     zeros = torch.zeros_like(at.flat)
     start = Adaptation(0.0, 0.0, 0.0, 0, 0.0, prior_variance, 0, zeros, zeros)
     step_size = options.step_size or _reasonable_step_size(density, at, prior_variance, seed)
@@ -319,8 +343,9 @@ def _reasonable_step_size(density: Density, at: Position, inverse_mass: Tensor, 
         if (acceptance(following) > 0.5) != (direction == 1):
             return step_size if direction == 1 else following
         step_size = following
-    raise FitError("HMC", want="a step size between 1e-16 and 1e14", got="none",
-                   fix="check the scale of prior and data")  # fmt: skip
+    raise FitError(
+        "HMC", want="a step size between 1e-16 and 1e14", got="none", fix="check the scale of prior and data"
+    )
 
 
 def _randomness(options: HMC, like: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, int]:
