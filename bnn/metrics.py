@@ -53,9 +53,9 @@ def brier(probs: Tensor, y: Tensor) -> Tensor:
 
 
 class Bins(NamedTuple):
-    """A reliability diagram: for each of M bins the rows in it, their mean confidence and accuracy (0 if empty)."""
+    """A reliability diagram: for each of M bins the number of rows in it, their mean confidence and accuracy (0 if empty)."""
 
-    count: Tensor  # [M] int64
+    rows: Tensor  # [M] int64
     confidence: Tensor  # [M]
     accuracy: Tensor  # [M]
 
@@ -74,8 +74,12 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, num_bins: int = 15)
     if num_bins < 1:
         raise ConfigError("num_bins", want="at least 1", got=str(num_bins), fix="pass 15")
     if confidence.dim() != 1 or confidence.shape != correct.shape:
-        raise DataError("metrics", want="confidence and correct of one shape [B]",
-                        got=f"{list(confidence.shape)} and {list(correct.shape)}", fix="take the maximum over classes")  # fmt: skip
+        raise DataError(
+            "metrics",
+            want="confidence and correct of one shape [B]",
+            got=f"{list(confidence.shape)} and {list(correct.shape)}",
+            fix="take the maximum over classes",
+        )
     confidence = confidence.double()
     edges = torch.arange(1, num_bins, dtype=torch.float64) / num_bins  # inner upper edges
     place = torch.bucketize(confidence, edges)  # right=False: (a, b]
@@ -87,11 +91,11 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, num_bins: int = 15)
 
 
 def ece(bins: Bins) -> Tensor:
-    """Expected calibration error, sum_m n_m / B |accuracy_m - confidence_m|, in [0, 1].
+    """Expected calibration error, sum_m rows_m / B |accuracy_m - confidence_m|, in [0, 1].
 
     Source: Guo et al. (2017), arXiv:1706.04599, eq. 3.
     """
-    return (bins.count * (bins.accuracy - bins.confidence).abs()).sum() / bins.count.sum()
+    return (bins.rows * (bins.accuracy - bins.confidence).abs()).sum() / bins.rows.sum()
 
 
 def auroc(score_in: Tensor, score_out: Tensor) -> float:
@@ -145,7 +149,8 @@ def mixture_log_prob(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tenso
 def mixture_cdf(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tensor | None = None) -> Tensor:
     """Probability integral transform u = sum_s w_s Phi((y - mu_s) / sigma_s), [B, C]; arguments as above."""
     weights = _log_weights(means, log_weight).exp()[:, None, None]
-    return (weights * torch.special.ndtr((y - means) / scales)).sum(dim=0)
+    below: Tensor = torch.special.ndtr((y - means) / scales)  # [S, B, C]
+    return (weights * below).sum(dim=0)
 
 
 def coverage(pit: Tensor, level: float) -> Tensor:
@@ -196,11 +201,19 @@ def mixture_crps(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tensor | 
 def check_probs(probs: Tensor, y: Tensor) -> None:
     """Raise DataError unless probs are [B, C] and y whole numbers [B] below C."""
     if probs.dim() != 2 or y.shape != probs.shape[:1] or y.is_floating_point():
-        raise DataError("metrics", want="probs [B, C] and whole-number y [B]", got=f"{list(probs.shape)} and {y.dtype} {list(y.shape)}",
-                        fix="average over samples first; pass class numbers")  # fmt: skip
+        raise DataError(
+            "metrics",
+            want="probs [B, C] and whole-number y [B]",
+            got=f"{list(probs.shape)} and {y.dtype} {list(y.shape)}",
+            fix="average over samples first; pass class numbers",
+        )
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < probs.shape[1]:
-        raise DataError("metrics", want=f"classes in [0, {probs.shape[1]})", got=f"{int(y.min())} to {int(y.max())}",
-                        fix="check the labels")  # fmt: skip
+        raise DataError(
+            "metrics",
+            want=f"classes in [0, {probs.shape[1]})",
+            got=f"{int(y.min())} to {int(y.max())}",
+            fix="check the labels",
+        )
 
 
 def _expected_distance(m: Tensor, v: Tensor) -> Tensor:

@@ -130,12 +130,17 @@ def _outputs(net: FunctionalModel, x: Any) -> Iterator[tuple[int, Tensor, Block,
         block = net.bank.block(slice(start, start + size))
         outputs = net.apply(block, x)
         if not isinstance(outputs, Tensor):
-            raise DataError("module", want="one tensor of outputs", got=type(outputs).__name__,
-                            fix="wrap the module so that it returns its logits or means")  # fmt: skip
+            raise DataError(
+                "module",
+                want="one tensor of outputs",
+                got=type(outputs).__name__,
+                fix="wrap the module so that it returns its logits or means",
+            )
         if not torch.isfinite(outputs).all():
             bad = int((~torch.isfinite(outputs.flatten(1))).any(dim=1).nonzero()[0]) + start
-            raise DataError(f"sample {bad}", want="finite outputs", got="NaN or Inf",
-                            fix="check the inputs, or drop the sample")  # fmt: skip
+            raise DataError(
+                f"sample {bad}", want="finite outputs", got="NaN or Inf", fix="check the inputs, or drop the sample"
+            )
         yield start, log_weight[start : start + size], block, outputs
         start += size
         # The first block of one sample shows how large its outputs are.

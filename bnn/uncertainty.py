@@ -21,7 +21,8 @@ def entropy(probs: Tensor) -> Tensor:
         >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
         tensor([0.0000, 0.6931])
     """
-    return torch.special.entr(probs).sum(dim=-1)
+    terms: Tensor = torch.special.entr(probs)
+    return terms.sum(dim=-1)
 
 
 def expected_entropy(probs: Tensor) -> Tensor:

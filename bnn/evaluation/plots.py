@@ -25,8 +25,9 @@ def draw(report: Report) -> dict[str, bytes]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("report", want="matplotlib for its pictures", got="none installed",
-                          fix="pip install 'bnn-toolkit[demo]'") from error  # fmt: skip
+        raise ConfigError(
+            "report", want="matplotlib for its pictures", got="none installed", fix="pip install 'bnn-toolkit[demo]'"
+        ) from error
 
     def canvas() -> Any:
         # A figure without pyplot: no global state, no windows.

@@ -60,8 +60,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds."""
         metrics = {
-            name: {"value": f.value, "standard_error": f.error, "definition": f.definition} for name, f in self.metrics.items()
-        }  # fmt: skip
+            name: {"value": f.value, "standard_error": f.error, "definition": f.definition}
+            for name, f in self.metrics.items()
+        }
         bins = None if self.bins is None else {k: v.tolist() for k, v in self.bins._asdict().items()}
         return {
             **self.about,
@@ -98,7 +99,9 @@ def save_reports(reports: dict[str, Report], folder: str | Path) -> None:
         folder: made if missing; files of these names are replaced.
     """
     pictures = {
-        f"{name}-{kind}.png": picture for name, report in reports.items() for kind, picture in plots.draw(report).items()
+        f"{name}-{kind}.png": picture
+        for name, report in reports.items()
+        for kind, picture in plots.draw(report).items()
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -127,23 +126,35 @@ def _class_figures(report: Report, num_bins: int, outside: Tensor | None) -> Non
     report.add_mean("brier", rows["brier"], "mean of sum_c (p_c - 1[y = c])^2, in [0, 2]")
     bins = metrics.calibration_bins(rows["confidence"], rows["correct"], num_bins=num_bins)
     report.bins = bins
-    report.add("ece", float(metrics.ece(bins)), f"expected calibration error, {num_bins} equal bins (a, b], first closed")
+    report.add(
+        "ece", float(metrics.ece(bins)), f"expected calibration error, {num_bins} equal bins (a, b], first closed"
+    )
     report.add_mean("total_entropy", rows["total_entropy"], "entropy of the mean predictive, nats")
     report.add_mean("expected_entropy", rows["expected_entropy"], "mean entropy of the samples (aleatoric), nats")
     report.add_mean("mutual_information", rows["mutual_information"], "total minus expected entropy (epistemic), nats")
     if outside is not None:
         report.ood_entropy = outside
         inside = rows["total_entropy"]
-        report.add("ood_auroc", metrics.auroc(inside, outside), f"AUROC of predictive entropy, {len(outside)} rows outside positive")
-        report.add("ood_fpr95", metrics.fpr_at_tpr(inside, outside), "false positive rate at the first TPR >= 0.95, same score")
+        report.add(
+            "ood_auroc",
+            metrics.auroc(inside, outside),
+            f"AUROC of predictive entropy, {len(outside)} rows outside positive",
+        )
+        report.add(
+            "ood_fpr95", metrics.fpr_at_tpr(inside, outside), "false positive rate at the first TPR >= 0.95, same score"
+        )
 
 
 def _normal_rows(predictive: NormalPredictive, y: Tensor) -> dict[str, Tensor]:
     means, scales, log_weight = predictive
     y = y.cpu()
     if y.shape != means.shape[1:]:
-        raise DataError("data", want=f"targets {list(means.shape[1:])}, as the module's outputs", got=str(list(y.shape)),
-                        fix="give the module one output a target")  # fmt: skip
+        raise DataError(
+            "data",
+            want=f"targets {list(means.shape[1:])}, as the module's outputs",
+            got=str(list(y.shape)),
+            fix="give the module one output a target",
+        )
     return {
         "y": y,
         "mean": predictive.mean,
@@ -164,18 +175,22 @@ def _normal_figures(report: Report) -> None:
     error = float(squared.std() / len(squared) ** 0.5 / (2 * root)) if len(squared) > 1 and root > 0 else None
     report.add("rmse", root, "root mean squared error of the predictive mean, target units", error)
     report.add_mean("nll", rows["nll"], "-mean log density of the mixture over samples, nats, target units")
-    report.add_mean("crps", rows["crps"].mean(dim=1), "continuous ranked probability score of the mixture, target units")
+    report.add_mean(
+        "crps", rows["crps"].mean(dim=1), "continuous ranked probability score of the mixture, target units"
+    )
     for level in LEVELS:
         inside = ((2.0 * rows["pit"] - 1.0).abs() <= level).double().mean(dim=1)
         report.add_mean(f"coverage_{level * 100:.0f}", inside, f"share of targets in the central {level:.0%} interval")
     for part in ("aleatoric", "epistemic"):
         values = rows[f"{part}_variance"].mean(dim=1)
-        report.add_mean(f"{part}_variance", values, f"mean {part} part of the predictive variance, squared target units")
+        report.add_mean(
+            f"{part}_variance", values, f"mean {part} part of the predictive variance, squared target units"
+        )
 
 
 def _entropies(
     net: FunctionalModel, ood: Data, likelihood: Likelihood, batch_size: int, progress: bool | None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     found = []
     for batch in _batches(ood, batch_size, "ood", progress):
         predictive = predict(net, batch.x, likelihood=likelihood)
@@ -204,5 +219,3 @@ def _in_order(data: Data, batch_size: int) -> Iterator[Batch]:
     for start in range(0, len(whole.y), batch_size):
         here = slice(start, start + batch_size)
         yield Batch(pytree.tree_map(lambda leaf: leaf[here], whole.x), whole.y[here])  # noqa: B023
-
-
