@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,24 @@ class Standardiser(NamedTuple):
         scale = values.std(dim=0, correction=0)
         return Standardiser(values.mean(dim=0), torch.where(scale > 1e-12, scale, torch.ones_like(scale)))
 
+    @staticmethod
+    def from_config(config: Mapping[str, list[float]] | None, like: Tensor) -> Standardiser | None:
+        """The standardiser that `to_config` wrote, for rows of the shape of `like`; None for None."""
+        if config is None:
+            return None
+        try:
+            loc, scale = (
+                torch.tensor(config[key], dtype=torch.float64).view(like.shape[1:]) for key in ("loc", "scale")
+            )
+        except RuntimeError as error:
+            raise DataError(
+                "data",
+                want=f"rows of {len(config['loc'])} values, as the bank was fitted to",
+                got=f"rows of shape {list(like.shape[1:])}",
+                fix="choose data of the same columns",
+            ) from error
+        return Standardiser(loc, scale)
+
     def to_config(self) -> dict[str, list[float]]:
         return {"loc": self.loc.flatten().tolist(), "scale": self.scale.flatten().tolist()}
 
@@ -49,6 +68,13 @@ class Raw(NamedTuple):
     classes: list[str] | None = None
     split: tuple[np.ndarray, np.ndarray] | None = None  # training and test rows
     standardise: bool = True  # digits come in one unit already
+
+
+class Units(NamedTuple):
+    """target = standardised * scale + loc."""
+
+    loc: float
+    scale: float
 
 
 class DataSet(NamedTuple):
@@ -67,14 +93,28 @@ class DataSet(NamedTuple):
         return list(self.train.x.shape[1:])
 
     @property
-    def units(self) -> dict[str, float]:
-        """`loc` and `scale` that lead predictions back to the target's own units."""
+    def units(self) -> Units:
+        """What leads predictions back to the target's own units."""
         if self.target is None:
-            return {}
-        return {"loc": float(self.target.loc), "scale": float(self.target.scale)}
+            return Units(0.0, 1.0)
+        if self.target.loc.dim():
+            raise DataError(
+                "data",
+                want="one target",
+                got=f"{len(self.target.loc)}",
+                fix="evaluate several targets through bnn.evaluate, in standardised units",
+            )
+        return Units(float(self.target.loc), float(self.target.scale))
 
 
-def load_data(spec: str, *, split: int = 0, task: Task | None = None, root: str | Path | None = None) -> DataSet:
+def load_data(
+    spec: str,
+    *,
+    split: int = 0,
+    task: Task | None = None,
+    root: str | Path | None = None,
+    fitted: Mapping[str, Any] | None = None,
+) -> DataSet:
     """Read a data set, split off its test rows and standardise with its training rows.
 
     Args:
@@ -85,29 +125,43 @@ def load_data(spec: str, *, split: int = 0, task: Task | None = None, root: str 
         split: k of a UCI folder; the seed of the 20 % test split of data that bring none.
         task: for a CSV file: whether a numeric target is a class or a number (the default).
         root: where relative paths begin.
+        fitted: the `record` of the data that a bank was fitted to. Its standardisers and classes are
+            used; and if these are other data, all of them are test rows.
 
     Raises:
         DataError: the file is missing or malformed, or holds NaN; column and row are named.
         ConfigError: no such data set.
     """
-    raw = _read(spec, split, task, Path(root or "."))
+    raw = _read(spec, split, task, Path(root or "."), None if fitted is None else fitted["classes"])
     _check_finite(raw, spec)
+    digest = _sha256(raw)
+    if fitted is not None and fitted["sha256"] != digest:
+        raw = raw._replace(split=(np.arange(0), np.arange(len(raw.x))))
     train_rows, test_rows = raw.split or _seeded_split(len(raw.x), split)
-    x = torch.from_numpy(np.ascontiguousarray(raw.x)).to(torch.float64)
-    inputs = Standardiser.of(x[train_rows]) if raw.standardise else None
+    x, y = torch.from_numpy(np.ascontiguousarray(raw.x)).to(torch.float64), torch.from_numpy(raw.y)
+    if fitted is not None:
+        inputs, target = (Standardiser.from_config(fitted[key], like) for key, like in (("inputs", x), ("target", y)))
+    else:
+        inputs = Standardiser.of(x[train_rows]) if raw.standardise else None
+        target = Standardiser.of(y[train_rows].double()) if raw.task == "regression" else None
     x = (inputs(x) if inputs else x).to(torch.float32)
     if raw.task == "classification":
-        y = torch.from_numpy(raw.y.astype(np.int64))
-        target, num_outputs = None, int(raw.y.max()) + 1 if raw.classes is None else len(raw.classes)
+        y = y.to(torch.int64)
+        num_outputs = int(y.max()) + 1 if raw.classes is None else len(raw.classes)
     else:
-        y = torch.from_numpy(raw.y.astype(np.float64))
-        target, num_outputs = Standardiser.of(y[train_rows]), 1 if y.dim() == 1 else y.shape[1]
-        y = target(y).to(torch.float32)
+        y = (target(y.double()) if target else y).to(torch.float32)
+        num_outputs = 1 if y.dim() == 1 else y.shape[1]
     record = {
-        "spec": spec, "split": split, "task": raw.task, "num_train": len(train_rows), "num_test": len(test_rows),
-        "sha256": _sha256(raw), "classes": raw.classes,
-        "inputs": inputs.to_config() if inputs else None, "target": target.to_config() if target else None,
-    }  # fmt: skip
+        "spec": spec,
+        "split": split,
+        "task": raw.task,
+        "num_train": len(train_rows),
+        "num_test": len(test_rows),
+        "sha256": digest,
+        "classes": raw.classes,
+        "inputs": inputs.to_config() if inputs else None,
+        "target": target.to_config() if target else None,
+    }
     train, test = Batch(x[train_rows], y[train_rows]), Batch(x[test_rows], y[test_rows])
     return DataSet(train, test, raw.task, num_outputs, target, inputs, record)
 
@@ -123,18 +177,22 @@ def load_outside(spec: str, like: DataSet, *, root: str | Path | None = None, sp
     _, rows = raw.split or _seeded_split(len(raw.x), split)
     x = torch.from_numpy(np.ascontiguousarray(raw.x))[rows].to(torch.float64)
     if list(x.shape[1:]) != like.input_shape:
-        raise DataError(f"ood '{spec}'", want=f"rows of shape {like.input_shape}", got=str(list(x.shape[1:])),
-                        fix="choose data of the same shape")  # fmt: skip
+        raise DataError(
+            f"ood '{spec}'",
+            want=f"rows of shape {like.input_shape}",
+            got=str(list(x.shape[1:])),
+            fix="choose data of the same shape",
+        )
     x = (like.inputs(x) if like.inputs else x).to(torch.float32)
     return Batch(x, torch.zeros(len(x), dtype=torch.int64))
 
 
-def _read(spec: str, split: int, task: Task | None, root: Path) -> Raw:
+def _read(spec: str, split: int, task: Task | None, root: Path, classes: list[str] | None = None) -> Raw:
     if spec in BUILT_IN:
         return _built_in(spec)
     path, _, column = spec.rpartition(":")
     if path.endswith(".csv"):
-        return _csv(root / path, column, task)
+        return _csv(root / path, column, task, classes)
     if spec.endswith(".csv"):
         raise DataError(spec, want="FILE.csv:TARGET", got="no target", fix="add the name of the target's column")
     if spec.endswith(".npz"):
@@ -143,16 +201,24 @@ def _read(spec: str, split: int, task: Task | None, root: Path) -> Raw:
         return _folder(root / spec, split)
     if is_reference(spec):
         return _from_arrays(spec, load(spec, "data")())
-    raise ConfigError("data", want=f"{', '.join(BUILT_IN)}, FILE.csv:TARGET, FILE.npz, a folder or package.module:function",
-                      got=repr(spec), fix="check the name and the path")  # fmt: skip
+    raise ConfigError(
+        "data",
+        want=f"{', '.join(BUILT_IN)}, FILE.csv:TARGET, FILE.npz, a folder or package.module:function",
+        got=repr(spec),
+        fix="check the name and the path",
+    )
 
 
 def _built_in(spec: str) -> Raw:
     try:
         from sklearn.datasets import load_diabetes, load_digits
     except ImportError as error:
-        raise ConfigError(f"data '{spec}'", want="scikit-learn, which brings it", got="none installed",
-                          fix="pip install 'bnn-toolkit[demo]'") from error  # fmt: skip
+        raise ConfigError(
+            f"data '{spec}'",
+            want="scikit-learn, which brings it",
+            got="none installed",
+            fix="pip install 'bnn-toolkit[demo]'",
+        ) from error
     if spec == "diabetes":
         bunch = load_diabetes(scaled=False)
         return Raw(bunch.data, bunch.target, "regression")
@@ -165,7 +231,7 @@ def _built_in(spec: str) -> Raw:
     return Raw(x.reshape(-1, 1, 8, 8), bunch.target, "classification", names, standardise=False)
 
 
-def _csv(path: Path, target: str, task: Task | None) -> Raw:
+def _csv(path: Path, target: str, task: Task | None, known: list[str] | None) -> Raw:
     _require_file(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = list(csv.reader(file))
@@ -173,21 +239,39 @@ def _csv(path: Path, target: str, task: Task | None) -> Raw:
         raise DataError(str(path), want="a header and rows", got=f"{len(lines)} lines", fix="check the file")
     header, rows = lines[0], [line for line in lines[1:] if line]
     if target not in header:
-        raise DataError(str(path), want=f"a column '{target}'", got=f"columns {', '.join(header)}",
-                        fix="name one of them after the colon")  # fmt: skip
+        raise DataError(
+            str(path),
+            want=f"a column '{target}'",
+            got=f"columns {', '.join(header)}",
+            fix="name one of them after the colon",
+        )
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
-            raise DataError(f"{path} line {number}", want=f"{len(header)} fields", got=str(len(row)), fix="mend the line")
+            raise DataError(
+                f"{path} line {number}", want=f"{len(header)} fields", got=str(len(row)), fix="mend the line"
+            )
     place = header.index(target)
     features = [name for name in header if name != target]
     if not features:
-        raise DataError(str(path), want="at least one feature column", got="none", fix="check the separator: it is a comma")
-    columns = [[_number(path, name, n, row[i]) for n, row in enumerate(rows, 2)] for i, name in enumerate(header) if i != place]
+        raise DataError(
+            str(path), want="at least one feature column", got="none", fix="check the separator: it is a comma"
+        )
+    columns = [
+        [_number(path, name, n, row[i]) for n, row in enumerate(rows, 2)] for i, name in enumerate(header) if i != place
+    ]
     x = np.array(columns, dtype=np.float64).T
     words = [row[place] for row in rows]
     numeric = all(_is_number(word) for word in words)
-    if task == "classification" or (task is None and not numeric):
-        classes = sorted(set(words), key=lambda word: (float(word), word) if numeric else (0.0, word))
+    if known is not None or task == "classification" or (task is None and not numeric):
+        classes = known or sorted(set(words), key=lambda word: (float(word), word) if numeric else (0.0, word))
+        strange = sorted(set(words) - set(classes))
+        if strange:
+            raise DataError(
+                str(path),
+                want=f"classes {', '.join(classes)} in '{target}'",
+                got=repr(strange[0]),
+                fix="drop such rows, or fit a bank that knows the class",
+            )
         return Raw(x, np.array([classes.index(word) for word in words]), "classification", classes)
     values = [_number(path, target, n, word, " for regression") for n, word in enumerate(words, 2)]
     return Raw(x, np.array(values), "regression")
@@ -199,8 +283,12 @@ def _npz(path: Path) -> Raw:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(str(path), want="an .npz archive of plain arrays", got=str(error),
-                        fix="write it with numpy.savez(FILE, x=..., y=...)") from error  # fmt: skip
+        raise DataError(
+            str(path),
+            want="an .npz archive of plain arrays",
+            got=str(error),
+            fix="write it with numpy.savez(FILE, x=..., y=...)",
+        ) from error
     return _from_arrays(str(path), arrays)
 
 
@@ -213,16 +301,24 @@ def _from_arrays(place: str, arrays: Any) -> Raw:
     for name, array in found.items():
         other = found.get("y" + name[1:])
         if array.dtype.kind not in "fiub" or other is None or len(array) != len(other) or not len(array):
-            raise DataError(f"{place} {name}", want="numbers, as many rows as its y", got=f"{array.dtype} {list(array.shape)}",
-                            fix="convert or cut it")  # fmt: skip
+            raise DataError(
+                f"{place} {name}",
+                want="numbers, as many rows as its y",
+                got=f"{array.dtype} {list(array.shape)}",
+                fix="convert or cut it",
+            )
     x, y, split = found["x"], found["y"], None
     if "x_test" in found:
         split = np.arange(len(x)), np.arange(len(x), len(x) + len(found["x_test"]))
         x, y = np.concatenate([x, found["x_test"]]), np.concatenate([y, found["y_test"]])
     classification = y.dtype.kind in "iub"
     if classification and (y.ndim != 1 or y.min() < 0):
-        raise DataError(f"{place} y", want="classes numbered from 0, [N]", got=f"{list(y.shape)} from {y.min()}",
-                        fix="number them, or pass floats for a regression")  # fmt: skip
+        raise DataError(
+            f"{place} y",
+            want="classes numbered from 0, [N]",
+            got=f"{list(y.shape)} from {y.min()}",
+            fix="number them, or pass floats for a regression",
+        )
     x = x.reshape(len(x), -1) if x.ndim == 1 else x
     return Raw(x.astype(np.float64), y, "classification" if classification else "regression", split=split)
 
@@ -232,8 +328,9 @@ def _folder(path: Path, split: int) -> Raw:
         return _uci(path, split)
     if (path / "t10k-images-idx3-ubyte.gz").exists():
         return _mnist(path)
-    raise DataError(str(path), want="a UCI folder with data.txt or a folder of MNIST files", got="neither",
-                    fix="check the path")  # fmt: skip
+    raise DataError(
+        str(path), want="a UCI folder with data.txt or a folder of MNIST files", got="neither", fix="check the path"
+    )
 
 
 def _uci(path: Path, split: int) -> Raw:
@@ -248,7 +345,9 @@ def _uci(path: Path, split: int) -> Raw:
     features, target = numbers("index_features.txt").astype(int), int(numbers("index_target.txt"))
     if not (path / f"index_train_{split}.txt").exists():
         count = len(list(path.glob("index_train_*.txt")))
-        raise DataError(str(path), want=f"a split from 0 to {count - 1}", got=str(split), fix="pass --split with one of them")
+        raise DataError(
+            str(path), want=f"a split from 0 to {count - 1}", got=str(split), fix="pass --split with one of them"
+        )
     rows = tuple(numbers(f"index_{part}_{split}.txt").astype(int) for part in ("train", "test"))
     return Raw(table[:, features], table[:, target], "regression", split=(rows[0], rows[1]))
 
@@ -277,8 +376,12 @@ def _check_finite(raw: Raw, spec: str) -> None:
         bad = ~np.isfinite(array.astype(np.float64))
         if bad.any():
             row = int(np.argwhere(bad)[0][0])
-            raise DataError(f"data '{spec}'", want="finite numbers", got=f"NaN or Inf in row {row} of {name}",
-                            fix="drop or impute such rows")  # fmt: skip
+            raise DataError(
+                f"data '{spec}'",
+                want="finite numbers",
+                got=f"NaN or Inf in row {row} of {name}",
+                fix="drop or impute such rows",
+            )
 
 
 def _sha256(raw: Raw) -> str:
@@ -290,7 +393,9 @@ def _sha256(raw: Raw) -> str:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise DataError(str(path), want="a file", got="none", fix="check the path, or say where paths begin with --data-root")
+        raise DataError(
+            str(path), want="a file", got="none", fix="check the path, or say where paths begin with --data-root"
+        )
 
 
 def _is_number(word: str) -> bool:
@@ -303,6 +408,10 @@ def _is_number(word: str) -> bool:
 
 def _number(path: Path, column: str, line: int, word: str, why: str = "") -> float:
     if not _is_number(word):
-        raise DataError(f"{path} line {line}", want=f"a number in column '{column}'{why}", got=repr(word),
-                        fix="encode it as numbers, or drop the column or row")  # fmt: skip
+        raise DataError(
+            f"{path} line {line}",
+            want=f"a number in column '{column}'{why}",
+            got=repr(word),
+            fix="encode it as numbers, or drop the column or row",
+        )
     return float(word)

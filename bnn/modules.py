@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -41,8 +42,9 @@ def build(spec: str, *, input_shape: Sequence[int], num_outputs: int, seed: int)
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"model '{spec}'", want="a torch module", got=type(module).__name__, fix="return one")
             return module.eval()
-    raise ConfigError("model", want="mlp:WIDTHS[,ACTIVATION], cnn or package.module:function", got=repr(spec),
-                      fix="try mlp:64,64")  # fmt: skip
+    raise ConfigError(
+        "model", want="mlp:WIDTHS[,ACTIVATION], cnn or package.module:function", got=repr(spec), fix="try mlp:64,64"
+    )
 
 
 def is_reference(spec: str) -> bool:
@@ -61,8 +63,12 @@ def load(spec: str, place: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{place} '{spec}'", want="an importable function", got=str(error),
-                          fix="check the name, and run from the folder that holds the package") from error  # fmt: skip
+        raise ConfigError(
+            f"{place} '{spec}'",
+            want="an importable function",
+            got=str(error),
+            fix="check the name, and run from the folder that holds the package",
+        ) from error
     finally:
         if added:
             sys.path.remove(folder)
@@ -77,17 +83,26 @@ def _mlp(spec: str, num_inputs: int, num_outputs: int) -> nn.Module:
         raise ConfigError("model mlp", want="widths such as 64,64", got=repr(spec), fix="try mlp:64,64,tanh")
     widths = [num_inputs, *map(int, words)]
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], num_outputs))
 
 
 def _cnn(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
-        raise ConfigError("model cnn", want="inputs [channels, height, width] of at least 4 x 4",
-                          got=str(list(input_shape)), fix="use mlp:64,64 for such rows")  # fmt: skip
+        raise ConfigError(
+            "model cnn",
+            want="inputs [channels, height, width] of at least 4 x 4",
+            got=str(list(input_shape)),
+            fix="use mlp:64,64 for such rows",
+        )
     return nn.Sequential(
-        nn.Conv2d(input_shape[0], 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(), nn.Linear(128, num_outputs),
-    )  # fmt: skip
+        nn.Conv2d(input_shape[0], 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, num_outputs),
+    )

@@ -1,0 +1,63 @@
+"""The command line: one file a verb. Nothing here imports torch before a verb runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+import typer
+
+from bnn.cli import bank, bench, demo, evaluate, fit, train
+from bnn.errors import BankWriteError, BnnError
+
+app = typer.Typer(
+    name="bnn",
+    help="Fit a posterior over the weights of a module, keep it as a bank of samples, use and judge it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("fit")(fit.fit)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(bank.app, name="bank")
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a negative verdict, 2 bad input, 3 input or output failed, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; the exit code. Errors are one line on stderr, with `--debug` a traceback before it."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        return _say(error.format_message(), 2)
+    except click.ClickException as error:
+        where = f" {error.ctx.command_path}" if isinstance(error, click.UsageError) and error.ctx else " bnn"
+        return _say(f"{where.strip()}: {error.format_message()}; see '{where.strip()} --help'", 2)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _say("interrupted; what was committed is kept, go on with the same command and --resume", 130)
+    except BnnError as error:
+        _debug(arguments)
+        return _say(str(error), 3 if isinstance(error, BankWriteError) else 2)
+    except OSError as error:
+        _debug(arguments)
+        return _say(f"{error.filename or 'input/output'}: {error.strerror or error}", 3)
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _debug(arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()

@@ -1,0 +1,139 @@
+"""Options and steps that several verbs share."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from bnn.errors import BankMismatch, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnn.bank import Bank
+    from bnn.data import DataSet
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the values of a TOML file as defaults: flags on the command line win."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(str(path), want="a TOML file", got="none", fix="check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), want="TOML", got=str(error), fix="mend the file") from error
+    known = {parameter.name for parameter in context.command.params}
+    plain = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in plain:
+        if key not in known - {"config"}:
+            raise ConfigError(
+                f"{path} '{key}'",
+                want="the name of a flag",
+                got="an unknown one",
+                fix=f"see '{context.command_path} --help'",
+            )
+    context.default_map = {**(context.default_map or {}), **plain}
+    return path
+
+
+DataRoot = Annotated[str | None, typer.Option(help="Folder where relative paths of data begin.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run at --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the package.module:function that a bank names.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with values for these flags; flags win.", callback=read_config, is_eager=True),
+]
+
+
+def model_record(spec: str, data: DataSet, seed: int, num_outputs: int | None = None) -> dict[str, Any]:
+    """What `bank.json` keeps of a module, so that it can be built again."""
+    options = {"input_shape": data.input_shape, "num_outputs": num_outputs or data.num_outputs, "seed": seed}
+    return {"spec": spec, "options": options}
+
+
+def module_of(bank: Bank, *, model: str | None = None, trust: bool = False) -> nn.Module:
+    """The module that a bank was fitted to, with the values that the bank keeps once.
+
+    Raises:
+        BankMismatch: the bank names no module, or another one than `model`.
+        ConfigError: it names code to run, and nobody vouched for it.
+    """
+    from bnn import modules
+
+    record = bank.info.get("model")
+    if record is None:
+        raise BankMismatch(
+            str(bank.path),
+            want="a bank made with 'bnn fit'",
+            got="one that names no model",
+            fix="use it from Python: bnn.evaluate(bnn.FunctionalModel(module, bank), data)",
+        )
+    spec, options = record["spec"], record["options"]
+    if model is not None and model != spec:
+        raise BankMismatch(str(bank.path), want=f"--model {spec}, as the bank says", got=model, fix="leave --model out")
+    require_trust(spec, said=model, trust=trust, place=f"{bank.path} model", flag="--model")
+    module = modules.build(
+        spec, input_shape=options["input_shape"], num_outputs=options["num_outputs"], seed=options["seed"]
+    )
+    base = bank.base()
+    state = module.state_dict()
+    for name, tensor in base.items():
+        if name in state and state[name].shape == tensor.shape:
+            state[name].copy_(tensor)  # the module was built here and is nobody else's
+    return module
+
+
+def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None, trust: bool) -> DataSet:
+    """The data that a bank was fitted to, or others, standardised as those were.
+
+    Raises:
+        BankMismatch: the bank names no data and none are given, or the split differs.
+    """
+    from bnn.data import load_data
+
+    record = bank.info.get("data")
+    if record is None:
+        raise BankMismatch(
+            str(bank.path),
+            want="a bank made with 'bnn fit'",
+            got="one that names no data",
+            fix="use it from Python: bnn.evaluate(...)",
+        )
+    spec = data or record["spec"]
+    require_trust(spec, said=data, trust=trust, place=f"{bank.path} data", flag="--data")
+    if split is not None and spec == record["spec"] and split != record["split"]:
+        raise BankMismatch(
+            str(bank.path),
+            want=f"--split {record['split']}, which the bank was fitted on",
+            got=str(split),
+            fix="leave --split out: on another split the bank has seen test rows",
+        )
+    return load_data(
+        spec, split=record["split"] if split is None else split, task=record["task"], root=root, fitted=record
+    )
+
+
+def require_trust(spec: str, *, said: str | None, trust: bool, place: str, flag: str) -> None:
+    from bnn.modules import is_reference
+
+    if is_reference(spec) and not spec.endswith(".csv") and said != spec and not trust:
+        raise ConfigError(
+            place,
+            want="your word for code that the bank names",
+            got=repr(spec),
+            fix=f"repeat it as {flag} {spec}, or say --trust",
+        )
+
+
+def usage(message: str) -> click.UsageError:
+    """A usage error that names the command it belongs to."""
+    return click.UsageError(message, click.get_current_context(silent=True))

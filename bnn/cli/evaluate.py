@@ -1,0 +1,63 @@
+"""bnn evaluate: predictive uncertainty of banks on held-out data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bnn.cli import common
+
+
+def evaluate(
+    bank: Annotated[list[Path], typer.Option(help="Folder of a bank; repeatable.")],
+    data: Annotated[
+        str | None, typer.Option(help="Data; their test rows are used. [default: the bank's]", show_default=False)
+    ] = None,
+    ood: Annotated[
+        str | None, typer.Option(help="Out-of-distribution data, such as digits-shuffled.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
+    ] = None,
+    split: Annotated[
+        int | None, typer.Option(help="Split of the data. [default: the bank's]", show_default=False)
+    ] = None,
+    base: Annotated[str, typer.Option(help="Show information in nats (e) or bits (2).")] = "e",
+    num_bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    data_root: common.DataRoot = None,
+    trust: common.Trust = False,
+    config: common.Config = None,
+    debug: common.Debug = False,
+) -> None:
+    """Score the posterior predictive of one or more banks on the test rows of their data."""
+    del config, debug
+    from bnn import evaluation
+    from bnn.bank import Bank
+    from bnn.cli.show import show_reports
+    from bnn.data import load_outside
+    from bnn.errors import choose
+    from bnn.functional import FunctionalModel
+
+    choose("--base", base, ("e", "2"))
+    opened = {path: Bank.open(path) for path in bank}
+    reports: dict[str, evaluation.Report] = {}
+    for path, found in opened.items():
+        module = common.module_of(found, model=model, trust=trust)
+        dataset = common.data_of(found, data=data, root=data_root, split=split, trust=trust)
+        outside = None if ood is None else load_outside(ood, dataset, root=data_root, split=dataset.record["split"])
+        net = FunctionalModel(module, found, device=device)
+        name = path.name if path.name not in reports else str(path).strip("/").replace("/", "-")
+        result = evaluation.evaluate(
+            net, dataset.test, ood=outside, num_bins=num_bins, loc=dataset.units.loc, scale=dataset.units.scale
+        )
+        result.about = {"bank": str(path), "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
+        reports[name] = result
+    show_reports(reports, base=base)
+    if report is not None:
+        evaluation.save_reports(reports, report)

@@ -1,0 +1,67 @@
+"""Tables on stdout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bnn.bank import Bank
+    from bnn.evaluation import Report
+
+
+def show_bank(bank: Bank) -> None:
+    """What a bank is, in a few lines."""
+    method, data, model = bank.info["method"], bank.info.get("data"), bank.info.get("model")
+    lines = [
+        f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {size(len(bank) * bank.layout.num_bytes)}",
+        f"method      {method['name']} {_options(method['options'])}",
+        f"model       {model['spec'] if model else 'not recorded'}",
+        f"data        {data['spec'] + ', split ' + str(data['split']) if data else 'not recorded'}",
+        f"likelihood  {bank.info.get('likelihood', {}).get('name', 'not recorded')}",
+        f"complete    {'yes' if bank.info.get('complete') else 'no: go on with --resume'}",
+    ]
+    for writer, found in bank.info.get("diagnostics", {}).items():
+        if found:
+            lines.append(f"{writer:11} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+
+
+def show_reports(reports: dict[str, Report], *, only: Sequence[str] = (), base: str = "e", speed: bool = False) -> None:
+    """One row a bank, one column a figure; information in nats, or in bits with base 2."""
+    names = list(only) or list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    if speed:
+        table.add_column("rows/s", justify="right")
+    for bank, report in reports.items():
+        cells = []
+        for name in names:
+            figure = report.metrics.get(name)
+            divisor = math.log(2.0) if base == "2" and is_information(name) else 1.0
+            cells.append("" if figure is None else f"{figure.value / divisor:.4f}")
+        table.add_row(bank, *cells, *([f"{report.rows_per_second:,.0f}"] if speed else []))
+    Console(soft_wrap=False, highlight=False, width=None if Console().is_terminal else 200).print(table)
+
+
+def is_information(name: str) -> bool:
+    """Whether a figure is in nats."""
+    return "entropy" in name or name in ("mutual_information", "nll", "gibbs_nll")
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def _options(options: dict[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items() if value is not None)
