@@ -88,7 +88,7 @@ class Layout:
         """One tensor [P] or [K, P] -> params of shapes [*shape] or [K, *shape]; views where dtypes agree."""
         pieces = flat.split([e.numel for e in self.entries], dim=-1)
         return {
-            e.name: piece.reshape(*flat.shape[:-1], *e.shape).to(e.dtype)
+            e.name: piece.reshape((*flat.shape[:-1], *e.shape)).to(e.dtype)
             for e, piece in zip(self.entries, pieces, strict=True)
         }
 

@@ -1,0 +1,40 @@
+"""Fixtures that every test may use, and the watch over the world's state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from bnn.seeding import isolated
+
+
+@pytest.fixture(autouse=True)
+def own_streams(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test starts from global random states of its own, so that none depends on those before it."""
+    with isolated(0, request.node.nodeid):
+        yield
+
+
+@pytest.fixture
+def world_untouched() -> Iterator[None]:
+    """Fail a test after which the global random states or Pyro's store are not what they were before it."""
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    store = dict(pyro.get_param_store().items())
+    yield
+    assert torch.equal(before[0], torch.get_rng_state()), "torch's global random state was touched"
+    assert np.array_equal(before[1], np.random.get_state()[1]), "NumPy's global random state was touched"  # noqa: NPY002
+    assert before[2] == random.getstate(), "Python's global random state was touched"
+    assert dict(pyro.get_param_store().items()) == store, "Pyro's parameter store was touched"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device; cuda is skipped where there is none."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
