@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from bnn.errors import DataError
 from bnn.seeding import generator, isolated
@@ -17,10 +17,20 @@ from bnn.types import Batch, Data
 
 
 def num_rows(data: Data) -> int:
-    """N, the rows of a pair of tensors, a data set, or the data set of a loader."""
-    if isinstance(data, DataLoader):
-        return len(cast(Sized, data.dataset))
-    return len(data[1]) if isinstance(data, tuple) else len(data)
+    """N, the rows of a pair of tensors, a data set, or the data set of a loader.
+
+    Raises:
+        DataError: a data set without a length.
+    """
+    source = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(source, IterableDataset):
+        raise DataError(
+            "data",
+            want="a map-style data set",
+            got="an iterable one, whose length nobody knows",
+            fix="give it __len__ and __getitem__, or read it into tensors",
+        )
+    return len(source[1]) if isinstance(source, (tuple, list)) else len(cast(Sized, source))
 
 
 def full_batch(data: Data) -> Batch:
@@ -30,7 +40,7 @@ def full_batch(data: Data) -> Batch:
         DataError: NaN or Inf, or inputs and targets of different lengths.
     """
     if isinstance(data, DataLoader):
-        parts = [_as_batch(part) for part in data]
+        parts = [_as_batch(part) for part in parts_of(data, 0, "full batch")]
         x = pytree.tree_map(lambda *leaves: torch.cat(leaves), *(part.x for part in parts))
         return check(Batch(x, torch.cat([part.y for part in parts])))
     if isinstance(data, Dataset):
@@ -113,15 +123,20 @@ def _fetch(dataset: Any, rows: list[int]) -> Any:
 def _from_loader(loader: DataLoader[Any], seed: int, start: int) -> Iterator[Batch]:
     epoch, skip = divmod(start, len(loader))
     while True:
-        with isolated(seed, "batches", epoch):  # a loader draws its order from the global stream when it starts
-            iterator = iter(loader)
-            first = next(iterator)
-        for number, part in enumerate(_chain(first, iterator)):
+        for number, part in enumerate(parts_of(loader, seed, "batches", epoch)):
             if number >= skip:
                 yield check(_as_batch(part))
         epoch, skip = epoch + 1, 0
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
+def parts_of(loader: DataLoader[Any], seed: int, *keys: int | str) -> Iterator[Any]:
+    """The batches of a stock loader, in an order that depends on (seed, *keys) where it shuffles.
+
+    A loader draws from the global stream when it starts, that is until its first batch is there.
+    """
+    with isolated(seed, *keys):
+        iterator = iter(loader)
+        first = next(iterator, None)
+    if first is not None:
+        yield first
+        yield from iterator

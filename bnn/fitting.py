@@ -54,7 +54,7 @@ def fit(
         BankMismatch: the bank to resume was made with other options.
         ConfigError, DataError, FitError: as the method says; nothing half-written is left behind.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bnn import inference, likelihoods, priors
         >>> module = torch.nn.Linear(2, 3)

@@ -161,7 +161,7 @@ class FunctionalModel:
         BankMismatch: the bank belongs to another module; the first differing entry is named.
         ModuleError: the module cannot be copied, or its mode makes it change or draw random numbers.
 
-    Example:
+    Examples:
         >>> import bnn, torch
         >>> module = torch.nn.Linear(3, 2)
         >>> bank = bnn.Bank.from_state_dicts([module.state_dict()] * 4, module=module)

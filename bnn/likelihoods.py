@@ -113,13 +113,13 @@ def as_columns(values: Tensor) -> Tensor:
 
 
 def check_logits(outputs: Tensor, y: Tensor) -> None:
-    """Raise DataError unless outputs are [B, C] and targets whole numbers [B]."""
-    if outputs.dim() != 2 or y.dim() != 1 or len(outputs) != len(y) or y.is_floating_point():
+    """Raise DataError unless outputs are [B, C] and targets int64 [B]."""
+    if outputs.dim() != 2 or y.dim() != 1 or len(outputs) != len(y) or y.dtype != torch.int64:
         raise DataError(
             "likelihood Categorical",
-            want="outputs [B, C] and whole-number targets [B]",
+            want="outputs [B, C] and int64 targets [B]",
             got=f"outputs {list(outputs.shape)} and {y.dtype} targets {list(y.shape)}",
-            fix="give the module one output a class and pass y as int64",
+            fix="give the module one output a class, and pass y.long()",
         )
 
 

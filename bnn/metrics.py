@@ -81,7 +81,7 @@ def calibration_bins(confidence: Tensor, correct: Tensor, *, num_bins: int = 15)
             fix="take the maximum over classes",
         )
     confidence = confidence.double()
-    edges = torch.arange(1, num_bins, dtype=torch.float64) / num_bins  # inner upper edges
+    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins  # inner upper edges
     place = torch.bucketize(confidence, edges)  # right=False: (a, b]
     count = torch.bincount(place, minlength=num_bins)
     filled = count.clamp_min(1)
@@ -126,6 +126,10 @@ def fpr_at_tpr(score_in: Tensor, score_out: Tensor, *, tpr: float = 0.95) -> flo
 
 def rmse(mean: Tensor, y: Tensor) -> Tensor:
     """sqrt(mean (y - mean)^2), in units of the target; both [B, C]."""
+    if mean.shape != y.shape:
+        raise DataError(
+            "rmse", want=f"targets {list(mean.shape)}, as the means", got=str(list(y.shape)), fix="reshape one of them"
+        )
     return (y - mean).square().mean().sqrt()
 
 
@@ -199,13 +203,13 @@ def mixture_crps(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tensor | 
 
 
 def check_probs(probs: Tensor, y: Tensor) -> None:
-    """Raise DataError unless probs are [B, C] and y whole numbers [B] below C."""
-    if probs.dim() != 2 or y.shape != probs.shape[:1] or y.is_floating_point():
+    """Raise DataError unless probs are [B, C] and y int64 [B] below C."""
+    if probs.dim() != 2 or y.shape != probs.shape[:1] or y.dtype != torch.int64:
         raise DataError(
             "metrics",
-            want="probs [B, C] and whole-number y [B]",
+            want="probs [B, C] and int64 y [B]",
             got=f"{list(probs.shape)} and {y.dtype} {list(y.shape)}",
-            fix="average over samples first; pass class numbers",
+            fix="average over samples first; pass y.long()",
         )
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < probs.shape[1]:
         raise DataError(

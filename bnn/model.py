@@ -39,7 +39,7 @@ class BayesianModel:
         ConfigError: an option out of range, a pattern that matches nothing.
         ModuleError: a module that cannot be run functionally.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bnn import likelihoods
         >>> model = BayesianModel(torch.nn.Linear(2, 3), prior=priors.Normal(), likelihood=likelihoods.Categorical(),

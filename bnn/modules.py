@@ -50,7 +50,12 @@ def build(spec: str, *, input_shape: Sequence[int], num_outputs: int, seed: int)
 def is_reference(spec: str) -> bool:
     """Whether a spec is `package.module:function`, which runs the user's code."""
     package, colon, function = spec.partition(":")
-    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in package.split("."))
+    return (
+        bool(colon)
+        and not package.endswith(".csv")
+        and function.isidentifier()
+        and all(part.isidentifier() for part in package.split("."))
+    )
 
 
 def load(spec: str, place: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bnn.errors import ConfigError, DataError
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Gaussian, Likelihood, as_columns, likelihood_from_config
+from bnn.priors import require_positive
 from bnn.types import Block
 from bnn.uncertainty import entropy
 
@@ -89,6 +90,7 @@ def predict(
         DataError: a sample gives NaN or Inf; its index is named.
         ConfigError: neither the bank nor the caller names a likelihood.
     """
+    require_positive("predict(scale=)", scale)
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     if not len(net.bank):
         raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
@@ -101,6 +103,8 @@ def predict(
 def _classes(net: FunctionalModel, x: Any) -> ClassPredictive:
     log_probs = expected_entropy = expected_log_prob = torch.zeros(())
     for start, log_weight, _, outputs in _outputs(net, x):
+        if outputs.dim() != 3:
+            raise _shape("[B, C], one output a class", outputs)
         each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
         weight = log_weight.exp()[:, None, None]
         mixed = torch.logsumexp(each + log_weight[:, None, None], dim=0)  # [B, C]
@@ -114,11 +118,19 @@ def _classes(net: FunctionalModel, x: Any) -> ClassPredictive:
 def _normal(net: FunctionalModel, x: Any, likelihood: Gaussian, loc: float, scale: float) -> NormalPredictive:
     means, scales, weights = [], [], []
     for _, log_weight, block, outputs in _outputs(net, x):
+        if outputs.dim() not in (2, 3):
+            raise _shape("[B] or [B, C]", outputs)
         means.append(torch.stack([as_columns(one) for one in outputs]).double().cpu() * scale + loc)  # [K, B, C]
         noise = likelihood.scale_of(block.params).double().cpu().expand(block.num_samples)
         scales.append(noise[:, None, None] * scale)  # [K, 1, 1]
         weights.append(log_weight.cpu())
     return NormalPredictive(torch.cat(means), torch.cat(scales), torch.cat(weights))
+
+
+def _shape(want: str, outputs: Tensor) -> DataError:
+    return DataError(
+        "module", want=f"outputs {want}", got=str(list(outputs.shape[1:])), fix="reshape them in the module's forward"
+    )
 
 
 def _outputs(net: FunctionalModel, x: Any) -> Iterator[tuple[int, Tensor, Block, Tensor]]:

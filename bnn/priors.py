@@ -70,7 +70,7 @@ class Normal:
         scale: standard deviation, positive; or a mapping from glob to it, in which the first pattern
             that matches a name counts.
 
-    Example:
+    Examples:
         >>> Normal(0.0, {"*.bias": 0.1, "*": 1.0}).moments(Entry("fc.bias", (3,), torch.float32))
         (0.0, 0.1)
     """
@@ -211,5 +211,6 @@ class LogNormal:
 
 
 def require_positive(place: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a finite number above 0."""
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         raise ConfigError(place, want="a positive number", got=repr(value), fix="pass one such as 1.0")

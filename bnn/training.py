@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bnn.bank import Bank, BankWriter
+from bnn.bank.files import write_atomic
 from bnn.batches import full_batch
 from bnn.errors import ConfigError, FitError
 from bnn.fitting import drive
@@ -45,6 +45,7 @@ class _Lesson(NamedTuple):
     net: FunctionalModel
     student: Skeleton
     likelihood: Likelihood
+    weights: Tensor  # [S] of the samples, summing to 1
     held_out: tuple[Tensor, Tensor, Any] | None  # x, y, predictive of the bank
 
 
@@ -71,7 +72,7 @@ def distil(
     minimise over phi: E_{x, i} KL(p(y | x, theta_i) || q(y | x, phi))
 
     Each batch of data meets one bank index, so that a step costs one pass of one sample, and over
-    many steps the student learns the predictive of the whole bank: its minimum is the mean
+    many steps the student learns the predictive of the whole bank, sample weights included: its minimum is the mean
     probability for classes, mean and standard deviation of the mixture for a Gaussian.
 
     Args:
@@ -132,7 +133,9 @@ def distil(
     buffers = {name: buffer.detach() for name, buffer in student.named_buffers()}
     writer = BankWriter(out, layout=layout, config=config, base=buffers, resume=resume, overwrite=overwrite)
     if writer.num_rows == 0:
-        lesson = _Lesson(net, Skeleton(student, layout, detach=True), likelihood, kept)
+        lesson = _Lesson(
+            net, Skeleton(student, layout, detach=True), likelihood, net.bank.log_weight.softmax(dim=0), kept
+        )
         start = {e.name: dict(student.named_parameters())[e.name].detach() for e in layout.entries if e.name != SCALE}
         if is_normal:
             start[SCALE] = torch.ones(())
@@ -202,6 +205,7 @@ def _step(
     index = int(index)
     with torch.no_grad():
         teacher = lesson.net(x, index)
+        weight = len(lesson.net.bank) * float(lesson.weights[index])
         teacher_scale = _scale(lesson.likelihood, lesson.net.params(index))
     params = _from_log(values)
     optimizer.zero_grad()
@@ -209,6 +213,7 @@ def _step(
     loss = divergence(
         lesson.likelihood, teacher.to(student.device), student, teacher_scale, params.get(SCALE, torch.ones(()))
     ).mean()
+    loss = weight * loss
     if not torch.isfinite(loss):
         raise FitError("distil", want="a finite loss", got=f"{float(loss)} at step {step}", fix="lower lr")
     loss.backward()
@@ -288,6 +293,5 @@ def _load(state: State, values: Params, optimizer: torch.optim.Adam) -> None:
 def _write_files(folder: Path, bank: Bank, state: State) -> None:
     """`model.safetensors` and `curve.json` beside the bank, for tools that know nothing of banks."""
     bank.export(folder / "model.safetensors", 0)
-    temporary = folder / ".tmp-curve.json"
-    temporary.write_text(json.dumps(state.get("curve", []), indent=2) + "\n")
-    os.replace(temporary, folder / "curve.json")
+    curve = json.dumps(state.get("curve", []), indent=2, sort_keys=True) + "\n"
+    write_atomic(folder / "curve.json", [curve.encode()])

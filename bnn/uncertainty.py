@@ -17,7 +17,7 @@ def entropy(probs: Tensor) -> Tensor:
     Returns:
         Entropy [...], in [0, log C].
 
-    Example:
+    Examples:
         >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
         tensor([0.0000, 0.6931])
     """

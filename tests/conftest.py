@@ -12,6 +12,9 @@ import torch
 
 from bnn.seeding import isolated
 
+# Small tensors: a second thread costs more than it brings, and more still beside other processes.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def own_streams(request: pytest.FixtureRequest) -> Iterator[None]:

@@ -33,11 +33,9 @@ def linear_regression(
     num_rows: int = 30, num_inputs: int = 4, noise: float = 0.5, prior: float = 1.5
 ) -> LinearRegression:
     source = generator(3, "linear regression")
-    # Correlated inputs give a posterior far from a sphere, which hides errors of scale.
-    x = torch.randn(num_rows, num_inputs, generator=source) @ torch.linspace(0.3, 1.7, num_inputs**2).view(
-        num_inputs, -1
-    )
-    x = x / x.std(dim=0) + 0.4 * torch.randn(num_rows, num_inputs, generator=source)
+    # Correlated inputs of unlike scales give a posterior far from a sphere, which would hide errors of scale.
+    x = torch.randn(num_rows, num_inputs, generator=source)
+    x = (x + 0.6 * x.roll(1, dims=1)) * torch.linspace(0.5, 1.5, num_inputs)
     truth = torch.randn(num_inputs, generator=source)
     y = x @ truth + 0.7 + noise * torch.randn(num_rows, generator=source)
     design = torch.cat([x, torch.ones(num_rows, 1)], dim=1).double()

@@ -76,7 +76,7 @@ def test_constrain_is_undone_by_unconstrain() -> None:
 
 
 def test_parameters_outside_the_sample_stay_the_modules_own() -> None:
-    model, (x, y) = classifier()
+    model, (x, _) = classifier()
     partial = BayesianModel(model.module, prior=model.prior, likelihood=model.likelihood, num_data=23, bayesian="3")
     assert partial.layout.names == ("3.weight", "3.bias")
     own = {name: p.detach() for name, p in model.module.named_parameters()}

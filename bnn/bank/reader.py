@@ -31,7 +31,7 @@ class Bank(Sequence[Params]):
     them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
     `log_joint` and `log_weight` are columns [S].
 
-    Example:
+    Examples:
         >>> import bnn, torch
         >>> module = torch.nn.Linear(3, 2)
         >>> bank = bnn.Bank.from_state_dicts([module.state_dict()] * 4, module=module)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bnn.bank import files
@@ -60,9 +61,17 @@ class MappedShard:
         return tensor
 
     def check_header(self) -> None:
-        """Raise BankCorrupt unless names, shapes and dtypes are those of manifest and layout."""
+        """Raise BankCorrupt unless names, shapes and dtypes are those of manifest and layout.
+
+        The safetensors library is asked too: any tool must be able to read the shard.
+        """
         if self._mapped is None:
             self._map()
+        try:
+            with safe_open(self.path, framework="pt") as shard:
+                shard.keys()
+        except SafetensorError as error:
+            raise fmt.corrupt(str(self.path), "a file that safetensors opens", str(error)) from error
 
     def release(self) -> None:
         if self._mapped is not None:

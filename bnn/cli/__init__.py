@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
+from typing import Any
 
-import click
 import typer
 
 from bnn.cli import bank, bench, demo, evaluate, fit, train
@@ -30,27 +31,38 @@ app.command("demo")(demo.demo)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a negative verdict, 2 bad input, 3 input or output failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)  # noqa: T201
     sys.exit(run(arguments))
+
+
+# typer brings its own copy of click in some versions: this is the base of its usage errors in all of them.
+_UsageError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line; the exit code. Errors are one line on stderr, with `--debug` a traceback before it."""
     try:
         code = app(arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        return _say(error.format_message(), 2)
-    except click.ClickException as error:
-        where = f" {error.ctx.command_path}" if isinstance(error, click.UsageError) and error.ctx else " bnn"
-        return _say(f"{where.strip()}: {error.format_message()}; see '{where.strip()} --help'", 2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return _say("interrupted; what was committed is kept, go on with the same command and --resume", 130)
+        return _interrupted() if code == 130 else code if isinstance(code, int) else 0
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
     except BnnError as error:
         _debug(arguments)
         return _say(str(error), 3 if isinstance(error, BankWriteError) else 2)
     except OSError as error:
         _debug(arguments)
         return _say(f"{error.filename or 'input/output'}: {error.strerror or error}", 3)
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "bnn"
+        message = error.format_message()
+        if not message.strip() or type(error).__name__ == "NoArgsIsHelpError":  # the help itself
+            return _say(message or f"{command}: a command is missing; see '{command} --help'", 2)
+        return _say(f"{command}: {message.rstrip('.')}; see '{command} --help'", 2)
+
+
+def _interrupted() -> int:
+    return _say("interrupted; what was committed is kept, go on with the same command and --resume", 130)
 
 
 def _say(message: str, code: int) -> int:

@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from bnn.errors import BankMismatch, ConfigError
@@ -125,15 +124,10 @@ def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None
 def require_trust(spec: str, *, said: str | None, trust: bool, place: str, flag: str) -> None:
     from bnn.modules import is_reference
 
-    if is_reference(spec) and not spec.endswith(".csv") and said != spec and not trust:
+    if is_reference(spec) and said != spec and not trust:
         raise ConfigError(
             place,
             want="your word for code that the bank names",
             got=repr(spec),
             fix=f"repeat it as {flag} {spec}, or say --trust",
         )
-
-
-def usage(message: str) -> click.UsageError:
-    """A usage error that names the command it belongs to."""
-    return click.UsageError(message, click.get_current_context(silent=True))

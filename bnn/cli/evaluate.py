@@ -22,7 +22,10 @@ def evaluate(
         str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
     ] = None,
     split: Annotated[
-        int | None, typer.Option(help="Split of the data. [default: the bank's]", show_default=False)
+        int | None,
+        typer.Option(
+            help="Split of a UCI folder, or seed of the 20 % test split. [default: the bank's]", show_default=False
+        ),
     ] = None,
     base: Annotated[str, typer.Option(help="Show information in nats (e) or bits (2).")] = "e",
     num_bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bnn.bank.files import write_atomic
 from bnn.evaluation import plots
 from bnn.likelihoods import Task
 from bnn.metrics import Bins
@@ -99,7 +99,7 @@ def save_reports(reports: dict[str, Report], folder: str | Path) -> None:
         folder: made if missing; files of these names are replaced.
     """
     pictures = {
-        f"{name}-{kind}.png": picture
+        f"{name.replace('/', '-')}-{kind}.png": picture
         for name, report in reports.items()
         for kind, picture in plots.draw(report).items()
     }
@@ -107,9 +107,9 @@ def save_reports(reports: dict[str, Report], folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = {name: report.to_dict() for name, report in reports.items()}
     for name, picture in pictures.items():
-        _replace(folder / name, picture)
-    _replace(folder / "report.json", (json.dumps(facts, indent=2, default=str) + "\n").encode())
-    _replace(folder / "report.html", _page(reports, pictures).encode())
+        write_atomic(folder / name, [picture])
+    write_atomic(folder / "report.json", [(json.dumps(facts, indent=2, default=str) + "\n").encode()])
+    write_atomic(folder / "report.html", [_page(reports, pictures).encode()])
 
 
 def _page(reports: dict[str, Report], pictures: dict[str, bytes]) -> str:
@@ -143,9 +143,3 @@ def _cell(figure: Figure | None) -> str:
     if figure is None:
         return ""
     return f"{figure.value:.4f}" + ("" if figure.error is None else f"<br><small>± {figure.error:.4f}</small>")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

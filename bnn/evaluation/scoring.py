@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bnn import metrics
-from bnn.batches import full_batch, num_rows
-from bnn.errors import DataError
+from bnn.batches import full_batch, num_rows, parts_of
+from bnn.errors import ConfigError, DataError
 from bnn.evaluation.report import Report
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Likelihood, as_columns, check_logits, likelihood_from_config
@@ -62,7 +63,7 @@ def evaluate(
         DataError: targets that do not fit the task, or NaN in data or predictions.
         ConfigError: the bank names no likelihood and none is given.
 
-    Example:
+    Examples:
         >>> import bnn
         >>> module = torch.nn.Linear(3, 2)
         >>> bank = bnn.Bank.from_state_dicts([module.state_dict()], module=module)
@@ -85,6 +86,8 @@ def evaluate(
         for name, values in found.items():
             rows.setdefault(name, []).append(values)
     seconds = time.perf_counter() - began
+    if not rows:
+        raise DataError("data", want="at least one row", got="none", fix="check the data set")
     kept = {name: torch.cat(values) for name, values in rows.items()}
     count = len(next(iter(kept.values())))
     report = Report(likelihood.task, {}, kept, num_rows=count, num_samples=len(net.bank), seconds=seconds)
@@ -192,30 +195,37 @@ def _entropies(
     net: FunctionalModel, ood: Data, likelihood: Likelihood, batch_size: int, progress: bool | None
 ) -> Tensor:
     found = []
-    for batch in _batches(ood, batch_size, "ood", progress):
+    for batch in _batches(ood, batch_size, "ood", progress, targets=False):
         predictive = predict(net, batch.x, likelihood=likelihood)
         assert isinstance(predictive, ClassPredictive)
         found.append(predictive.entropy)
     return torch.cat(found)
 
 
-def _batches(data: Data, batch_size: int, title: str, progress: bool | None) -> Iterator[Batch]:
-    """The data once, in order."""
+def _batches(
+    data: Data, batch_size: int, title: str, progress: bool | None, *, targets: bool = True
+) -> Iterator[Batch]:
+    """The data once, in order; without targets where those are not to be looked at."""
+    if batch_size < 1:
+        raise ConfigError("batch_size", want="at least 1", got=str(batch_size), fix="raise it")
     disable = None if progress is None else not progress
     with tqdm(total=num_rows(data), desc=title, unit="row", delay=1.0, disable=disable) as bar:
-        for batch in _in_order(data, batch_size):
+        for batch in _in_order(data, batch_size, targets):
             yield batch
             bar.update(len(batch.y))
 
 
-def _in_order(data: Data, batch_size: int) -> Iterator[Batch]:
+def _in_order(data: Data, batch_size: int, targets: bool) -> Iterator[Batch]:
+    def batch_of(x: Any, y: Tensor) -> Batch:
+        return full_batch((x, y if targets else torch.zeros(len(y))))
+
     if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=batch_size, collate_fn=default_collate)
+        data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
-        for part in data:
-            yield full_batch(tuple(part))
+        for part in parts_of(data, 0, "evaluate"):
+            yield batch_of(*part)
         return
-    whole = full_batch(data)
+    whole = batch_of(*data)
     for start in range(0, len(whole.y), batch_size):
         here = slice(start, start + batch_size)
         yield Batch(pytree.tree_map(lambda leaf: leaf[here], whole.x), whole.y[here])  # noqa: B023

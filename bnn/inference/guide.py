@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pyro
 import pyro.distributions as dist
@@ -43,7 +43,7 @@ class Guide:
         family: the form of q.
         num_steps: optimisation steps, at least 1.
         batch_size: rows a step.
-        lr: of Adam, falling exponentially to a tenth over the run.
+        lr: of Adam, falling exponentially to a hundredth over the run.
         rank: of `"low-rank"`, at least 1.
         init_scale: initial standard deviation of q, as a share of the prior's.
         block_size: samples a block; the samples do not depend on it.
@@ -76,7 +76,9 @@ class Guide:
                 fix="pass ones such as 0.01 and 0.05",
             )
 
-    name: ClassVar[str] = "guide"
+    @property
+    def name(self) -> str:
+        return self.family
 
     def run(
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
@@ -105,13 +107,14 @@ def _run(
     batches = minibatches(data, options.batch_size, seed=seed, start=step)
     while step < options.num_steps:
         stop = min(step + STEPS_PER_STATE, options.num_steps)
-        with _pyro_apart(), isolated(seed, "svi", step):
+        with _pyro_apart(), isolated(seed, "svi", step), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
             loss = _optimise(guide, density, optimizer, options, batches, range(step, stop))
         step, info = stop, {"elbo_per_row": -loss / model.num_data}
         yield _no_rows(model), {**_save(guide, optimizer), "step": step, "num_steps": total, "info": info}
     fitted = _save(guide, optimizer)
     with _pyro_apart(), torch.no_grad():
-        posterior = guide.get_posterior() if options.family != "map" else dist.Delta(guide.theta, event_dim=1)
+        posterior = guide.get_posterior() if options.family != "map" else dist.Delta(guide.theta.detach(), event_dim=1)
     for start in range(drawn, num_samples, options.block_size):
         indices = range(start, min(start + options.block_size, num_samples))
         params, _ = model.constrain(torch.stack([_draw(posterior, seed, index) for index in indices]))  # [K, P]
@@ -161,22 +164,20 @@ def _optimise(
     """Take these steps; the mean loss over them, in nats."""
     elbo, losses = Trace_ELBO(), []
     for step in steps:
-        optimizer.param_groups[0]["lr"] = options.lr * 0.1 ** (step / options.num_steps)
+        optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
         loss = elbo.differentiable_loss(density, guide, next(batches))
         loss.backward()
+        if not (torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in guide.parameters())):
+            raise FitError(
+                f"Guide('{options.family}')",
+                want="a finite loss and gradient",
+                got=f"a loss of {float(loss.detach()):.3g} at step {step}",
+                fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
+            )
         optimizer.step()
         losses.append(loss.detach())
-    mean = float(torch.stack(losses).mean())
-    if not math.isfinite(mean) or not all(torch.isfinite(p).all() for p in guide.parameters()):
-        bad = next((s for s, value in zip(steps, losses, strict=True) if not torch.isfinite(value)), steps[-1])
-        raise FitError(
-            f"Guide('{options.family}')",
-            want="a finite loss",
-            got=f"{mean} at step {bad}",
-            fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
-        )
-    return mean
+    return float(torch.stack(losses).mean())
 
 
 def _draw(posterior: Any, seed: int, index: int) -> Tensor:

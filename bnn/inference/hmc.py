@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
@@ -228,10 +229,15 @@ def learn_mass(adaptation: Adaptation, prior_variance: Tensor) -> Adaptation:
 def windows(num_warmup: int) -> list[int]:
     """Warm-up draws after which the mass is learnt: windows that double, between a start and an end without.
 
-    The first 15 % find the typical set and the last 10 % settle the step size, as in Stan.
+    The first 15 % find the typical set, and at the end the step size settles for 50 draws, as in
+    Stan, or a tenth or at most a third of the warm-up. Below 40 draws no mass is learnt: there are
+    too few for a variance and for the step size that follows it.
     """
-    begin, end = int(0.15 * num_warmup), num_warmup - int(0.1 * num_warmup)
-    edges, width = [], max((end - begin) // 7, 5)
+    if num_warmup < 40:
+        return []
+    begin, end = int(0.15 * num_warmup), num_warmup - max(min(50, num_warmup // 3), num_warmup // 10)
+    edges: list[int] = []
+    width = max((end - begin) // 7, 5)
     edge = begin
     while edge + width <= end:
         following = edge + width + 2 * width
@@ -255,40 +261,49 @@ def _run(
         step, divergences, accepted = 0, 0, 0.0
     else:
         at, adaptation = _restore(state)
-        step, info = state["step"], state["info"]
-        divergences, accepted = info["divergences"], state["accepted"]
+        step, accepted = state["step"], state["accepted"]
+        divergences = state["info"]["divergences"]
     total, edges = options.num_warmup + num_draws * options.thin, set(windows(options.num_warmup))
     while step < total:
         warm = step < options.num_warmup
         step_size = math.exp(adaptation.log_step if warm else adaptation.log_step_mean)
         noise, uniform, length = _randomness(options, at.flat, seed, step)
-        at, info = transition(density, at, noise, uniform, adaptation.inverse_mass, step_size, length)
-        acceptance = float(info.acceptance.mean())
+        at, found = transition(density, at, noise, uniform, adaptation.inverse_mass, step_size, length)
+        acceptance = float(found.acceptance.mean())
         step += 1
         if warm:
             adaptation = update_step_size(adaptation, acceptance, options.target_accept)
             adaptation = _learn(options, adaptation, at.flat, prior_variance, step, edges)
         else:
-            divergences, accepted = divergences + int(info.divergent.sum()), accepted + acceptance
-        kept = step > options.num_warmup and (step - options.num_warmup) % options.thin == 0
-        rows = slice(None) if kept else slice(0, 0)
-        params, _ = model.constrain(at.flat[rows])  # [C, P], or none of them
-        draw = (step - options.num_warmup) // options.thin - 1
-        block = make_block(
-            params,
-            chain=torch.arange(chains)[rows],
-            draw=torch.full((chains,), draw)[rows],
-            log_joint=at.log_joint[rows],
-        )
+            divergences, accepted = divergences + int(found.divergent.sum()), accepted + acceptance
         after = max(step - options.num_warmup, 0)
-        diagnostics = {
+        info = {
             "acceptance": accepted / after if after else acceptance,
             "divergences": divergences,
             "step_size": step_size,
         }
-        yield (
-            block,
-            {**_save(at, adaptation), "accepted": accepted, "step": step, "num_steps": total, "info": diagnostics},
+        state = {**_save(at, adaptation), "accepted": accepted, "step": step, "num_steps": total, "info": info}
+        yield _block(options, model, at, after), state
+    if total > options.num_warmup:
+        _warn(accepted / (total - options.num_warmup), divergences, chains * num_draws * options.thin)
+
+
+def _block(options: HMC, model: BayesianModel, at: Position, after: int) -> Block:
+    """The chains' draws, one row a chain, where draw number `after` of the sampling phase is kept; else no row."""
+    rows = slice(None) if after > 0 and after % options.thin == 0 else slice(0, 0)
+    params, _ = model.constrain(at.flat[rows])  # [C, P], or none of them
+    chain = torch.arange(options.num_chains)[rows]
+    draw = torch.full_like(chain, after // options.thin - 1)
+    return make_block(params, chain=chain, draw=draw, log_joint=at.log_joint[rows])
+
+
+def _warn(acceptance: float, divergences: int, num_trajectories: int) -> None:
+    """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
+    if acceptance < 0.2 or divergences > 0.05 * num_trajectories:
+        warnings.warn(
+            f"HMC: acceptance {acceptance:.2f}, {divergences} of {num_trajectories} trajectories "
+            "diverged: the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision",
+            stacklevel=2,
         )
 
 

@@ -62,7 +62,7 @@ class SampleIndexSampler(Sampler[int]):
     Raises:
         ConfigError: an empty bank or an unknown strategy.
 
-    Example:
+    Examples:
         >>> sampler = SampleIndexSampler(5, seed=0)
         >>> list(sampler), list(sampler)
         ([2, 3, 0, 4, 1], [3, 2, 4, 1, 0])

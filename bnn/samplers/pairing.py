@@ -75,7 +75,7 @@ class PairedLoader:
             `multiprocessing_context`.
         seed: of the data order; the index sampler's by default.
 
-    Example:
+    Examples:
         >>> from torch.utils.data import TensorDataset
         >>> loader = PairedLoader(TensorDataset(torch.arange(6)), SampleIndexSampler(4), batch_size=2)
         >>> [(x.tolist(), index) for (x,), index in loader]

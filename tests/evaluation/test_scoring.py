@@ -1,0 +1,478 @@
+"""evaluate: every figure recomputed with NumPy, SciPy and scikit-learn, forms of data, symmetries, refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import sklearn.calibration
+import sklearn.metrics
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import bnn
+from bnn.errors import ConfigError, DataError
+from bnn.evaluation import Report, evaluate
+from bnn.layout import Entry, layout_of
+from bnn.likelihoods import SCALE, Categorical, Gaussian, Likelihood
+from bnn.priors import HalfCauchy
+from bnn.seeding import generator
+from bnn.types import make_block
+
+ROWS, CLASSES = 13, 3  # N and C; S is 1, 2, 7 or 70, batches are of 5
+LEARNT = Gaussian(HalfCauchy(1.0))
+streamed = pytest.mark.parametrize("num_samples", [1, 2, 7, 70])
+weights = pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+batches = pytest.mark.parametrize("batch_size", [1, 5, 512])
+profile = settings(max_examples=10, deadline=None, derandomize=True)
+
+
+class Table(nn.Module):
+    """Outputs looked up by row number, so that a sample can be any [N, C] one likes."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.table[rows]
+
+
+def table_net(
+    tables: Tensor,
+    *,
+    log_weight: Tensor | None = None,
+    scales: Tensor | None = None,
+    likelihood: Likelihood | None = None,
+) -> bnn.FunctionalModel:
+    """A module under a bank whose sample s gives `tables[s]`, with weights and noise scales [S] of their own."""
+    module, size = Table(tuple(tables.shape[1:])), len(tables)
+    extra = [] if scales is None else [Entry(SCALE, (), scales.dtype)]
+    params = {"table": tables} if scales is None else {"table": tables, SCALE: scales}
+    zeros = torch.zeros(size, dtype=torch.int64)
+    block = make_block(params, chain=torch.arange(size), draw=zeros, log_weight=log_weight)
+    info = {} if likelihood is None else {"likelihood": likelihood.to_config()}
+    return bnn.FunctionalModel(module, bnn.Bank.from_blocks([block], layout=layout_of(module, extra=extra), info=info))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed, *shape), dtype=torch.float64)
+
+
+def labels(rows: int = ROWS, classes: int = CLASSES, seed: int = 0) -> Tensor:
+    return torch.randint(classes, (rows,), generator=generator(seed, "labels"))
+
+
+def random_weights(num_samples: int, weighted: bool) -> tuple[Tensor | None, np.ndarray]:
+    """Log weights of a bank, not normalised, and the shares they stand for."""
+    if not weighted:
+        return None, np.full(num_samples, 1 / num_samples)
+    log_weight = 2 * random(num_samples, seed=8) + 5.0
+    return log_weight, scipy.special.softmax(log_weight.numpy())
+
+
+def classes(tables: Tensor, y: Tensor, *, log_weight: Tensor | None = None, **options: Any) -> Report:
+    data = torch.arange(len(y)), y
+    return evaluate(table_net(tables, log_weight=log_weight), data, likelihood=Categorical(), **options)
+
+
+def values(report: Report) -> dict[str, float]:
+    return {name: figure.value for name, figure in report.metrics.items()}
+
+
+def check_means(report: Report, rows: dict[str, np.ndarray], atol: float = 1e-10) -> None:
+    """Figures that are means over rows: mean and standard error of the values that were recomputed."""
+    for name, expected in rows.items():
+        figure = report.metrics[name]
+        assert figure.value == pytest.approx(expected.mean(), abs=atol), name
+        assert figure.error == pytest.approx(scipy.stats.sem(expected), abs=atol), name
+
+
+# Classification
+
+
+@streamed
+@weights
+@batches
+def test_class_figures_equal_their_recomputation(num_samples: int, weighted: bool, batch_size: int) -> None:
+    logits, y = 2 * random(num_samples, ROWS, CLASSES), labels()
+    log_weight, share = random_weights(num_samples, weighted)
+    report = classes(logits, y, log_weight=log_weight, batch_size=batch_size, num_bins=6)
+    each = scipy.special.softmax(logits.numpy(), axis=-1)  # [S, N, C]
+    probs, target, rows = np.einsum("s,snc->nc", share, each), y.numpy(), np.arange(ROWS)
+    predicted, confidence = probs.argmax(axis=1), probs.max(axis=1)
+    total, aleatoric = scipy.stats.entropy(probs, axis=1), share @ scipy.stats.entropy(each, axis=2)
+    recomputed = {
+        "accuracy": (predicted == target).astype(float),
+        "nll": -np.log(probs[rows, target]),
+        "gibbs_nll": share @ -np.log(each[:, rows, target]),
+        "brier": ((probs - np.eye(CLASSES)[target]) ** 2).sum(axis=1),
+        "total_entropy": total,
+        "expected_entropy": aleatoric,
+        "mutual_information": total - aleatoric,
+    }
+    check_means(report, recomputed)
+    found = values(report)
+    assert set(found) == {*recomputed, "ece"}
+    assert found["accuracy"] == sklearn.metrics.accuracy_score(target, predicted)
+    assert found["nll"] == pytest.approx(sklearn.metrics.log_loss(target, probs, labels=range(CLASSES)), abs=1e-10)
+    accuracy, mean = sklearn.calibration.calibration_curve(predicted == target, confidence, n_bins=6)
+    count = np.histogram(confidence, bins=6, range=(0, 1))[0]
+    assert found["ece"] == pytest.approx(np.abs(accuracy - mean) @ count[count > 0] / ROWS, abs=1e-10)
+    assert report.metrics["ece"].error is None
+    assert report.bins is not None
+    assert report.bins.rows.tolist() == count.tolist()
+    assert report.rows["predicted"].tolist() == predicted.tolist()
+    assert torch.equal(report.rows["y"], y)
+    np.testing.assert_allclose(report.rows["confidence"].numpy(), confidence, atol=1e-12)
+    assert (report.num_rows, report.num_samples, report.task) == (ROWS, num_samples, "classification")
+
+
+@streamed
+@weights
+@batches
+def test_regression_figures_equal_their_recomputation(num_samples: int, weighted: bool, batch_size: int) -> None:
+    """In the target's own units, under a noise scale that is part of the sample."""
+    loc, unit, outputs = -40.0, 2.5, 2
+    tables, scales, y = (
+        random(num_samples, ROWS, outputs),
+        0.3 + random(num_samples, seed=1).abs(),
+        random(ROWS, outputs),
+    )
+    log_weight, share = random_weights(num_samples, weighted)
+    net = table_net(tables, log_weight=log_weight, scales=scales)
+    data = torch.arange(ROWS), y
+    report = evaluate(net, data, likelihood=LEARNT, loc=loc, scale=unit, batch_size=batch_size)
+    mu, sigma, target = unit * tables.numpy() + loc, unit * scales.numpy()[:, None, None], unit * y.numpy() + loc
+
+    def distance(m: np.ndarray, s: np.ndarray) -> np.ndarray:
+        return scipy.stats.foldnorm.mean(np.abs(m) / s, scale=s)  # E|X| for X ~ Normal(m, s^2)
+
+    pairs = distance(mu[:, None] - mu[None], np.sqrt(sigma[:, None] ** 2 + sigma[None] ** 2))
+    crps = np.einsum("s,snc->nc", share, distance(target - mu, np.broadcast_to(sigma, mu.shape)))
+    crps = crps - 0.5 * np.einsum("s,t,stnc->nc", share, share, pairs)
+    density = scipy.stats.norm.logpdf(target, mu, sigma).sum(axis=-1)  # [S, N]
+    pit = np.einsum("s,snc->nc", share, scipy.stats.norm.cdf(target, mu, sigma))
+    mean = np.einsum("s,snc->nc", share, mu)
+    inside = {level: (np.abs(2 * pit - 1) <= level / 100).mean(axis=1) for level in (50, 90, 95)}
+    recomputed = {
+        "nll": -scipy.special.logsumexp(density, axis=0, b=share[:, None]),
+        "crps": crps.mean(axis=1),
+        **{f"coverage_{level}": shares for level, shares in inside.items()},
+        "aleatoric_variance": np.full(ROWS, share @ sigma.flatten() ** 2),
+        "epistemic_variance": np.einsum("s,snc->nc", share, (mu - mean) ** 2).mean(axis=1),
+    }
+    check_means(report, recomputed)
+    found = values(report)
+    assert set(found) == {*recomputed, "rmse"}
+    squared = (target - mean) ** 2
+    assert found["rmse"] == pytest.approx(sklearn.metrics.mean_squared_error(target, mean) ** 0.5, abs=1e-10)
+    by_delta = scipy.stats.sem(squared.mean(axis=1)) / (2 * found["rmse"])
+    assert report.metrics["rmse"].error == pytest.approx(by_delta, abs=1e-10)
+    for name, expected in {"mean": mean, "y": target, "pit": pit, "crps": crps, "squared_error": squared}.items():
+        np.testing.assert_allclose(report.rows[name].numpy(), expected, atol=1e-10)
+    assert (report.num_rows, report.num_samples, report.task) == (ROWS, num_samples, "regression")
+    assert report.bins is None
+
+
+def test_targets_without_a_column_are_one_output() -> None:
+    net, y = table_net(random(7, ROWS, 1)), random(ROWS)
+    flat, column = (evaluate(net, (torch.arange(ROWS), t), likelihood=Gaussian(0.5)) for t in (y, y.unsqueeze(1)))
+    assert values(flat) == values(column)
+    assert flat.rows["mean"].shape == (ROWS, 1)
+
+
+def test_one_sample_leaves_nothing_epistemic() -> None:
+    report = classes(2 * random(1, ROWS, CLASSES), labels())
+    assert report.metrics["mutual_information"].value == 0.0
+    assert report.metrics["gibbs_nll"].value == pytest.approx(report.metrics["nll"].value, abs=1e-14)
+    normal = evaluate(table_net(random(1, ROWS, 2)), (torch.arange(ROWS), random(ROWS, 2)), likelihood=Gaussian(0.5))
+    assert normal.metrics["epistemic_variance"].value == 0.0
+
+
+def test_a_single_row_has_figures_without_errors() -> None:
+    for report in (
+        classes(2 * random(7, 1, CLASSES), torch.tensor([2])),
+        evaluate(table_net(random(7, 1, 2)), (torch.arange(1), random(1, 2)), likelihood=Gaussian(0.5)),
+    ):
+        assert report.num_rows == 1
+        assert all(figure.error is None for figure in report.metrics.values())
+        assert all(math.isfinite(figure.value) for figure in report.metrics.values())
+
+
+def test_perfect_predictions_have_rmse_zero_and_no_error_of_it() -> None:
+    y = random(ROWS, 2)
+    report = evaluate(table_net(y.expand(7, -1, -1)), (torch.arange(ROWS), y), likelihood=Gaussian(0.5))
+    assert report.metrics["rmse"].value < 1e-12
+    exact = evaluate(table_net(y.unsqueeze(0)), (torch.arange(ROWS), y), likelihood=Gaussian(0.5))
+    assert exact.metrics["rmse"].value == 0.0
+    assert exact.metrics["rmse"].error is None
+
+
+# Data
+
+
+class Rows(Dataset):
+    """A data set that brings its rows one by one, and no `__getitems__`."""
+
+    def __init__(self, *tensors: Any) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[-1])
+
+    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[row] for tensor in self.tensors)
+
+
+def forms(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Stock loaders would draw from the global stream when they start; under `evaluate` they must not."""
+    whole = TensorDataset(x, y)
+    return {
+        "tensor data set": whole,
+        "row by row": Rows(x, y),
+        "loader": DataLoader(whole, batch_size=4),
+        "loader of one row": DataLoader(Rows(x, y), batch_size=1),
+    }
+
+
+@pytest.mark.parametrize("form", ["tensor data set", "row by row", "loader", "loader of one row"])
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_every_form_of_data_gives_the_figures_of_the_pair(form: str, task: str) -> None:
+    net = table_net(2 * random(7, ROWS, CLASSES))
+    x, y = torch.arange(ROWS), labels() if task == "classification" else random(ROWS, CLASSES)
+    likelihood = Categorical() if task == "classification" else Gaussian(0.5)
+    expected = evaluate(net, (x, y), likelihood=likelihood)
+    before = torch.get_rng_state()
+    found = evaluate(net, forms(x, y)[form], likelihood=likelihood, batch_size=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert values(found) == pytest.approx(values(expected), abs=1e-12)
+    assert torch.equal(found.rows["y"], expected.rows["y"])  # in the order of the data
+    assert found.num_rows == ROWS
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_inputs_may_be_several_tensors(form: str) -> None:
+    class Shifted(Table):
+        def forward(self, rows: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(rows) + shift
+
+    logits, shift, y = random(7, ROWS, CLASSES), random(ROWS, CLASSES, seed=4), labels()
+    module = Shifted((ROWS, CLASSES))
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([{"table": t} for t in logits], module=module))
+    x = (torch.arange(ROWS), shift) if form == "tuple" else {"shift": shift, "rows": torch.arange(ROWS)}
+    found = evaluate(net, (x, y), likelihood=Categorical(), batch_size=5)
+    assert values(found) == pytest.approx(values(classes(logits + shift, y)), abs=1e-12)
+
+
+def test_the_likelihood_is_the_banks_unless_another_is_given() -> None:
+    net, data = table_net(random(2, ROWS, 2), likelihood=Gaussian(0.25)), (torch.arange(ROWS), random(ROWS, 2))
+    assert evaluate(net, data).metrics["aleatoric_variance"].value == pytest.approx(0.25**2, abs=1e-15)
+    given_one = evaluate(net, data, likelihood=Gaussian(0.5))
+    assert given_one.metrics["aleatoric_variance"].value == pytest.approx(0.5**2, abs=1e-15)
+    with pytest.raises(ConfigError, match="pass likelihood="):
+        evaluate(table_net(random(2, ROWS, 2)), data)
+
+
+# Out of distribution
+
+
+@pytest.mark.parametrize("form", ["pair", "tensor data set", "loader"])
+def test_ood_figures_are_scikit_learns_on_the_predictive_entropy(form: str) -> None:
+    """Logits of the rows outside are flatter; entropies overlap, rows outside are the positive class."""
+    inside, outside = 2 * random(7, ROWS, CLASSES), 1.3 * random(7, 9, CLASSES, seed=1)
+    net = table_net(torch.cat([inside, outside], dim=1))
+    x, y = torch.arange(ROWS, ROWS + 9), torch.zeros(9, dtype=torch.int64)
+    ood = (x, y) if form == "pair" else forms(x, y)[form]
+    report = evaluate(net, (torch.arange(ROWS), labels()), ood=ood, likelihood=Categorical(), batch_size=5)
+    probs = scipy.special.softmax(torch.cat([inside, outside], dim=1).numpy(), axis=-1).mean(axis=0)
+    score, positive = scipy.stats.entropy(probs, axis=1), np.arange(ROWS + 9) >= ROWS
+    false_positive, true_positive, _ = sklearn.metrics.roc_curve(positive, score)
+    found = values(report)
+    assert found["ood_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(positive, score), abs=1e-12)
+    assert 0.5 < found["ood_auroc"] < 1
+    assert found["ood_fpr95"] == pytest.approx(false_positive[np.argmax(true_positive >= 0.95)], abs=1e-12)
+    assert report.ood_entropy is not None
+    np.testing.assert_allclose(report.ood_entropy.numpy(), score[ROWS:], atol=1e-12)
+    assert "9 rows outside positive" in report.metrics["ood_auroc"].definition
+    plain = evaluate(net, (torch.arange(ROWS), labels()), likelihood=Categorical(), batch_size=5)
+    assert {name: value for name, value in found.items() if not name.startswith("ood")} == values(plain)
+
+
+def test_targets_outside_are_not_looked_at() -> None:
+    net, data = table_net(2 * random(7, ROWS + 9, CLASSES)), (torch.arange(ROWS), labels())
+    x = torch.arange(ROWS, ROWS + 9)
+    reports = [
+        evaluate(net, data, ood=(x, y), likelihood=Categorical())
+        for y in (torch.zeros(9), torch.full((9,), 99), torch.zeros(9, 2, dtype=torch.int64))
+    ]
+    assert len({report.metrics["ood_auroc"].value for report in reports}) == 1
+
+
+def test_ood_with_a_regression_is_refused() -> None:
+    data = torch.arange(ROWS), random(ROWS, 2)
+    with pytest.raises(DataError, match="ood: want none for a regression"):
+        evaluate(table_net(random(7, ROWS, 2)), data, ood=data, likelihood=Gaussian(0.5))
+
+
+# Properties
+
+
+@profile
+@given(
+    size=st.sampled_from([(1, 6, 3), (2, 9, 4), (7, 5, 2)]), seed=st.integers(0, 2**31), batch=st.sampled_from([2, 64])
+)
+def test_class_figures_do_not_depend_on_order_or_copies(size: tuple[int, int, int], seed: int, batch: int) -> None:
+    logits, y, log_weight = 2 * random(*size, seed=seed), labels(*size[1:], seed=seed), random(size[0], seed=seed)
+    expected = pytest.approx(values(classes(logits, y, log_weight=log_weight)), abs=1e-10)
+    samples, rows, columns = (torch.randperm(n, generator=generator(seed, i)) for i, n in enumerate(size))
+    moved, target = logits[samples][:, rows][:, :, columns], columns.argsort()[y[rows]]
+    assert values(classes(moved, target, log_weight=log_weight[samples], batch_size=batch)) == expected
+    twice = classes(torch.cat([logits, logits]), y, log_weight=torch.cat([log_weight, log_weight]), batch_size=batch)
+    assert values(twice) == expected
+    found = values(twice)
+    assert found["nll"] <= found["gibbs_nll"] + 1e-12
+    assert 0 <= found["mutual_information"] <= min(math.log(size[0]), math.log(size[2])) + 1e-12
+    assert found["total_entropy"] == pytest.approx(found["expected_entropy"] + found["mutual_information"], abs=1e-10)
+    assert 0 <= found["brier"] <= 2
+
+
+@profile
+@given(
+    size=st.sampled_from([(1, 6, 3), (2, 9, 4), (7, 5, 2)]), seed=st.integers(0, 2**31), batch=st.sampled_from([2, 64])
+)
+def test_regression_figures_do_not_depend_on_order_or_copies(size: tuple[int, int, int], seed: int, batch: int) -> None:
+    means, y, log_weight = random(*size, seed=seed), random(*size[1:], seed=seed), random(size[0], seed=seed)
+    scales = 0.3 + random(size[0], seed=seed + 1).abs()
+
+    def figures(samples: Tensor, rows: Tensor, outputs: Tensor) -> dict[str, float]:
+        net = table_net(means[samples][:, rows][:, :, outputs], log_weight=log_weight[samples], scales=scales[samples])
+        data = torch.arange(len(rows)), y[rows][:, outputs]
+        return values(evaluate(net, data, likelihood=LEARNT, batch_size=batch))
+
+    straight = [torch.arange(n) for n in size]
+    expected = pytest.approx(figures(*straight), abs=1e-10)
+    assert figures(*(torch.randperm(n, generator=generator(seed, i)) for i, n in enumerate(size))) == expected
+    assert figures(torch.cat([straight[0], straight[0]]), *straight[1:]) == expected
+
+
+@pytest.mark.parametrize("unit", [1e-3, 0.4, 25.0])
+def test_regression_figures_follow_the_units_of_the_target(unit: float) -> None:
+    """y -> a y + b: RMSE and CRPS times a, NLL plus log a an output, variances times a^2, coverage as before."""
+    net, data = table_net(random(7, ROWS, 2), scales=0.3 + random(7).abs()), (torch.arange(ROWS), random(ROWS, 2))
+    plain = values(evaluate(net, data, likelihood=LEARNT))
+    scaled = values(evaluate(net, data, likelihood=LEARNT, loc=-3.0, scale=unit))
+    factors = {"rmse": unit, "crps": unit, "aleatoric_variance": unit**2, "epistemic_variance": unit**2}
+    expected = {name: value * factors.get(name, 1.0) for name, value in plain.items()}
+    expected["nll"] += 2 * math.log(unit)
+    assert scaled == pytest.approx(expected, rel=1e-9)
+
+
+def test_labels_drawn_from_the_predictive_give_its_entropy() -> None:
+    """NLL -> H, Brier -> sum p (1 - p), accuracy -> mean confidence: the predictive is the truth."""
+    rows = 4000
+    logits = 2 * random(7, rows, CLASSES)
+    probs = logits.softmax(dim=-1).mean(dim=0)
+    y = torch.multinomial(probs, 1, generator=generator(5)).squeeze(1)
+    report = classes(logits, y)
+    nll, brier, accuracy = (report.metrics[name] for name in ("nll", "brier", "accuracy"))
+    assert abs(nll.value - report.metrics["total_entropy"].value) < 4 * nll.error
+    assert abs(brier.value - float((probs * (1 - probs)).sum(dim=1).mean())) < 4 * brier.error
+    assert abs(accuracy.value - float(report.rows["confidence"].mean())) < 4 * accuracy.error
+    assert report.metrics["gibbs_nll"].value > nll.value + 4 * nll.error
+    assert report.bins is not None
+    bound = (report.bins.rows * report.bins.confidence * (1 - report.bins.confidence)).sqrt().sum() / rows
+    assert report.metrics["ece"].value < 2 * float(bound)  # the bound is sum_m n_m / N se_m; E|gap_m| is 0.8 se_m
+
+
+def test_targets_drawn_from_the_predictive_are_covered() -> None:
+    rows = 4000
+    means, scales = random(7, rows, 1), 0.3 + random(7).abs()
+    chosen = torch.randint(7, (rows,), generator=generator(6))
+    y = means[chosen, torch.arange(rows)] + scales[chosen, None] * random(rows, 1, seed=7)
+    report = evaluate(table_net(means, scales=scales), (torch.arange(rows), y), likelihood=LEARNT, loc=9.0, scale=3.0)
+    for level in (0.5, 0.9, 0.95):
+        figure = report.metrics[f"coverage_{100 * level:.0f}"]
+        error = math.sqrt(level * (1 - level) / rows)
+        assert figure.error == pytest.approx(error, rel=0.1)
+        assert abs(figure.value - level) < 4 * error
+    parts = report.metrics["aleatoric_variance"].value + report.metrics["epistemic_variance"].value
+    squared = report.rows["squared_error"]
+    assert abs(float(squared.mean()) - parts) < 4 * float(squared.std()) / math.sqrt(rows)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (labels().double(), "int64 targets"),
+        (labels().unsqueeze(1), r"targets \[B\]"),
+        (labels() + 1, r"classes in \[0, 3\), got 1 to 3"),
+        (labels() - 1, r"classes in \[0, 3\), got -1 to 1"),
+        (labels()[:-1], "of the same length"),
+        (labels()[:0], "of the same length"),
+    ],
+)
+def test_class_targets_that_do_not_fit_are_refused(y: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluate(table_net(random(7, ROWS, CLASSES)), (torch.arange(ROWS), y), likelihood=Categorical())
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (random(ROWS), r"want targets \[13, 2\], as the module's outputs, got \[13, 1\]"),
+        (random(ROWS, 3), r"want targets \[13, 2\], as the module's outputs, got \[13, 3\]"),
+        (random(ROWS, 2).index_fill(0, torch.tensor(4), math.nan), "NaN or Inf in row 4 of y"),
+        (random(ROWS - 1, 2), "of the same length"),
+    ],
+)
+def test_regression_targets_that_do_not_fit_are_refused(y: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluate(table_net(random(7, ROWS, 2)), (torch.arange(ROWS), y), likelihood=Gaussian(0.5))
+
+
+def test_no_rows_and_inputs_that_are_not_finite_are_refused() -> None:
+    module = nn.utils.skip_init(nn.Linear, 4, CLASSES)
+    zeros = {"weight": torch.zeros(CLASSES, 4), "bias": torch.zeros(CLASSES)}
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([zeros] * 7, module=module))
+    x = torch.zeros(ROWS, 4)
+    x[9, 2] = math.inf
+    with pytest.raises(DataError, match="NaN or Inf in row 9 of x"):
+        evaluate(net, (x, labels()), likelihood=Categorical())
+    with pytest.raises(DataError, match="at least one row"):
+        evaluate(net, (x[:0], labels()[:0]), likelihood=Categorical())
+
+
+@pytest.mark.parametrize("batch_size", [5, 512])
+def test_a_sample_that_overflows_is_named(batch_size: int) -> None:
+    class Squared(Table):
+        def forward(self, rows: Tensor) -> Tensor:
+            return super().forward(rows).square()
+
+    tables = random(7, ROWS, CLASSES)
+    tables[4, 11, 1] = 1e300  # finite, as a bank wants it; its square is not, in the last batch
+    module = Squared((ROWS, CLASSES))
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([{"table": t} for t in tables], module=module))
+    with pytest.raises(DataError, match=r"^sample 4: want finite outputs"):
+        evaluate(net, (torch.arange(ROWS), labels()), likelihood=Categorical(), batch_size=batch_size)
+
+
+def test_num_bins_are_checked_and_named() -> None:
+    logits = random(7, ROWS, CLASSES)
+    report = classes(logits, labels(), num_bins=4)
+    assert report.bins is not None
+    assert report.bins.rows.shape == (4,)
+    assert int(report.bins.rows.sum()) == ROWS
+    assert "4 equal bins" in report.metrics["ece"].definition
+    with pytest.raises(ConfigError, match="num_bins"):
+        classes(logits, labels(), num_bins=0)

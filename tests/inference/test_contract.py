@@ -1,0 +1,310 @@
+"""One contract for every method: a row in the table below is all that a new method adds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from scenarios import classifier
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnn
+from bnn import likelihoods, priors
+from bnn.bank import Bank
+from bnn.errors import BnnError, ConfigError
+from bnn.fitting import fit
+from bnn.inference import HMC, METHODS, Guide, Prior
+from bnn.model import BayesianModel
+from bnn.seeding import generator
+from bnn.types import Block, Data, Method, State
+
+
+class Row(NamedTuple):
+    """A method at a size that a test can afford, and how many samples to ask for."""
+
+    method: Method
+    num_samples: int
+    more: int | None  # a larger number that a finished bank can grow to
+    has_log_joint: bool = False
+
+
+TABLE: dict[str, Row] = {
+    "prior": Row(Prior(block_size=4), 6, 11),
+    "mean-field": Row(Guide("mean-field", num_steps=120, batch_size=7, block_size=4), 6, 11),
+    "low-rank": Row(Guide("low-rank", num_steps=120, batch_size=7, rank=3, block_size=4), 6, 11),
+    "map": Row(Guide("map", num_steps=120, batch_size=7), 1, None),
+    "hmc": Row(HMC(num_chains=2, num_warmup=12, num_steps=4), 6, 10, has_log_joint=True),
+}
+
+
+def large() -> tuple[BayesianModel, tuple[Tensor, Tensor]]:
+    """P = 5,315 with a learnt noise scale, a frozen layer and batch norm in eval mode."""
+    source = generator(4, "large")
+    x = torch.randn(41, 6, generator=source)
+    y = torch.sin(x[:, :1]) + 0.1 * torch.randn(41, 1, generator=source)
+    module = nn.Sequential(
+        nn.Linear(6, 70), nn.BatchNorm1d(70), nn.Tanh(), nn.Linear(70, 70), nn.Tanh(), nn.Linear(70, 1)
+    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=source))
+    module.eval()
+    likelihood = likelihoods.Gaussian(priors.LogNormal(-1.0, 1.0))
+    model = BayesianModel(
+        module,
+        prior=priors.FanIn(1.0),
+        likelihood=likelihood,
+        num_data=41,
+        bayesian=["*", "!1", "!0.weight"],
+        temperature=0.5,
+    )
+    return model, (x, y)
+
+
+CASES: dict[str, Callable[[], tuple[BayesianModel, tuple[Tensor, Tensor]]]] = {"small": classifier, "large": large}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[BayesianModel, tuple[Tensor, Tensor]]:
+    return CASES[request.param]()
+
+
+@pytest.fixture(params=TABLE)
+def row(request: pytest.FixtureRequest) -> Row:
+    return TABLE[request.param]
+
+
+def run(row: Row, case: tuple[BayesianModel, Data], **options: object) -> list[tuple[Block, State]]:
+    given = {"num_samples": row.num_samples, "seed": 3, **options}
+    return list(row.method.run(case[0], case[1], **given))  # type: ignore[arg-type]
+
+
+def rows_of(found: list[tuple[Block, State]]) -> dict[str, Tensor]:
+    names = found[0][0].params
+    columns = {
+        f"@{key}": torch.cat([getattr(b, key) for b, _ in found])
+        for key in ("chain", "draw", "log_joint", "log_weight")
+    }
+    return {name: torch.cat([block.params[name] for block, _ in found]) for name in names} | columns
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(-1.0), b[k].nan_to_num(-1.0)) for k in a)
+
+
+def test_the_table_has_every_method() -> None:
+    assert TABLE.keys() == METHODS.keys()
+
+
+def test_methods_are_frozen_dataclasses(row: Row) -> None:
+    assert dataclasses.is_dataclass(row.method)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.method.block_size = 3  # type: ignore[attr-defined,misc]
+
+
+def test_blocks_hold_what_the_layout_says(row: Row, case: tuple[BayesianModel, Data]) -> None:
+    model, _ = case
+    assert model.layout.num_values == 43 or model.layout.num_values >= 5000
+    found = run(row, case)
+    for block, _ in found:
+        assert list(block.params) == list(model.layout.names)
+        for entry in model.layout.entries:
+            assert block.params[entry.name].shape == (block.num_samples, *entry.shape)
+            assert block.params[entry.name].dtype == entry.dtype
+            assert not block.params[entry.name].requires_grad
+        assert block.chain.dtype == block.draw.dtype == torch.int64
+        assert block.log_joint.dtype == block.log_weight.dtype == torch.float64
+    rows = rows_of(found)
+    assert len(rows["@chain"]) == row.num_samples
+    assert bool((rows["@log_weight"] == 0).all())
+    assert len(set(zip(rows["@chain"].tolist(), rows["@draw"].tolist(), strict=True))) == row.num_samples
+    if "@likelihood.scale" in rows:
+        assert bool((rows["@likelihood.scale"] > 0).all())
+
+
+def test_log_joint_is_the_full_data_one_of_the_constrained_values_or_nan(
+    row: Row, case: tuple[BayesianModel, Data]
+) -> None:
+    rows = rows_of(run(row, case))
+    if not row.has_log_joint:
+        assert bool(rows["@log_joint"].isnan().all())
+        return
+    model, data = case
+    batch = bnn.types.Batch(*data)
+    for k in range(row.num_samples):
+        expected = model.log_joint({name: rows[name][k] for name in model.layout.names}, batch)
+        assert float(rows["@log_joint"][k]) == pytest.approx(float(expected), rel=1e-5, abs=1e-3)
+
+
+def test_states_tell_progress_and_what_follows_is_new(row: Row, case: tuple[BayesianModel, Data]) -> None:
+    found = run(row, case)
+    steps = [state["step"] for _, state in found]
+    assert steps == sorted(set(steps))
+    assert all(state["num_steps"] == steps[-1] for _, state in found)
+    for _, state in found:
+        assert all(isinstance(value, float | int) for value in state["info"].values())
+
+
+def test_repeatable_by_seed(row: Row, case: tuple[BayesianModel, Data]) -> None:
+    first = rows_of(run(row, case))
+    assert equal(first, rows_of(run(row, case)))
+    other = rows_of(run(row, case, seed=4))
+    name = next(iter(other))
+    assert not torch.equal(first[name], other[name])
+
+
+def test_resume_from_every_state_equals_the_unbroken_run(
+    row: Row, case: tuple[BayesianModel, Data], tmp_path: Path
+) -> None:
+    whole = run(row, case)
+    expected = rows_of(whole)
+    places = sorted({0, 1, len(whole) // 2, len(whole) - 2} & set(range(len(whole) - 1)))
+    for place in places:
+        state = through_disk(whole[place][1], tmp_path / f"{place}.safetensors")
+        rest = run(row, case, state=state)
+        assert equal(rows_of([*whole[: place + 1], *rest]), expected), f"resumed after state {place}"
+
+
+def through_disk(state: State, path: Path) -> State:
+    """The state as a killed process would find it."""
+    from bnn.bank import files
+    from bnn.bank import format as fmt
+
+    tensors, metadata = fmt.encode_state(state, "state")
+    files.write_tensors(path, tensors, metadata)
+    mapped = files.map_tensors(path)
+    return fmt.decode_state({name: t.clone() for name, t in mapped.tensors.items()}, mapped.metadata, "state")
+
+
+def test_states_are_not_changed_by_what_follows(row: Row, case: tuple[BayesianModel, Data]) -> None:
+    kept: list[tuple[State, dict[str, Tensor]]] = []
+    for _, state in row.method.run(case[0], case[1], num_samples=row.num_samples, seed=3):
+        kept.append((state, {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}))
+    for state, copies in kept:
+        assert all(torch.equal(state[name], tensor) for name, tensor in copies.items())
+
+
+def test_the_module_is_bit_equal_afterwards(row: Row, case: tuple[BayesianModel, Data]) -> None:
+    module = case[0].module
+    before = {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    flags = [(p.requires_grad, p.grad, id(p)) for p in module.parameters()], [m.training for m in module.modules()]
+    run(row, case)
+    after = dict([*module.named_parameters(), *module.named_buffers()])
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (
+        [(p.requires_grad, p.grad, id(p)) for p in module.parameters()],
+        [m.training for m in module.modules()],
+    ) == flags
+
+
+def test_global_state_is_untouched(row: Row, case: tuple[BayesianModel, Data], world_untouched: None) -> None:
+    producer = row.method.run(case[0], case[1], num_samples=row.num_samples, seed=3)
+    next(producer)  # also in the middle of a run, where the caller has control
+    assert torch.randint(10, (1,), generator=generator(0)).shape == (1,)
+    assert len(list(producer)) > 0 or row.num_samples == 1 or isinstance(row.method, Prior)
+
+
+def test_fit_writes_a_bank_and_resumes_it_bit_for_bit(
+    row: Row, case: tuple[BayesianModel, Data], tmp_path: Path
+) -> None:
+    model, data = case
+    whole = fit(model, data, method=row.method, num_samples=row.num_samples, out=tmp_path / "whole", seed=3)
+    assert len(whole) == row.num_samples
+    assert whole.info["complete"]
+
+    def interrupted(run: Iterator[tuple[Block, State]], *args: object) -> Iterator[tuple[Block, State]]:
+        for count, found in enumerate(run):
+            if count == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnn.fitting._with_progress", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, data, method=row.method, num_samples=row.num_samples, out=tmp_path / "broken", seed=3)
+    assert len(Bank.open(tmp_path / "broken")) < row.num_samples
+    resumed = fit(
+        model, data, method=row.method, num_samples=row.num_samples, out=tmp_path / "broken", seed=3, resume=True
+    )
+    assert resumed.info["complete"]
+    expected, found = whole.block(slice(None)), resumed.block(slice(None))
+    for mine, theirs in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(mine.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+    assert equal(found.params, expected.params)
+    in_memory = fit(model, data, method=row.method, num_samples=row.num_samples, seed=3).block(slice(None))
+    assert all(torch.equal(in_memory.params[name], expected.params[name]) for name in model.layout.names)
+
+
+def test_a_complete_bank_grows(row: Row, case: tuple[BayesianModel, Data], tmp_path: Path) -> None:
+    if row.more is None:
+        with pytest.raises(ConfigError, match="num_samples"):
+            run(row, case, num_samples=2)
+        return
+    model, data = case
+    fit(model, data, method=row.method, num_samples=row.num_samples, out=tmp_path / "bank", seed=3)
+    grown = fit(model, data, method=row.method, num_samples=row.more, out=tmp_path / "bank", seed=3, resume=True)
+    whole = fit(model, data, method=row.method, num_samples=row.more, seed=3)
+    assert len(grown) == row.more
+    name = model.layout.names[0]
+    assert torch.equal(grown.block(slice(None)).params[name], whole.block(slice(None)).params[name])
+
+
+@pytest.mark.parametrize("form", ["dataset", "loader"])
+def test_data_sets_and_loaders_serve_as_well_as_tensors(row: Row, form: str) -> None:
+    model, (x, y) = classifier()
+    dataset = TensorDataset(x, y)
+    data = dataset if form == "dataset" else DataLoader(dataset, batch_size=7, shuffle=True)
+    found = rows_of(run(row, (model, data)))
+    assert len(found["@chain"]) == row.num_samples
+    assert equal(found, rows_of(run(row, (model, data))))
+    if form == "dataset":
+        assert equal(found, rows_of(run(row, (model, (x, y)))))
+
+
+def test_nan_in_data_is_refused(row: Row) -> None:
+    model, (x, y) = classifier()
+    x = x.clone()
+    x[5, 1] = torch.nan
+    if isinstance(row.method, Prior):
+        assert len(run(row, (model, (x, y)))) > 0  # the prior never looks at data
+        return
+    with pytest.raises(BnnError, match="NaN or Inf in row 5 of x"):
+        run(row, (model, (x, y)))
+
+
+def test_a_run_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
+    model, (x, y) = classifier()
+    for method in (Guide(lr=1e30, num_steps=200), HMC(num_chains=2, num_warmup=3)):
+        data = (x, y) if isinstance(method, Guide) else (x.sign() * 3e38, y)
+        with pytest.raises(BnnError, match="finite"):
+            fit(model, data, method=method, num_samples=4, out=tmp_path / "bank")
+        assert not (tmp_path / "bank").exists()
+
+
+def test_progress_goes_to_stderr_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = classifier()
+    fit(model, data, method=Prior(), num_samples=3)
+    assert capsys.readouterr() == ("", "")
+    fit(model, data, method=TABLE["hmc"].method, num_samples=200, progress=True)
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert isinstance(found.err, str)
+
+
+def test_bank_records_how_it_was_made(tmp_path: Path) -> None:
+    model, data = classifier()
+    fit(model, data, method=HMC(num_chains=2, num_warmup=3, num_steps=2), num_samples=4, out=tmp_path / "bank", seed=9)
+    info = Bank.open(tmp_path / "bank").info
+    assert info["method"]["name"] == "hmc"
+    assert info["method"]["options"]["num_chains"] == 2
+    assert info["seed"] == 9
+    assert info["prior"] == {"name": "FanIn", "scale": 1.5, "bias_scale": 1.0}
+    assert info["likelihood"] == {"name": "Categorical"}
+    assert info["num_data"] == 23
+    assert set(info["versions"]) == {"bnn", "torch", "pyro", "python"}
+    assert set(info["diagnostics"]["main"]) == {"acceptance", "divergences", "step_size"}

@@ -1,0 +1,387 @@
+"""The streamed predictive against the full [S, N, C] reference, its symmetries, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bnn
+from bnn import predictive
+from bnn.errors import ConfigError, DataError
+from bnn.functional import Strategy
+from bnn.layout import Entry, layout_of
+from bnn.likelihoods import SCALE, Categorical, Gaussian
+from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.priors import HalfCauchy
+from bnn.seeding import generator
+from bnn.types import make_block
+
+ROWS, CLASSES = 11, 3  # N and C; S is 1, 2, 7 or 70
+streamed = pytest.mark.parametrize("num_samples", [1, 2, 7, 70])
+weights = pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+profile = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+class Table(nn.Module):
+    """Outputs looked up by row number, so that a sample can be any [N, C] one likes."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(shape, dtype=dtype))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.table[rows]
+
+
+def table_net(
+    tables: Tensor, *, log_weight: Tensor | None = None, scales: Tensor | None = None, strategy: Strategy = "loop"
+) -> bnn.FunctionalModel:
+    """A module under a bank whose sample s gives `tables[s]`, with weights and noise scales [S] of their own."""
+    module, size = Table(tuple(tables.shape[1:]), tables.dtype), len(tables)
+    extra = [] if scales is None else [Entry(SCALE, (), scales.dtype)]
+    params = {"table": tables} if scales is None else {"table": tables, SCALE: scales}
+    zeros = torch.zeros(size, dtype=torch.int64)
+    block = make_block(params, chain=torch.arange(size), draw=zeros, log_weight=log_weight)
+    bank = bnn.Bank.from_blocks([block], layout=layout_of(module, extra=extra), info={})
+    return bnn.FunctionalModel(module, bank, strategy=strategy)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed, *shape), dtype=torch.float64)
+
+
+def random_weights(num_samples: int, weighted: bool) -> tuple[Tensor | None, np.ndarray]:
+    """Log weights of a bank, not normalised, and the shares they stand for."""
+    if not weighted:
+        return None, np.full(num_samples, 1 / num_samples)
+    log_weight = 2 * random(num_samples, seed=8) + 5.0
+    return log_weight, scipy.special.softmax(log_weight.numpy())
+
+
+def classes_of(tables: Tensor, log_weight: Tensor | None = None) -> ClassPredictive:
+    found = predict(table_net(tables, log_weight=log_weight), torch.arange(tables.shape[1]), likelihood=Categorical())
+    assert isinstance(found, ClassPredictive)
+    return found
+
+
+def normal_of(
+    tables: Tensor, likelihood: Gaussian, *, log_weight: Tensor | None = None, scales: Tensor | None = None
+) -> NormalPredictive:
+    net = table_net(tables, log_weight=log_weight, scales=scales)
+    found = predict(net, torch.arange(tables.shape[1]), likelihood=likelihood)
+    assert isinstance(found, NormalPredictive)
+    return found
+
+
+def close(actual: Tensor, expected: Tensor | np.ndarray, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=atol)
+
+
+def check_classes(found: ClassPredictive, logits: Tensor, share: np.ndarray, atol: float = 1e-12) -> None:
+    """Compare with sums over the full [S, N, C]."""
+    log_probs = scipy.special.log_softmax(logits.numpy(), axis=-1)
+    mean = scipy.special.logsumexp(log_probs, axis=0, b=share[:, None, None])
+    aleatoric = share @ scipy.special.entr(np.exp(log_probs)).sum(axis=-1)
+    total = scipy.special.entr(np.exp(mean)).sum(axis=-1)
+    close(found.log_probs, mean, atol)
+    close(found.probs, np.exp(mean), atol)
+    close(found.expected_entropy, aleatoric, atol)
+    close(found.expected_log_prob, np.einsum("s,snc->nc", share, log_probs), atol)
+    close(found.entropy, total, atol)
+    close(found.mutual_information, np.maximum(total - aleatoric, 0), atol)
+
+
+# Streaming
+
+
+@streamed
+@weights
+def test_classes_equal_the_full_reference(num_samples: int, weighted: bool) -> None:
+    logits = 3 * random(num_samples, ROWS, CLASSES)
+    log_weight, share = random_weights(num_samples, weighted)
+    check_classes(classes_of(logits, log_weight), logits, share)
+
+
+@streamed
+@weights
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_normals_equal_the_full_reference(num_samples: int, weighted: bool, outputs: int) -> None:
+    means, scales = random(num_samples, ROWS, outputs), 0.3 + random(num_samples, seed=1).abs()
+    log_weight, share = random_weights(num_samples, weighted)
+    found = normal_of(means, Gaussian(HalfCauchy(1.0)), log_weight=log_weight, scales=scales)
+    mu, sigma = means.numpy(), scales.numpy()
+    mean = np.einsum("s,snc->nc", share, mu)
+    assert torch.equal(found.means, means)
+    assert torch.equal(found.scales, scales[:, None, None])
+    close(found.log_weight, np.log(share))
+    close(found.mean, mean)
+    close(found.aleatoric, np.full((ROWS, outputs), share @ sigma**2))
+    close(found.epistemic, np.einsum("s,snc->nc", share, (mu - mean) ** 2))
+
+
+@weights
+@pytest.mark.parametrize("samples_at_once", [1, 3, 64])
+@pytest.mark.parametrize("limit", ["outputs", "bytes"])
+def test_the_size_of_blocks_does_not_matter(
+    limit: str, samples_at_once: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = samples_at_once * ROWS * CLASSES
+    if limit == "outputs":
+        monkeypatch.setattr(predictive, "OUTPUT_VALUES", numbers)
+    else:
+        monkeypatch.setattr(predictive, "SAMPLE_BYTES", numbers * 8)
+    logits = 3 * random(70, ROWS, CLASSES)
+    log_weight, share = random_weights(70, weighted)
+    net, sizes, whole = table_net(logits, log_weight=log_weight), [], bnn.FunctionalModel.apply
+    monkeypatch.setattr(net, "apply", lambda block, x: (sizes.append(block.num_samples), whole(net, block, x))[1])
+    check_classes(predict(net, torch.arange(ROWS), likelihood=Categorical()), logits, share)
+    assert sum(sizes) == 70
+    assert sizes[:2] == [1, samples_at_once]
+    assert max(sizes) == samples_at_once
+
+
+@weights
+def test_samples_run_all_at_once_give_the_same(weighted: bool) -> None:
+    logits = 3 * random(7, ROWS, CLASSES)
+    log_weight, share = random_weights(7, weighted)
+    net = table_net(logits, log_weight=log_weight, strategy="vmap")
+    check_classes(predict(net, torch.arange(ROWS), likelihood=Categorical()), logits, share)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+def test_rows_in_batches_give_the_rows_of_the_whole(batch_size: int) -> None:
+    net = table_net(3 * random(7, ROWS, CLASSES))
+    whole = predict(net, torch.arange(ROWS), likelihood=Categorical())
+    parts = [predict(net, rows, likelihood=Categorical()) for rows in torch.arange(ROWS).split(batch_size)]
+    for index, expected in enumerate(whole):
+        close(torch.cat([part[index] for part in parts]), expected, atol=1e-14)
+
+
+def test_a_real_module_in_float32_is_averaged_in_float64() -> None:
+    module = nn.utils.skip_init(nn.Linear, 4, CLASSES)
+    values = [
+        {"weight": random(CLASSES, 4, seed=s).float(), "bias": random(CLASSES, seed=s).float()} for s in range(70)
+    ]
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts(values, module=module))
+    x = random(ROWS, 4).float()
+    found = predict(net, x, likelihood=Categorical())
+    logits = torch.stack([nn.functional.linear(x, one["weight"], one["bias"]) for one in values]).double()
+    check_classes(found, logits, np.full(70, 1 / 70), atol=1e-6)
+    assert {values.dtype for values in found} == {torch.float64}
+    close(found.probs.sum(dim=1), np.ones(ROWS), atol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(1.0)])
+def test_no_gradient_is_kept_of_parameters_outside_the_sample(likelihood: Categorical | Gaussian) -> None:
+    class Shifted(Table):
+        def __init__(self) -> None:
+            super().__init__((ROWS, CLASSES))
+            self.shift = nn.Parameter(torch.ones(CLASSES, dtype=torch.float64))
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return super().forward(rows) * self.shift
+
+    module, tables, zeros = Shifted(), random(7, ROWS, CLASSES), torch.zeros(7, dtype=torch.int64)
+    block = make_block({"table": tables}, chain=torch.arange(7), draw=zeros)
+    net = bnn.FunctionalModel(module, bnn.Bank.from_blocks([block], layout=layout_of(module, "table"), info={}))
+    assert net(torch.arange(ROWS), 0).requires_grad
+    assert not any(values.requires_grad for values in predict(net, torch.arange(ROWS), likelihood=likelihood))
+
+
+# Weights
+
+
+def test_a_sample_of_double_weight_is_a_sample_kept_twice() -> None:
+    logits = 3 * random(2, ROWS, CLASSES)
+    doubled = classes_of(logits, torch.tensor([0.0, math.log(2)], dtype=torch.float64))
+    for found, expected in zip(doubled, classes_of(logits[[0, 1, 1]]), strict=True):
+        close(found, expected)
+
+
+def test_a_common_factor_of_the_weights_changes_nothing() -> None:
+    logits, log_weight = 3 * random(7, ROWS, CLASSES), random(7)
+    for found, expected in zip(classes_of(logits, log_weight + 1000.0), classes_of(logits, log_weight), strict=True):
+        close(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("absent", [0, 4, 6])
+def test_a_sample_of_weight_zero_is_not_there(absent: int) -> None:
+    logits, log_weight = 3 * random(7, ROWS, CLASSES), random(7)
+    log_weight[absent] = -math.inf
+    kept = [s for s in range(7) if s != absent]
+    for found, expected in zip(classes_of(logits, log_weight), classes_of(logits[kept], log_weight[kept]), strict=True):
+        close(found, expected)
+
+
+# Properties
+
+
+@profile
+@given(size=st.sampled_from([(2, 5, 3), (7, 4, 6), (9, 5, 2)]), seed=st.integers(0, 2**31))
+def test_order_of_samples_rows_and_classes_does_not_matter(size: tuple[int, int, int], seed: int) -> None:
+    logits, log_weight = 3 * random(*size, seed=seed), random(size[0], seed=seed)
+    samples, rows, classes = (torch.randperm(n, generator=generator(seed, i)) for i, n in enumerate(size))
+    expected = classes_of(logits, log_weight)
+    found = classes_of(logits[samples][:, rows][:, :, classes], log_weight[samples])
+    close(found.log_probs, expected.log_probs[rows][:, classes], atol=1e-10)
+    close(found.expected_log_prob, expected.expected_log_prob[rows][:, classes], atol=1e-10)
+    close(found.entropy, expected.entropy[rows], atol=1e-10)
+    close(found.expected_entropy, expected.expected_entropy[rows], atol=1e-10)
+    close(found.mutual_information, expected.mutual_information[rows], atol=1e-10)
+
+
+@profile
+@given(size=st.sampled_from([(1, 4, 3), (2, 5, 3), (7, 4, 6), (9, 5, 2)]), seed=st.integers(0, 2**31))
+def test_bounds_and_duplicates(size: tuple[int, int, int], seed: int) -> None:
+    """0 <= MI <= min(log C, log S); Gibbs <= mean predictive; S -> 2S changes nothing."""
+    logits, log_weight = 3 * random(*size, seed=seed), random(size[0], seed=seed)
+    equal = classes_of(logits)
+    assert bool((equal.mutual_information >= 0).all())
+    assert bool((equal.mutual_information <= min(math.log(size[0]), math.log(size[2])) + 1e-12).all())
+    for once in (equal, classes_of(logits, log_weight)):
+        assert bool((once.expected_log_prob <= once.log_probs + 1e-12).all())  # Jensen
+    twice = classes_of(torch.cat([logits, logits]), torch.cat([log_weight, log_weight]))
+    for found, expected in zip(twice, classes_of(logits, log_weight), strict=True):
+        close(found, expected, atol=1e-10)
+
+
+def test_a_constant_added_to_the_logits_of_a_row_changes_nothing() -> None:
+    logits = 3 * random(7, ROWS, CLASSES)
+    for found, expected in zip(classes_of(logits + 100 * random(7, ROWS, 1)), classes_of(logits), strict=True):
+        close(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_huge_logits_stay_finite(dtype: torch.dtype) -> None:
+    """Samples so sure of one class that probabilities of the others are 0: only logarithms hold them."""
+    logits = (1e4 * random(1, ROWS, CLASSES).sign() * (1 + random(7, ROWS, CLASSES, seed=1).abs())).to(dtype)
+    found = classes_of(logits)
+    assert all(bool(torch.isfinite(values).all()) for values in (*found, found.entropy, found.mutual_information))
+    check_classes(found, logits.double(), np.full(7, 1 / 7), atol=1e-9)
+    assert found.log_probs.min() < -5000
+
+
+def test_sure_samples_that_disagree_are_all_epistemic() -> None:
+    logits = 1e4 * torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1, 2, 3]].unsqueeze(1).expand(-1, 5, -1).contiguous()
+    found = classes_of(logits)
+    votes = np.array([2, 2, 1, 1]) / 6
+    close(found.probs, np.tile(votes, (5, 1)))
+    close(found.expected_entropy, np.zeros(5))
+    close(found.mutual_information, np.full(5, scipy.special.entr(votes).sum()))
+
+
+def test_one_sample_has_exactly_no_epistemic_part() -> None:
+    assert torch.equal(classes_of(3 * random(1, ROWS, CLASSES)).mutual_information, torch.zeros(ROWS).double())
+    normal = normal_of(random(1, ROWS, 2), Gaussian(0.3))
+    assert torch.equal(normal.epistemic, torch.zeros(ROWS, 2).double())
+    close(normal.aleatoric, np.full((ROWS, 2), 0.09), atol=1e-8)
+
+
+@pytest.mark.parametrize("num_samples", [2, 7, 70])
+def test_identical_samples_have_no_epistemic_part(num_samples: int) -> None:
+    """Streamed sums round; what is left is far below any figure that is shown, and never negative."""
+    found = classes_of(3 * random(1, ROWS, CLASSES).expand(num_samples, -1, -1)).mutual_information
+    assert bool((found >= 0).all())
+    assert bool((found < 1e-13).all())
+    assert bool((normal_of(random(1, ROWS, 2).expand(num_samples, -1, -1), Gaussian(0.3)).epistemic < 1e-28).all())
+
+
+# Regression
+
+
+def test_predictions_come_in_the_units_of_the_target() -> None:
+    means, scales = random(7, ROWS, 2), 0.3 + random(7).abs()
+    net = table_net(means, scales=scales)
+    found = predict(net, torch.arange(ROWS), likelihood=Gaussian(HalfCauchy(1.0)), loc=-40.0, scale=2.5)
+    close(found.means, 2.5 * means - 40.0)
+    close(found.scales, 2.5 * scales[:, None, None])
+    close(found.epistemic, 2.5**2 * means.numpy().var(axis=0), atol=1e-10)
+    close(found.aleatoric, np.full((ROWS, 2), 2.5**2 * float(scales.square().mean())), atol=1e-10)
+
+
+def test_outputs_without_a_column_are_one_output() -> None:
+    means = random(7, ROWS)
+    found = normal_of(means, Gaussian(0.5))
+    assert torch.equal(found.means, means.unsqueeze(-1))
+    assert torch.equal(found.scales, torch.full((7, 1, 1), 0.5).double())
+
+
+# Which likelihood
+
+
+def test_the_likelihood_is_the_banks_unless_another_is_given() -> None:
+    module = Table((ROWS, CLASSES))
+    bank = bnn.Bank.from_state_dicts(
+        [{"table": 3 * random(ROWS, CLASSES)}] * 2, module=module, info={"likelihood": Gaussian(0.25).to_config()}
+    )
+    net = bnn.FunctionalModel(module, bank)
+    found = predict(net, torch.arange(ROWS))
+    assert isinstance(found, NormalPredictive)
+    assert found.scales.unique().tolist() == [0.25]
+    assert isinstance(predict(net, torch.arange(ROWS), likelihood=Categorical()), ClassPredictive)
+
+
+def test_a_bank_without_likelihood_asks_for_one() -> None:
+    with pytest.raises(ConfigError, match="pass likelihood="):
+        predict(table_net(random(2, ROWS, CLASSES)), torch.arange(ROWS))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(1.0)])
+@pytest.mark.parametrize("bad", [0, 1, 6, 68])
+def test_a_sample_that_overflows_is_named(bad: int, likelihood: Categorical | Gaussian) -> None:
+    """Its weights are finite, or no bank would hold them; 1e300 squared is not."""
+
+    class Squared(Table):
+        def forward(self, rows: Tensor) -> Tensor:
+            return super().forward(rows).square()
+
+    tables = random(70, ROWS, CLASSES)
+    tables[bad, 4, 1] = 1e300
+    tables[bad + 1, 0, 0] = 1e300  # the first one is named, not the last
+    module = Squared((ROWS, CLASSES))
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([{"table": t} for t in tables], module=module))
+    with pytest.raises(DataError, match=rf"^sample {bad}: want finite outputs, got NaN or Inf"):
+        predict(net, torch.arange(ROWS), likelihood=likelihood)
+    predict(net, torch.tensor([2, 3]), likelihood=likelihood)  # the rows it does not spoil go through
+
+
+def test_nan_in_the_outputs_names_the_sample_too() -> None:
+    class Difference(Table):
+        def forward(self, rows: Tensor) -> Tensor:
+            huge = super().forward(rows) * 1e300
+            return huge - huge
+
+    tables = torch.zeros(7, ROWS, CLASSES, dtype=torch.float64)
+    tables[5, 3, 2] = 1e10  # Inf - Inf
+    module = Difference((ROWS, CLASSES))
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([{"table": t} for t in tables], module=module))
+    with pytest.raises(DataError, match="sample 5"):
+        predict(net, torch.arange(ROWS), likelihood=Categorical())
+
+
+def test_a_module_with_two_outputs_is_refused() -> None:
+    class Pair(Table):
+        def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return self.table[rows], self.table[rows]
+
+    module = Pair((ROWS, CLASSES))
+    bank = bnn.Bank.from_state_dicts([{"table": random(ROWS, CLASSES)}] * 2, module=module)
+    with pytest.raises(DataError, match=r"one tensor of outputs, got tuple"):
+        predict(bnn.FunctionalModel(module, bank), torch.arange(ROWS), likelihood=Categorical())
+
+
+def test_an_empty_bank_is_refused() -> None:
+    module = Table((ROWS, CLASSES))
+    net = bnn.FunctionalModel(module, bnn.Bank.from_blocks([], layout=layout_of(module), info={}))
+    with pytest.raises(ConfigError, match="at least one sample"):
+        predict(net, torch.arange(ROWS), likelihood=Categorical())
