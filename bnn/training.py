@@ -215,7 +215,7 @@ def _step(
     ).mean()
     loss = weight * loss
     if not torch.isfinite(loss):
-        raise FitError("distil", want="a finite loss", got=f"{float(loss)} at step {step}", fix="lower lr")
+        raise FitError("distil", want="a finite loss", got=f"{float(loss.detach())} at step {step}", fix="lower lr")
     loss.backward()
     optimizer.step()
     return float(loss.detach())

@@ -31,7 +31,7 @@ app.command("demo")(demo.demo)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a negative verdict, 2 bad input, 3 input or output failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)  # noqa: T201
+    warnings.showwarning = say_warning
     sys.exit(run(arguments))
 
 
@@ -42,7 +42,7 @@ _UsageError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kin
 def run(arguments: list[str]) -> int:
     """Run the command line; the exit code. Errors are one line on stderr, with `--debug` a traceback before it."""
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="bnn", standalone_mode=False)
         return _interrupted() if code == 130 else code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
@@ -59,6 +59,11 @@ def run(arguments: list[str]) -> int:
         if not message.strip() or type(error).__name__ == "NoArgsIsHelpError":  # the help itself
             return _say(message or f"{command}: a command is missing; see '{command} --help'", 2)
         return _say(f"{command}: {message.rstrip('.')}; see '{command} --help'", 2)
+
+
+def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line on stderr, without the place in the code that people cannot act on."""
+    _say(f"warning: {message}", 0)
 
 
 def _interrupted() -> int:

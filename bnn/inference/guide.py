@@ -166,18 +166,30 @@ def _optimise(
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
+        if not _is_proper(guide):
+            raise _diverged(options, "a standard deviation that is no positive number", step)
         loss = elbo.differentiable_loss(density, guide, next(batches))
         loss.backward()
         if not (torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in guide.parameters())):
-            raise FitError(
-                f"Guide('{options.family}')",
-                want="a finite loss and gradient",
-                got=f"a loss of {float(loss.detach()):.3g} at step {step}",
-                fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
-            )
+            raise _diverged(options, f"a loss of {float(loss.detach()):.3g}", step)
         optimizer.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())
+
+
+def _is_proper(guide: Any) -> bool:
+    """Whether the guide's scale, if it has one, is above 0 and finite."""
+    scale = getattr(guide, "scale", None)
+    return scale is None or bool((torch.isfinite(scale) & (scale > 0)).all())
+
+
+def _diverged(options: Guide, got: str, step: int) -> FitError:
+    return FitError(
+        f"Guide('{options.family}')",
+        want="a finite loss and gradient",
+        got=f"{got} at step {step}",
+        fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
+    )
 
 
 def _draw(posterior: Any, seed: int, index: int) -> Tensor:

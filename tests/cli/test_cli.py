@@ -1,0 +1,398 @@
+"""The command line: what --help says is done, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnn.bank import Bank
+from bnn.cli import run
+
+pytest.importorskip("sklearn", reason="scikit-learn (extra 'demo') is not installed")
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+FAST_HMC = ["--method", "hmc", "--num-chains", "2", "--num-warmup", "40", "--num-steps", "6", "--num-samples", "10"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def bnn(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = run([piece for word in words for piece in word.split()])
+        found = capfd.readouterr()
+        return code, found.out, found.err
+
+    return call
+
+
+# End to end
+
+
+def test_digits_from_fit_to_student(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    fit = "fit --data digits --model mlp:16 --method mean-field --num-steps 600 --num-samples 20 --prior-scale 2"
+    code, out, err = bnn(f"{fit} --out banks/mf")
+    assert (code, err) == (0, "")
+    assert "20 samples of 1,210 values" in out
+    code, out, err = bnn("fit --data digits --model mlp:16 --prior-scale 2 --out banks/hmc", " ".join(FAST_HMC))
+    assert code == 0
+    code, out, err = bnn("evaluate --bank banks/mf --bank banks/hmc --ood digits-shuffled --report report")
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert set(report) == {"mf", "hmc"}
+    accuracy = report["mf"]["metrics"]["accuracy"]["value"]
+    assert accuracy > 0.85  # 600 steps of a small network; chance is 0.1
+    assert f"{accuracy:.4f}" in out
+    assert report["mf"]["num_rows"] == 359
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        "report.json", "report.html", "mf-reliability.png", "mf-entropy.png", "hmc-reliability.png", "hmc-entropy.png",
+    }  # fmt: skip
+    code, out, err = bnn("train --bank banks/mf --student mlp:12,relu --num-epochs 30 --out student")
+    assert (code, err) == (0, "")
+    assert {"model.safetensors", "curve.json", "bank.json"} <= {p.name for p in (tmp_path / "student").iterdir()}
+    code, out, err = bnn("evaluate --bank student")
+    assert code == 0
+    assert float(re.search(r"student\s+(\S+)", out)[1]) > 0.7  # type: ignore[index]
+
+
+def test_diabetes_in_the_targets_own_units(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, _, _ = bnn("fit --data diabetes --model mlp:8 --out bank", " ".join(FAST_HMC))
+    assert code == 0
+    assert "@likelihood.scale" in Bank.open("bank").layout.names
+    code, out, _ = bnn("evaluate --bank bank --report report")
+    assert code == 0
+    metrics = json.loads((tmp_path / "report" / "report.json").read_text())["bank"]["metrics"]
+    assert 40 < metrics["rmse"]["value"] < 90  # the target spreads by 77
+    assert 0.75 < metrics["coverage_90"]["value"] <= 1.0
+    code, _, _ = bnn("train --bank bank --num-epochs 20 --out student")
+    assert code == 0
+    code, out, _ = bnn("evaluate --bank student --bank bank")
+    assert code == 0
+    assert "crps" in out
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real data sets is not here")
+def test_a_uci_folder(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    words = f"fit --data uci/yacht --data-root {REAL} --split 2 --model mlp:10 --out bank"
+    assert bnn(words, " ".join(FAST_HMC))[0] == 0
+    code, _, _ = bnn(f"evaluate --bank bank --data-root {REAL} --report report")
+    assert code == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["bank"]
+    assert found["num_rows"] == 31
+    assert found["metrics"]["rmse"]["value"] < 8  # the target spreads by 15
+    code, _, err = bnn(f"evaluate --bank bank --data-root {REAL} --split 3")
+    assert code == 2
+    assert "want --split 2, which the bank was fitted on, got 3" in err
+
+
+def test_csv_npz_and_partial_banks(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    rows = "\n".join(f"{i % 7},{i % 5},{'oak' if i % 7 > 2 else 'pine'}" for i in range(60))
+    (tmp_path / "trees.csv").write_text("a,b,kind\n" + rows)
+    words = (
+        "fit --data trees.csv:kind --model mlp:6 --method low-rank --rank 2 --num-steps 300 --num-samples 6 --out bank"
+    )
+    assert bnn(words, "--bayesian 3 --bayesian 1.bias")[0] == 0
+    assert Bank.open("bank").layout.names == ("1.bias", "3.weight", "3.bias")
+    assert set(Bank.open("bank").base()) == {"1.weight"}
+    nats, bits = (
+        float(bnn(f"evaluate --bank bank --base {base}")[1].split("bank")[1].split()[1]) for base in ("e", "2")
+    )
+    assert bits == pytest.approx(nats / math.log(2), abs=2e-4)
+    assert bnn("train --bank bank --num-epochs 2 --out student")[0] == 0
+    (tmp_path / "new.csv").write_text("a,b,kind\n1,2,pine\n6,1,oak\n5,5,oak\n")
+    assert bnn("evaluate --bank bank --data new.csv:kind --report r")[0] == 0
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["bank"]["num_rows"] == 3
+
+
+def test_a_partial_bank_is_evaluated_with_the_values_it_was_fitted_beside(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """The base of the bank, not a freshly built module, stands for the parameters outside the sample."""
+    (tmp_path / "trained_nets.py").write_text(
+        "import torch\nfrom torch import nn\ncalls = 0\n"
+        "def net(input_shape, num_outputs):\n"
+        "    global calls\n    calls += 1\n"
+        "    module = nn.Sequential(nn.Linear(input_shape[0], 4), nn.BatchNorm1d(4), nn.Linear(4, num_outputs))\n"
+        "    with torch.no_grad():\n        module[0].weight.fill_(calls)\n"
+        "    module[1].running_mean.fill_(calls)\n    return module\n"
+    )
+    words = "fit --data diabetes --model trained_nets:net --bayesian 2 --method prior --num-samples 3 --out bank"
+    assert bnn(words)[0] == 0
+    code, _, err = bnn("evaluate --bank bank")
+    assert code == 2
+    assert "repeat it as --model trained_nets:net, or say --trust" in err
+    figures = []
+    for how in ("--trust", "--model trained_nets:net"):
+        assert bnn(f"evaluate --bank bank {how} --report r")[0] == 0
+        figures.append(json.loads((tmp_path / "r" / "report.json").read_text())["bank"]["metrics"]["rmse"]["value"])
+    sys.modules.pop("trained_nets")
+    assert figures[0] == figures[1]
+
+
+def test_resume_and_overwrite(bnn: Callable[..., tuple[int, str, str]]) -> None:
+    fit = "fit --data diabetes --model mlp:4 --method mean-field --num-steps 100 --out bank"
+    assert bnn(f"{fit} --num-samples 5")[0] == 0
+    code, _, err = bnn(f"{fit} --num-samples 5")
+    assert code == 2
+    assert err == (
+        "bank: want a new folder, got a bank, which is kept; go on with resume, replace it with overwrite, or choose another name\n"
+    )
+    assert len(Bank.open("bank")) == 5
+    assert bnn(f"{fit} --num-samples 8 --resume")[0] == 0
+    assert len(Bank.open("bank")) == 8
+    code, _, err = bnn("fit --data diabetes --model mlp:4 --method mean-field --num-steps 90 --out bank --resume")
+    assert code == 2
+    assert "bank.json: want method =" in err
+    assert bnn(f"{fit} --num-samples 3 --overwrite")[0] == 0
+    assert len(Bank.open("bank")) == 3
+
+
+def test_config_file_and_flags_that_win(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "fit.toml").write_text(
+        'data = "diabetes"\nout = "bank"\nmodel = "mlp:3"\nmethod = "prior"\nnum-samples = 7\nbayesian = ["*", "!*.bias"]\n'
+    )
+    assert bnn("fit --config fit.toml --num-samples 4")[0] == 0
+    bank = Bank.open("bank")
+    assert len(bank) == 4
+    assert bank.layout.names == ("1.weight", "3.weight", "@likelihood.scale")
+    (tmp_path / "bad.toml").write_text("num_sample = 7\n")
+    code, _, err = bnn("fit --config bad.toml")
+    assert code == 2
+    assert "'num_sample': want the name of a flag" in err
+    (tmp_path / "worse.toml").write_text("= 7\n")
+    assert bnn("fit --config worse.toml")[0] == 2
+    assert bnn("fit --config absent.toml")[0] == 2
+
+
+def test_bank_info_and_verify(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    bnn("fit --data diabetes --model mlp:4 --method prior --num-samples 5 --out bank")
+    code, out, _ = bnn("bank info bank")
+    assert code == 0
+    assert "5 samples of 50 values" in out
+    assert "diabetes, split 0" in out
+    for flag in ("", "--full"):
+        code, out, _ = bnn(f"bank verify bank {flag}")
+        assert (code, out.split(":")[0]) == (0, "good")
+    shard = tmp_path / "bank" / "main-000000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[5000] ^= 1
+    shard.write_bytes(raw)
+    assert bnn("bank verify bank")[0] == 0
+    code, out, _ = bnn("bank verify bank --full")
+    assert code == 1
+    assert out == "bad: main-000000.safetensors: other bytes than the manifest says\n"
+    shard.write_bytes(raw[:-3])
+    code, out, _ = bnn("bank verify bank")
+    assert code == 1
+    assert "main-000000.safetensors" in out
+    code, _, err = bnn("evaluate --bank bank")
+    assert code == 2
+    assert re.search(r"main-000000\.safetensors: want \d+ bytes, got \d+ bytes; restore", err)
+
+
+def test_bench_prints_ratios_and_compares(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, out, _ = bnn("bench select --num-samples 60 --width 16 --json a.json")
+    assert code == 0
+    assert out.split()[0] == "ratio"
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert {row["rival"] for row in found["rows"]} == {"torch.stack of state dicts"}
+    assert found["machine"]["torch"] == torch.__version__
+    for row in found["rows"]:
+        row["ratio"] *= 1000
+    (tmp_path / "better.json").write_text(json.dumps(found))
+    code, out, _ = bnn("bench select --num-samples 60 --width 16 --compare better.json")
+    assert code == 1
+    assert "slower: select" in out
+    code, _, err = bnn("bench select --compare absent.json")
+    assert code == 2
+    assert "a file that --json wrote" in err
+
+
+def test_bench_apply_agrees_with_its_rivals(bnn: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = bnn("bench apply --num-samples 30 --width 8")
+    assert code == 0
+    assert {"param.data", "load_state_dict"} <= set(out.split())
+
+
+# Bad input: one line on stderr, exit code 2, nothing half-written
+
+FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{FIT} --data digitz", "data: want digits, digits-shuffled, diabetes, FILE.csv:TARGET"),
+        (f"{FIT} --data diabetes --method nutz", "--method: want one of prior, mean-field, low-rank, map, hmc, got 'nutz'"),
+        (f"{FIT} --data diabetes --model resnet", "model: want mlp:WIDTHS[,ACTIVATION]"),
+        (f"{FIT} --data diabetes --bayesian head.*", "bayesian: want patterns that match a parameter, got 'head.*'"),
+        (f"{FIT} --data d.csv:z", "d.csv: want a column 'z', got columns a, y"),
+        (f"{FIT} --data d.csv:y --task regression", "d.csv line 3: want a number in column 'y' for regression, got 'tall'"),
+        (f"{FIT} --data nan.csv:y", "data 'nan.csv:y': want finite numbers, got NaN or Inf in row 1 of x"),
+        (f"{FIT} --data diabetes --task ranking", "--task: want one of classification, regression"),
+        (f"{FIT} --data diabetes --prior horseshoe", "--prior: want one of fan-in, normal"),
+        (f"{FIT} --data diabetes --prior-scale 0", "FanIn(scale=): want a positive number"),
+        (f"{FIT} --data diabetes --temperature -1", "temperature: want a positive number"),
+        (f"{FIT} --data digits --noise-scale 1", "--noise-scale: want a regression"),
+        (f"{FIT} --data diabetes --lr 0.1", "--lr: want an option of the method, got method prior, which has none"),
+        (f"{FIT} --data diabetes --method hmc --num-samples 10 --num-chains 4", "num_samples: want a multiple of num_chains = 4, got 10; pass 8 or 12"),
+        (f"{FIT} --data diabetes --method map", "num_samples: want 1 for Guide('map'), which is one point, got 4"),
+        (f"{FIT} --data diabetes --method mean-field --num-steps 100 --lr 1e30", "Guide('mean-field'): want a finite loss and gradient"),
+        (f"{FIT} --data diabetes --resume", "bank: want a bank to go on with, got none"),
+        (f"{FIT} --data diabetes --resume --overwrite", "bank: want resume or overwrite, got both"),
+        (f"{FIT} --data diabetes --num-samples many", "bnn fit: Invalid value for '--num-samples'"),
+        (f"{FIT}", "Missing option '--data'"),
+        (f"{FIT} --data diabetes --colour red", "No such option"),
+        ("fly", "No such command 'fly'"),
+        ("evaluate --bank nowhere", "nowhere: want a bank, got nothing there"),
+        ("evaluate --bank .", ".: want a bank, got a folder without bank.json"),
+        ("bank info nowhere", "nowhere: want a bank"),
+        ("bank verify nowhere", "nowhere: want a bank"),
+        ("train --bank nowhere --out s", "nowhere: want a bank"),
+        ("bench fly", "bench: want one of write, read, select, apply, got 'fly'"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path, words: str, message: str
+) -> None:
+    (tmp_path / "d.csv").write_text("a,y\n1,2\n2,tall\n3,4\n")
+    (tmp_path / "nan.csv").write_text("a,y\n1,2\nnan,3\n3,4\n")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = bnn(words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_debug_shows_the_traceback(bnn: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = bnn("bank info nowhere --debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.endswith("make one with bnn.fit or 'bnn fit --out'\n")
+
+
+def test_a_bank_of_another_module_names_the_first_differing_entry(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    bnn("fit --data diabetes --model mlp:4 --method prior --num-samples 5 --out bank")
+    config = json.loads((tmp_path / "bank" / "bank.json").read_text())
+    config["model"]["spec"] = "mlp:5"
+    (tmp_path / "bank" / "bank.json").write_text(json.dumps(config))
+    code, _, err = bnn("evaluate --bank bank")
+    assert code == 2
+    assert "'1.weight' [5, 10] where '1.weight' [4, 10] stands" in err
+
+
+def test_input_output_failures_exit_with_3(
+    bnn: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bnn.bank.files.os.fsync", full)
+    code, _, err = bnn(f"{FIT} --data diabetes")
+    assert code == 3
+    assert "No space left on device" in err
+    assert "free space" in err
+
+
+def test_interruption_exits_with_130_and_says_how_to_go_on(
+    bnn: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(run: object, *_: object) -> object:
+        yield next(run)  # type: ignore[call-overload]
+        raise KeyboardInterrupt
+
+    fit = "fit --data diabetes --model mlp:4 --method mean-field --num-steps 100 --num-samples 5 --out bank"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnn.fitting._with_progress", interrupted)
+        code, _, err = bnn(fit)
+    assert code == 130
+    assert err == "interrupted; what was committed is kept, go on with the same command and --resume\n"
+    assert bnn(f"{fit} --resume")[0] == 0
+    assert len(Bank.open("bank")) == 5
+
+
+def test_a_real_ctrl_c_keeps_what_was_committed(tmp_path: Path) -> None:
+    import signal
+    import time
+
+    words = (
+        "fit --data diabetes --model mlp:20 --method hmc --num-chains 2 --num-warmup 40 --num-samples 100000 --out bank"
+    )
+    with subprocess.Popen([sys.executable, "-m", "bnn", *words.split()], stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(300):
+            time.sleep(0.1)
+            if (tmp_path / "bank" / "lock-main").exists():
+                break
+        time.sleep(3.0)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        err = process.stderr.read()
+    assert process.returncode == 130, err
+    assert "go on with the same command and --resume" in err
+    assert "Traceback" not in err
+    bank = Bank.open(tmp_path / "bank", verify="full")
+    assert not bank.info["complete"]
+
+
+# Start-up
+
+
+def lines_of(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_bnn_loads_neither_torch_nor_pyro() -> None:
+    assert lines_of("import sys, bnn; print('torch' in sys.modules, 'pyro' in sys.modules)") == "False False\n"
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from bnn.cli import run; run(['--help']); print('torch' in sys.modules)"
+    out = lines_of(code)
+    assert out.endswith("False\n")
+    for verb in ("fit", "train", "evaluate", "bank", "bench", "demo"):
+        assert f"  {verb} " in out
+
+
+def test_importing_everything_changes_no_global_state() -> None:
+    code = (
+        "import torch, numpy, random, logging, warnings\n"
+        "before = torch.initial_seed(), torch.get_default_dtype(), len(logging.root.handlers), torch.is_grad_enabled()\n"
+        "import bnn\n[getattr(bnn, name) for name in bnn.__all__]\n"
+        "import pyro\n"
+        "after = torch.initial_seed(), torch.get_default_dtype(), len(logging.root.handlers), torch.is_grad_enabled()\n"
+        "print(before == after, list(pyro.get_param_store().keys()))"
+    )
+    assert lines_of(code) == "True []\n"
+
+
+def test_warnings_are_one_line(bnn: Callable[..., tuple[int, str, str]]) -> None:
+    from bnn.cli import say_warning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = say_warning
+        code, _, err = bnn(
+            "fit --data diabetes --model mlp:4 --method hmc --num-chains 2 --num-warmup 0 --num-steps 2 --num-samples 4 --out bank"
+        )
+    assert code == 0
+    assert all(line.startswith("warning: ") for line in err.splitlines())
