@@ -90,7 +90,9 @@ def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str,
             writer.append(block, state)
         writer.close()
     except KeyboardInterrupt:
-        writer.close(complete=False)
+        if writer.has_news:
+            writer.commit()
+        writer.release()
         raise
     except BnnError:
         writer.abandon()

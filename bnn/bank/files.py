@@ -130,6 +130,14 @@ class MappedFile(NamedTuple):
         if hasattr(self.map, "madvise"):
             self.map.madvise(mmap.MADV_DONTNEED)
 
+    def crc32(self, name: str) -> int:
+        """The checksum of a tensor's bytes; read in steps, so that a large one does not fill the memory."""
+        view, found = fmt.tensor_bytes(self.tensors[name]), 0
+        for start in range(0, len(view), READ_STEP):
+            found = zlib.crc32(view[start : start + READ_STEP], found)
+            self.release()
+        return found
+
 
 def map_tensors(path: Path, expected_size: int | None = None) -> MappedFile:
     """Map a safetensors file: tensors are views of it, nothing is copied.

@@ -21,7 +21,8 @@ from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, choos
 from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params, make_block
 
-RESIDENT_BYTES = 256 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
+FOLIO_BYTES = 2 * 1024 * 1024  # a page fault may map so much at once: Linux 6.18 maps whole folios of the page cache
+RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
 
 
 class Bank(Sequence[Params]):
@@ -343,7 +344,8 @@ class Bank(Sequence[Params]):
         shard = self._shards[place]
         if isinstance(shard, MemoryShard):
             return
-        self._touched[place] = min(self._touched.pop(place, 0) + num_bytes, shard.rows * self.layout.num_bytes)
+        most = shard.rows * self.layout.num_bytes
+        self._touched[place] = min(self._touched.pop(place, 0) + num_bytes + FOLIO_BYTES, most)
         while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
             oldest, _ = self._touched.popitem(last=False)
             self._shards[oldest].release()  # type: ignore[attr-defined]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ def rows_per_shard(row_bytes: int) -> int:
     """
     fit = SHARD_BYTES // max(row_bytes, 1)
     return max(fit // 64 * 64 if fit >= 64 else fit, 1)
+
+
+class _Ready(NamedTuple):
+    """What the next commit makes durable. Replaced as a whole, so that Ctrl-C sees all of a block or nothing of it."""
+
+    shards: tuple[dict[str, Any], ...]  # written, in order
+    buffered: int  # rows in the buffer that follow them
+    state: State | None  # of the producer after those rows
 
 
 class BankWriter:
@@ -80,16 +88,15 @@ class BankWriter:
         self._made_folder = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = files.Lock(self.path, writer)
-        self._shards: list[dict[str, Any]] = []
+        self._ready = _Ready((), 0, None)
+        self._num_rows = 0
         self._generation = self._next_number = self._next_state = 0
         self.state: State | None = None  # after the last committed row
         self.complete = False  # whether the part that was resumed had been marked so
-        self._pending_state: State | None = None
         self._started = False
         self._fresh = self._made_folder  # whether what stands in the folder is this writer's own
         self._capacity = rows_per_shard(layout.num_bytes)
         self._buffer: dict[str, Tensor] = {}
-        self._buffered = 0
         self._first_row_at = self._last_commit_at = time.monotonic()
         if resume:
             try:
@@ -101,7 +108,12 @@ class BankWriter:
     @property
     def num_rows(self) -> int:
         """Rows committed."""
-        return sum(shard["rows"] for shard in self._shards)
+        return self._num_rows
+
+    @property
+    def has_news(self) -> bool:
+        """Whether rows or a state wait for their commit."""
+        return self._ready.buffered > 0 or self._ready.state is not self.state
 
     def append(self, block: Block, state: State | None = None) -> None:
         """Take K rows and the state that follows them; commit when a shard is full or time has come.
@@ -113,51 +125,47 @@ class BankWriter:
         size = block.num_samples
         if size:
             self._check_block(block)
-            if self._buffered and self._buffered + size > self._capacity:
+            if self._ready.buffered and self._ready.buffered + size > self._capacity:
                 self.commit()
-            if not self._buffered:
+            if not self._ready.buffered:
                 self._first_row_at = time.monotonic()
-            for start in range(0, size, self._capacity):
-                stop = min(start + self._capacity, size)
-                if self._buffered + stop - start > self._capacity:
-                    self._write_shard()
-                self._copy_rows(block, start, stop)
-        self._pending_state = state
+        shards, buffered, _ = self._ready
+        for start in range(0, size, self._capacity):
+            stop = min(start + self._capacity, size)
+            if buffered + stop - start > self._capacity:
+                shards, buffered = (*shards, self._write_shard(shards, buffered)), 0
+            self._copy_rows(block, start, stop, buffered)
+            buffered += stop - start
+        self._ready = _Ready(shards, buffered, state)
         now = time.monotonic()
-        full = self._buffered == self._capacity
-        row_waits = self._buffered > 0 and now - self._first_row_at > ROW_SECONDS
-        if full or row_waits or now - self._last_commit_at > STATE_SECONDS:
+        row_waits = buffered > 0 and now - self._first_row_at > ROW_SECONDS
+        if buffered == self._capacity or row_waits or now - self._last_commit_at > STATE_SECONDS:
             self.commit()
 
     def commit(self, *, complete: bool = False) -> None:
         """Make all rows appended so far durable, with the state that follows them."""
         if not self._started:
             self._start()
-        if self._buffered:
-            self._write_shard()
-        state_fact, old_states = None, self._state_files()
-        if self._pending_state is not None:
-            name = f"state-{self.writer}-{self._next_state:06d}.safetensors"
-            tensors, metadata = fmt.encode_state(self._pending_state, name)
-            written = files.write_tensors(self.path / name, tensors, metadata)
-            state_fact = {"file": name, "bytes": written.bytes, "sha256": written.sha256}
-            self._next_state += 1
-        info = (self._pending_state or {}).get("info", {})
+        shards, buffered, state = self._ready
+        if buffered:
+            shards = (*shards, self._write_shard(shards, buffered))
+            self._ready = _Ready(shards, 0, state)
+        old_states = self._state_files()
         manifest = {
             "format": fmt.FORMAT,
             "version": fmt.VERSION,
             "writer": self.writer,
             "generation": self._generation + 1,
             "complete": complete,
-            "rows": self.num_rows,
-            "shards": self._shards,
-            "state": state_fact,
-            "info": info,
+            "rows": _count(shards),
+            "shards": list(shards),
+            "state": None if state is None else self._write_state(state),
+            "info": {} if state is None else state.get("info", {}),
         }
         name = f"manifest-{self.writer}.json"
         files.write_atomic(self.path / name, [fmt.dump_json(manifest, name)])
         self._generation += 1
-        self.state = self._pending_state
+        self._num_rows, self.state = _count(shards), state
         for old in old_states:  # the manifest no longer names them
             old.unlink(missing_ok=True)
         self._last_commit_at = time.monotonic()
@@ -165,10 +173,11 @@ class BankWriter:
     def close(self, *, complete: bool = True) -> None:
         """Commit what is pending, mark the writer's part complete, and give the name free."""
         self.commit(complete=complete)
-        self._lock.close()
+        self.release()
 
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
+        self._buffer, self._ready = {}, self._ready._replace(buffered=0)
         if self._made_folder and not self._started:
             self._lock.path.unlink(missing_ok=True)
             self.path.rmdir()
@@ -176,7 +185,7 @@ class BankWriter:
 
     def abandon(self) -> None:
         """Give up after an error that would come again: a bank of this writer without any row goes, states and all."""
-        if self._fresh and self._started and not self._shards:
+        if self._fresh and self._started and not self._num_rows:
             self._remove_bank()
             self._started = False
         self.release()
@@ -241,10 +250,11 @@ class BankWriter:
         if manifest_path.exists():
             manifest: dict[str, Any] = files.read_json(manifest_path)
             fmt.check_version(manifest, str(manifest_path))
-            self._shards, self._generation = manifest["shards"], manifest["generation"]
-            self.complete = manifest["complete"]
+            self._generation, self.complete = manifest["generation"], manifest["complete"]
             if manifest["state"] is not None:
-                self.state = self._pending_state = self._read_state(manifest["state"])
+                self.state = self._read_state(manifest["state"])
+            self._ready = _Ready(tuple(manifest["shards"]), 0, self.state)
+            self._num_rows = _count(manifest["shards"])
         for path in self.path.iterdir():  # names are never used twice, not even those of orphans
             for pattern, attribute in ((fmt.SHARD_NAME, "_next_number"), (fmt.STATE_NAME, "_next_state")):
                 match = pattern.fullmatch(path.name)
@@ -283,37 +293,40 @@ class BankWriter:
         if block.params.keys() - set(self.layout.names):
             extra = sorted(block.params.keys() - set(self.layout.names))[0]
             raise BankMismatch("block", want="the entries of the layout", got=f"'{extra}' too", fix="leave it out")
-        fmt.check_rows(block.params, str(self.path), self.num_rows + self._buffered)
+        fmt.check_rows(block.params, str(self.path), self._num_rows + self._ready.buffered)
 
-    def _copy_rows(self, block: Block, start: int, stop: int) -> None:
+    def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
+        """Rows start to stop of a block into the buffer at `place`, after the rows that count so far."""
         if not self._buffer:  # empty memory costs nothing until it is written to
             self._buffer = {e.name: torch.empty(self._capacity, *e.shape, dtype=e.dtype) for e in self.layout.entries}
             self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in fmt.COLUMNS.items()}
-        columns = {
-            "@chain": block.chain,
-            "@draw": block.draw,
-            "@log_joint": block.log_joint,
-            "@log_weight": block.log_weight,
-        }
-        here = slice(self._buffered, self._buffered + stop - start)
+        columns = dict(zip(fmt.COLUMNS, block[1:], strict=True))
+        here = slice(place, place + stop - start)
         for name, tensor in {**block.params, **columns}.items():
             self._buffer[name][here].copy_(tensor[start:stop].detach())
-        self._buffered += stop - start
 
-    def _write_shard(self) -> None:
+    def _write_shard(self, before: tuple[dict[str, Any], ...], rows: int) -> dict[str, Any]:
         """Write the buffered rows as a shard; it counts once a manifest names it."""
         if not self._started:
             self._start()
-        name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", self.num_rows
+        name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", _count(before)
+        self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
         metadata = {
             "bnn_version": str(fmt.VERSION),
             "fingerprint": self.layout.fingerprint,
             "writer": self.writer,
             "first_row": str(first_row),
-            "rows": str(self._buffered),
+            "rows": str(rows),
         }
-        tensors = {key: tensor[: self._buffered] for key, tensor in self._buffer.items()}
-        written = files.write_tensors(self.path / name, tensors, metadata)
-        self._shards.append({"file": name, "first_row": first_row, "rows": self._buffered, **written._asdict()})
-        self._next_number += 1
-        self._buffered = 0
+        written = files.write_tensors(self.path / name, {k: t[:rows] for k, t in self._buffer.items()}, metadata)
+        return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
+
+    def _write_state(self, state: State) -> dict[str, Any]:
+        name = f"state-{self.writer}-{self._next_state:06d}.safetensors"
+        self._next_state += 1
+        written = files.write_tensors(self.path / name, *fmt.encode_state(state, name))
+        return {"file": name, "bytes": written.bytes, "sha256": written.sha256}
+
+
+def _count(shards: Sequence[dict[str, Any]]) -> int:
+    return sum(shard["rows"] for shard in shards)
