@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bnn.cli.bench import machine
 
@@ -24,15 +24,27 @@ def seconds(run: Callable[[], Any], *, repeats: int = 7) -> float:
     return statistics.median(found)
 
 
-def report(question: str, ours: dict[str, float], rivals: dict[str, float], unit: str, **facts: Any) -> None:
+class Pair(NamedTuple):
+    """The same work done by us and by a rival, and what it costs each."""
+
+    ours: str
+    rival: str
+    our_cost: float
+    rival_cost: float
+
+
+def report(question: str, pairs: list[Pair], unit: str) -> None:
     """Print ratios first, then the figures behind them; write JSON where asked."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(question)
-    for mine, cost in ours.items():
-        for rival, other in rivals.items():
-            print(f"  {other / cost:6.2f} times faster: {mine} ({cost:.1f} {unit}) than {rival} ({other:.1f} {unit})")
+    for pair in pairs:
+        ratio = pair.rival_cost / pair.our_cost
+        print(
+            f"  {ratio:6.2f} times as fast: {pair.ours} ({pair.our_cost:.1f} {unit}) as {pair.rival} ({pair.rival_cost:.1f} {unit})"
+        )
     if options.json:
-        found = {"question": question, "unit": unit, "ours": ours, "rivals": rivals, **facts, "machine": machine()}
+        rows = [{**pair._asdict(), "ratio": pair.rival_cost / pair.our_cost} for pair in pairs]
+        found = {"question": question, "unit": unit, "rows": rows, "machine": machine()}
         options.json.write_text(json.dumps(found, indent=2) + "\n")

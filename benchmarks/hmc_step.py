@@ -8,8 +8,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from common import report, seconds
-from pyro.infer import MCMC
 from pyro.infer import HMC as PyroHMC
+from pyro.infer import MCMC
 from pyro.nn import PyroSample
 
 from bnn.inference import HMC

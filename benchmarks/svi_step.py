@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from common import report, seconds
+from common import Pair, report, seconds
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
@@ -53,11 +53,16 @@ def our_step(family: str, x: torch.Tensor, y: torch.Tensor) -> float:
 def main() -> None:
     source = generator(0, "svi")
     x, y = torch.randn(ROWS, 64, generator=source), torch.randint(10, (ROWS,), generator=source)
-    ours, rivals = {}, {}
-    for family in ("mean-field", "low-rank"):
-        ours[f"bnn {family}"] = our_step(family, x, y)
-        rivals[f"Pyro {family}, a site a parameter"] = pyro_step(family, x[:BATCH], y[:BATCH])
-    report("microseconds a step, MLP 64-128-128-10, batch 128", ours, rivals, "us")
+    pairs = [
+        Pair(
+            f"bnn {family}",
+            f"Pyro {family}, a site a parameter",
+            our_step(family, x, y),
+            pyro_step(family, x[:BATCH], y[:BATCH]),
+        )
+        for family in ("mean-field", "low-rank")
+    ]
+    report("microseconds a step, MLP 64-128-128-10, batch 128", pairs, "us")
 
 
 if __name__ == "__main__":
