@@ -79,6 +79,11 @@ def num_batches(data: Data, batch_size: int) -> int:
     return len(data) if isinstance(data, DataLoader) else math.ceil(num_rows(data) / min(batch_size, num_rows(data)))
 
 
+def moved(values: Any, device: torch.device) -> Any:
+    """A batch, or any nesting of tensors, on a device."""
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, values)
+
+
 def check(batch: Batch) -> Batch:
     """The batch itself, if its values are finite and its lengths agree.
 

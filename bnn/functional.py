@@ -181,7 +181,7 @@ class FunctionalModel:
     ) -> None:
         choose("strategy", strategy, STRATEGIES)
         self.bank = bank
-        self.device = torch.device(device) if device is not None else _device_of(module)
+        self.device = torch.device(device) if device is not None else device_of(module)
         self._strategy = strategy
         own = tuple(entry for entry in bank.layout.entries if not entry.name.startswith("@"))
         extra = bank.layout.entries[len(own) :]
@@ -333,7 +333,8 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first parameter of a module is; the CPU for a module without any."""
     tensor = next(iter(module.parameters()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

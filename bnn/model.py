@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnn import priors
 from bnn.errors import ConfigError
-from bnn.functional import Skeleton
+from bnn.functional import Skeleton, device_of
 from bnn.layout import Entry, as_patterns, layout_of
 from bnn.likelihoods import Likelihood
 from bnn.priors import Prior
@@ -74,6 +74,11 @@ class BayesianModel:
         self._entries = self.layout.entries[: len(self.layout.entries) - len(unknowns)]
         prior.check(self._entries)
         self._skeleton = Skeleton(module, self.layout, detach=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is now, and so where a fit computes."""
+        return device_of(self.module)
 
     def forward(self, params: Params, x: Any) -> Any:
         """Outputs of the module for one sample."""
@@ -144,7 +149,7 @@ class BayesianModel:
         """The module's present values as a sample; unknowns of the likelihood at 1."""
         named = dict(self.module.named_parameters(remove_duplicate=False))
         params = {e.name: named[e.name].detach().clone() for e in self._entries}
-        return params | {unknown.name: torch.ones(()) for unknown in self.likelihood.unknowns}
+        return params | {unknown.name: torch.ones((), device=self.device) for unknown in self.likelihood.unknowns}
 
     def base(self) -> Params:
         """Parameters outside the sample, and buffers: what a bank keeps once."""

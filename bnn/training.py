@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from bnn.bank import Bank, BankWriter
 from bnn.bank.files import write_atomic
-from bnn.batches import full_batch
+from bnn.batches import full_batch, moved
 from bnn.errors import ConfigError, FitError
 from bnn.fitting import drive
 from bnn.functional import FunctionalModel, Skeleton
@@ -172,7 +172,8 @@ def divergence(
 def _run(
     lesson: _Lesson, loader: PairedLoader, start: Params, num_epochs: int, lr: float, state: State | None
 ) -> Iterator[tuple[Block, State]]:
-    values = {name: tensor.clone().requires_grad_() for name, tensor in _to_log(start).items()}
+    device = lesson.net.device
+    values = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in _to_log(start).items()}
     optimizer = torch.optim.Adam(values.values(), lr=lr)
     step, total, curve, losses = 0, num_epochs * len(loader), [], 0.0
     if state is not None:
@@ -182,7 +183,7 @@ def _run(
     for epoch in range(step // len(loader), num_epochs):
         for (x, _), index in loader:
             optimizer.param_groups[0]["lr"] = lr * 0.01 ** (step / total)
-            losses += _step(lesson, values, optimizer, x, index, step)
+            losses += _step(lesson, values, optimizer, moved(x, device), index, step)
             step += 1
             if step % len(loader) == 0:
                 curve = [*curve, {"epoch": epoch + 1, "loss": losses / len(loader), **_held_out(lesson, values)}]
@@ -191,7 +192,7 @@ def _run(
                 yield _no_rows(values), _save(values, optimizer, loader, step, total, curve, losses)
     taught = _from_log({name: tensor.detach() for name, tensor in values.items()})
     block = make_block(
-        {name: tensor.unsqueeze(0).clone() for name, tensor in taught.items()},
+        {name: tensor.unsqueeze(0).to("cpu", copy=True) for name, tensor in taught.items()},
         chain=torch.zeros(1),
         draw=torch.zeros(1),
     )
@@ -209,11 +210,9 @@ def _step(
         teacher_scale = _scale(lesson.likelihood, lesson.net.params(index))
     params = _from_log(values)
     optimizer.zero_grad()
-    student = lesson.student(params, x)
-    loss = divergence(
-        lesson.likelihood, teacher.to(student.device), student, teacher_scale, params.get(SCALE, torch.ones(()))
-    ).mean()
-    loss = weight * loss
+    student = lesson.student(params, x, device=lesson.net.device)
+    scale = params.get(SCALE, torch.ones(()))
+    loss = weight * divergence(lesson.likelihood, teacher, student, teacher_scale, scale).mean()
     if not torch.isfinite(loss):
         raise FitError("distil", want="a finite loss", got=f"{float(loss.detach())} at step {step}", fix="lower lr")
     loss.backward()
@@ -228,7 +227,7 @@ def _held_out(lesson: _Lesson, values: Params) -> dict[str, float]:
         return {}
     x, y, predictive = lesson.held_out
     params = _from_log({name: tensor.detach() for name, tensor in values.items()})
-    outputs = lesson.student(params, x)
+    outputs = lesson.student(params, moved(x, lesson.net.device), device=lesson.net.device).cpu()
     # The student's scale is an entry of its params, under whatever prior the likelihood has it learnt with.
     likelihood = Gaussian(float(params[SCALE])) if isinstance(lesson.likelihood, Gaussian) else lesson.likelihood
     figures = {"held_out_nll": -float(likelihood.log_prob(outputs, y, params).mean())}
@@ -286,8 +285,12 @@ def _load(state: State, values: Params, optimizer: torch.optim.Adam) -> None:
         for name, tensor in values.items():
             tensor.copy_(state[f"student.{name}"])
             prefix = f"adam.{name}."
-            moments = {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}
-            optimizer.state[tensor] = moments
+            # Adam counts its steps on the CPU, wherever the parameters are.
+            optimizer.state[tensor] = {
+                k.removeprefix(prefix): v.clone() if k.endswith(".step") else v.to(tensor.device, copy=True)
+                for k, v in state.items()
+                if k.startswith(prefix)
+            }
 
 
 def _write_files(folder: Path, bank: Bank, state: State) -> None:

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLowRankMulti
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from bnn.batches import minibatches
+from bnn.batches import minibatches, moved
 from bnn.errors import ConfigError, FitError, choose
 from bnn.model import BayesianModel
 from bnn.seeding import isolated
@@ -105,11 +105,12 @@ def _run(
     drawn = 0 if state is None else max(state["step"] - options.num_steps, 0)
     info: dict[str, float] = {} if state is None else state["info"]
     batches = minibatches(data, options.batch_size, seed=seed, start=step)
+    here = (moved(batch, model.device) for batch in batches)
     while step < options.num_steps:
         stop = min(step + STEPS_PER_STATE, options.num_steps)
         with _pyro_apart(), isolated(seed, "svi", step), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
-            loss = _optimise(guide, density, optimizer, options, batches, range(step, stop))
+            loss = _optimise(guide, density, optimizer, options, here, range(step, stop))
         step, info = stop, {"elbo_per_row": -loss / model.num_data}
         yield _no_rows(model), {**_save(guide, optimizer), "step": step, "num_steps": total, "info": info}
     fitted = _save(guide, optimizer)
@@ -117,7 +118,7 @@ def _run(
         posterior = guide.get_posterior() if options.family != "map" else dist.Delta(guide.theta.detach(), event_dim=1)
     for start in range(drawn, num_samples, options.block_size):
         indices = range(start, min(start + options.block_size, num_samples))
-        params, _ = model.constrain(torch.stack([_draw(posterior, seed, index) for index in indices]))  # [K, P]
+        params, _ = model.constrain(torch.stack([_draw(posterior, seed, index) for index in indices]).cpu())  # [K, P]
         block = make_block(params, chain=torch.zeros(len(indices), dtype=torch.int64), draw=torch.tensor(list(indices)))
         yield block, {**fitted, "step": options.num_steps + indices[-1] + 1, "num_steps": total, "info": info}
 
@@ -135,7 +136,7 @@ def _build(options: Guide, model: BayesianModel, seed: int) -> tuple[Any, Callab
         del batch
         pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), (size,)))
 
-    start = model.unconstrain(model.module_params())
+    start = model.unconstrain(model.module_params()).to(model.device)
     init = init_to_value(values={"theta": start})
     guide: Any
     with _pyro_apart(), isolated(seed, "guide"):
@@ -148,7 +149,7 @@ def _build(options: Guide, model: BayesianModel, seed: int) -> tuple[Any, Callab
         guide(None)  # Pyro makes the guide's parameters at the first call
     if options.family != "map":
         with torch.no_grad():
-            scale = (options.init_scale * model.prior_scale()).to(start.dtype)
+            scale = (options.init_scale * model.prior_scale()).to(start)
             guide.scale_unconstrained.copy_(scale.expm1().log())  # the inverse of Pyro's softplus
     return guide, density
 
@@ -220,7 +221,12 @@ def _load(state: State, guide: Any, optimizer: torch.optim.Adam) -> None:
         for name, parameter in guide.named_parameters():
             parameter.copy_(state[f"guide.{name}"])
             prefix = f"adam.{name}."
-            moments = {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}
+            # Adam counts its steps on the CPU, wherever the parameters are.
+            moments = {
+                k.removeprefix(prefix): v.clone() if k.endswith(".step") else v.to(parameter.device, copy=True)
+                for k, v in state.items()
+                if k.startswith(prefix)
+            }
             if moments:
                 optimizer.state[parameter] = moments
 

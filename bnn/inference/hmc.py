@@ -6,12 +6,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bnn.batches import full_batch
+from bnn.batches import full_batch, moved
 from bnn.errors import ConfigError, FitError, choose
 from bnn.model import BayesianModel
 from bnn.seeding import generator
@@ -126,7 +126,7 @@ Density: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 def density_of(model: BayesianModel, data: Data) -> Density:
     """The full-data log density of a model, with its gradient, over chains."""
-    batch = full_batch(data)
+    batch = moved(full_batch(data), model.device)
 
     def log_density(flat: Tensor) -> tuple[Tensor, Tensor]:
         return model.log_density(flat, batch)
@@ -254,13 +254,13 @@ def _run(
 ) -> Iterator[tuple[Block, State]]:
     chains = options.num_chains
     density = density_of(model, data)
-    prior_variance = model.prior_scale().to(model.layout.dtype).square()
+    prior_variance = model.prior_scale().to(model.device, model.layout.dtype).square()
     if state is None:
         at = _start(options, model, density, seed)
         adaptation = _first_adaptation(options, density, at, prior_variance, seed)
         step, divergences, accepted = 0, 0, 0.0
     else:
-        at, adaptation = _restore(state)
+        at, adaptation = _restore(state, model.device)
         step, accepted = state["step"], state["accepted"]
         divergences = state["info"]["divergences"]
     total, edges = options.num_warmup + num_draws * options.thin, set(windows(options.num_warmup))
@@ -291,10 +291,10 @@ def _run(
 def _block(options: HMC, model: BayesianModel, at: Position, after: int) -> Block:
     """The chains' draws, one row a chain, where draw number `after` of the sampling phase is kept; else no row."""
     rows = slice(None) if after > 0 and after % options.thin == 0 else slice(0, 0)
-    params, _ = model.constrain(at.flat[rows])  # [C, P], or none of them
+    params, _ = model.constrain(at.flat[rows].cpu())  # [C, P], or none of them
     chain = torch.arange(options.num_chains)[rows]
     draw = torch.full_like(chain, after // options.thin - 1)
-    return make_block(params, chain=chain, draw=draw, log_joint=at.log_joint[rows])
+    return make_block(params, chain=chain, draw=draw, log_joint=at.log_joint[rows].cpu())
 
 
 def _warn(acceptance: float, divergences: int, num_trajectories: int) -> None:
@@ -325,6 +325,7 @@ def _start(options: HMC, model: BayesianModel, density: Density, seed: int) -> P
     else:
         draws = [model.sample_prior(seed, "start", chain) for chain in range(options.num_chains)]
         flat = torch.stack([model.unconstrain(draw) for draw in draws])  # [C, P]
+    flat = flat.to(model.device)
     value, log_joint, gradient = density(flat)
     if not (value.isfinite().all() and gradient.isfinite().all()):
         raise FitError(
@@ -346,7 +347,7 @@ def _first_adaptation(options: HMC, density: Density, at: Position, prior_varian
 def _reasonable_step_size(density: Density, at: Position, inverse_mass: Tensor, seed: int) -> float:
     """A step size, found by doubling or halving, at which one step is accepted about half of the time."""
     noise = torch.randn(at.flat.shape, generator=generator(seed, "step size"), dtype=at.flat.dtype)
-    uniform = torch.ones(len(noise), dtype=torch.float64)
+    noise, uniform = noise.to(at.flat.device), torch.ones(len(noise), dtype=torch.float64, device=at.flat.device)
 
     def acceptance(step_size: float) -> float:
         return float(transition(density, at, noise, uniform, inverse_mass, step_size, 1)[1].acceptance.mean())
@@ -370,7 +371,7 @@ def _randomness(options: HMC, like: Tensor, seed: int, step: int) -> tuple[Tenso
     uniform = torch.stack([torch.rand((), generator=source, dtype=torch.float64) for source in sources])
     shortest = math.ceil(options.num_steps / 2)
     length = torch.randint(shortest, options.num_steps + 1, (), generator=generator(seed, "length", step))
-    return noise, uniform, int(length)
+    return noise.to(like.device), uniform.to(like.device), int(length)
 
 
 def _save(at: Position, adaptation: Adaptation) -> State:
@@ -378,9 +379,10 @@ def _save(at: Position, adaptation: Adaptation) -> State:
     return state | {f"adaptation.{name}": value for name, value in adaptation._asdict().items()}
 
 
-def _restore(state: State) -> tuple[Position, Adaptation]:
-    at = Position(*(state[f"at.{name}"] for name in Position._fields))
-    return at, Adaptation(*(state[f"adaptation.{name}"] for name in Adaptation._fields))
+def _restore(state: State, device: torch.device) -> tuple[Position, Adaptation]:
+    here: dict[str, Any] = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in state.items()}
+    at = Position(*(here[f"at.{name}"] for name in Position._fields))
+    return at, Adaptation(*(here[f"adaptation.{name}"] for name in Adaptation._fields))
 
 
 def _like(flags: Tensor, tensor: Tensor) -> Tensor:

@@ -308,3 +308,44 @@ def test_bank_records_how_it_was_made(tmp_path: Path) -> None:
     assert info["num_data"] == 23
     assert set(info["versions"]) == {"bnn", "torch", "pyro", "python"}
     assert set(info["diagnostics"]["main"]) == {"acceptance", "divergences", "step_size"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_module_on_the_gpu_is_fitted_there_and_its_samples_come_to_the_cpu(row: Row, tmp_path: Path) -> None:
+    model, data = large()
+    model.module.cuda()
+    try:
+        bank = fit(model, data, method=row.method, num_samples=row.num_samples, out=tmp_path / "bank", seed=3)
+        block = bank.block(slice(None))
+        assert all(tensor.device.type == "cpu" and bool(tensor.isfinite().all()) for tensor in block.params.values())
+        on_gpu = bnn.predict(bnn.FunctionalModel(model.module, bank, device="cuda"), data[0])
+        model.module.cpu()
+        on_cpu = bnn.predict(bnn.FunctionalModel(model.module, bank), data[0])
+        torch.testing.assert_close(on_gpu.mean, on_cpu.mean, rtol=1e-3, atol=1e-3)  # type: ignore[union-attr]
+    finally:
+        model.module.cpu()
+
+
+@pytest.mark.parametrize("dtypes", ["float64", "mixed"])
+def test_other_dtypes_are_kept(row: Row, dtypes: str) -> None:
+    model, (x, y) = classifier()
+    module = model.module.double()
+    if dtypes == "mixed":
+        module = nn.Sequential(module, Narrow())
+    wide = BayesianModel(module, prior=model.prior, likelihood=model.likelihood, num_data=23)
+    rows = rows_of(run(row, (wide, (x.double(), y))))
+    for entry in wide.layout.entries:
+        assert rows[entry.name].dtype == entry.dtype
+        assert bool(rows[entry.name].isfinite().all())
+
+
+class Narrow(nn.Module):
+    """A float16 parameter behind float64 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift.to(x.dtype)
