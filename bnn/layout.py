@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnn.errors import BankMismatch, ConfigError, ModuleError
-from bnn.types import Params
+from bnn.types import Block, Params, make_block
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -91,6 +91,13 @@ class Layout:
             e.name: piece.reshape((*flat.shape[:-1], *e.shape)).to(e.dtype)
             for e, piece in zip(self.entries, pieces, strict=True)
         }
+
+    def no_rows(self) -> Block:
+        """A block of no samples: what a producer yields while it warms up or optimises."""
+        none = torch.empty(0, dtype=torch.int64)
+        return make_block(
+            {e.name: torch.empty(0, *e.shape, dtype=e.dtype) for e in self.entries}, chain=none, draw=none
+        )
 
     def difference(self, other: Layout) -> str | None:
         """The first entry in which `other` departs from this layout, in words; None where they agree."""

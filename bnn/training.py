@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from bnn import adam
 from bnn.bank import Bank, BankWriter
 from bnn.bank.files import write_atomic
 from bnn.batches import full_batch, moved
 from bnn.errors import ConfigError, FitError
 from bnn.fitting import drive
 from bnn.functional import FunctionalModel, Skeleton
-from bnn.layout import Entry, layout_of
+from bnn.layout import Entry, Layout, layout_of
 from bnn.likelihoods import SCALE, Gaussian, Likelihood, as_columns, likelihood_from_config
 from bnn.predictive import ClassPredictive, predict
 from bnn.samplers import PairedLoader, SampleIndexSampler
@@ -44,6 +45,7 @@ class _Lesson(NamedTuple):
 
     net: FunctionalModel
     student: Skeleton
+    layout: Layout
     likelihood: Likelihood
     weights: Tensor  # [S] of the samples, summing to 1
     held_out: tuple[Tensor, Tensor, Any] | None  # x, y, predictive of the bank
@@ -134,7 +136,7 @@ def distil(
     writer = BankWriter(out, layout=layout, config=config, base=buffers, resume=resume, overwrite=overwrite)
     if writer.num_rows == 0:
         lesson = _Lesson(
-            net, Skeleton(student, layout, detach=True), likelihood, net.bank.log_weight.softmax(dim=0), kept
+            net, Skeleton(student, layout, detach=True), layout, likelihood, net.bank.log_weight.softmax(dim=0), kept
         )
         start = {e.name: dict(student.named_parameters())[e.name].detach() for e in layout.entries if e.name != SCALE}
         if is_normal:
@@ -177,7 +179,7 @@ def _run(
     optimizer = torch.optim.Adam(values.values(), lr=lr)
     step, total, curve, losses = 0, num_epochs * len(loader), [], 0.0
     if state is not None:
-        _load(state, values, optimizer)
+        adam.load(state, optimizer, values)
         step, curve, losses = state["step"], state["curve"], state["losses"]
         loader.load_state_dict(state["loader"])
     for epoch in range(step // len(loader), num_epochs):
@@ -189,7 +191,7 @@ def _run(
                 curve = [*curve, {"epoch": epoch + 1, "loss": losses / len(loader), **_held_out(lesson, values)}]
                 losses = 0.0
             if step % STEPS_PER_STATE == 0 and step < total:
-                yield _no_rows(values), _save(values, optimizer, loader, step, total, curve, losses)
+                yield lesson.layout.no_rows(), _save(values, optimizer, loader, step, total, curve, losses)
     taught = _from_log({name: tensor.detach() for name, tensor in values.items()})
     block = make_block(
         {name: tensor.unsqueeze(0).to("cpu", copy=True) for name, tensor in taught.items()},
@@ -250,12 +252,6 @@ def _from_log(values: Params) -> Params:
     return values | ({SCALE: values[SCALE].exp()} if SCALE in values else {})
 
 
-def _no_rows(values: Params) -> Block:
-    none = torch.empty(0, dtype=torch.int64)
-    params = {name: torch.empty(0, *tensor.shape, dtype=tensor.dtype) for name, tensor in values.items()}
-    return make_block(params, chain=none, draw=none)
-
-
 def _save(
     values: Params,
     optimizer: torch.optim.Adam,
@@ -265,32 +261,14 @@ def _save(
     curve: list[dict[str, float]],
     losses: float,
 ) -> State:
-    state: State = {f"student.{name}": tensor.detach().clone() for name, tensor in values.items()}
-    for name, tensor in values.items():
-        moments = optimizer.state[tensor]
-        state |= {f"adam.{name}.{key}": value.detach().clone() for key, value in moments.items()}
-    info = curve[-1] if curve else {}
-    return state | {
+    return adam.save(optimizer, values) | {
         "loader": loader.state_dict(),
         "step": step,
         "num_steps": total,
         "curve": curve,
         "losses": losses,
-        "info": info,
+        "info": curve[-1] if curve else {},
     }
-
-
-def _load(state: State, values: Params, optimizer: torch.optim.Adam) -> None:
-    with torch.no_grad():
-        for name, tensor in values.items():
-            tensor.copy_(state[f"student.{name}"])
-            prefix = f"adam.{name}."
-            # Adam counts its steps on the CPU, wherever the parameters are.
-            optimizer.state[tensor] = {
-                k.removeprefix(prefix): v.clone() if k.endswith(".step") else v.to(tensor.device, copy=True)
-                for k, v in state.items()
-                if k.startswith(prefix)
-            }
 
 
 def _write_files(folder: Path, bank: Bank, state: State) -> None:

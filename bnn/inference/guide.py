@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLowRankMulti
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
+from bnn import adam
 from bnn.batches import minibatches, moved
 from bnn.errors import ConfigError, FitError, choose
 from bnn.model import BayesianModel
@@ -98,9 +99,10 @@ def _run(
 ) -> Iterator[tuple[Block, State]]:
     total = options.num_steps + num_samples
     guide, density = _build(options, model, seed)
-    optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr)
+    named = dict(guide.named_parameters())
+    optimizer = torch.optim.Adam(named.values(), lr=options.lr)
     if state is not None:
-        _load(state, guide, optimizer)
+        adam.load(state, optimizer, named)
     step = 0 if state is None else min(state["step"], options.num_steps)
     drawn = 0 if state is None else max(state["step"] - options.num_steps, 0)
     info: dict[str, float] = {} if state is None else state["info"]
@@ -112,8 +114,8 @@ def _run(
             warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
             loss = _optimise(guide, density, optimizer, options, here, range(step, stop))
         step, info = stop, {"elbo_per_row": -loss / model.num_data}
-        yield _no_rows(model), {**_save(guide, optimizer), "step": step, "num_steps": total, "info": info}
-    fitted = _save(guide, optimizer)
+        yield model.layout.no_rows(), {**adam.save(optimizer, named), "step": step, "num_steps": total, "info": info}
+    fitted = adam.save(optimizer, named)
     with _pyro_apart(), torch.no_grad():
         posterior = guide.get_posterior() if options.family != "map" else dist.Delta(guide.theta.detach(), event_dim=1)
     for start in range(drawn, num_samples, options.block_size):
@@ -198,37 +200,6 @@ def _draw(posterior: Any, seed: int, index: int) -> Tensor:
     with isolated(seed, "draw", index), torch.no_grad():
         drawn: Tensor = posterior.sample()
         return drawn
-
-
-def _no_rows(model: BayesianModel) -> Block:
-    none = torch.empty(0, dtype=torch.int64)
-    params = {e.name: torch.empty(0, *e.shape, dtype=e.dtype) for e in model.layout.entries}
-    return make_block(params, chain=none, draw=none)
-
-
-def _save(guide: Any, optimizer: torch.optim.Adam) -> State:
-    """Guide parameters and Adam's moments as copies under flat names."""
-    state: State = {}
-    for name, parameter in guide.named_parameters():
-        state[f"guide.{name}"] = parameter.detach().clone()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"adam.{name}.{key}"] = value.detach().clone()
-    return state
-
-
-def _load(state: State, guide: Any, optimizer: torch.optim.Adam) -> None:
-    with torch.no_grad():
-        for name, parameter in guide.named_parameters():
-            parameter.copy_(state[f"guide.{name}"])
-            prefix = f"adam.{name}."
-            # Adam counts its steps on the CPU, wherever the parameters are.
-            moments = {
-                k.removeprefix(prefix): v.clone() if k.endswith(".step") else v.to(parameter.device, copy=True)
-                for k, v in state.items()
-                if k.startswith(prefix)
-            }
-            if moments:
-                optimizer.state[parameter] = moments
 
 
 @contextmanager
