@@ -17,11 +17,13 @@ from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, State, make_block
 
-Start: TypeAlias = Literal["prior", "module"]
+Init: TypeAlias = Literal["prior", "ensemble", "module"]
+INITS: tuple[str, ...] = ("prior", "ensemble", "module")
 
 MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent, as in Stan
 # Dual averaging (Hoffman and Gelman 2014, section 3.2.1): shrinkage, early damping, decay of the average.
 GAMMA, EARLY, KAPPA = 0.05, 10.0, 0.75
+CLIMB_STEPS, CLIMB_RATE = 300, 0.05  # of the optimisation before warm-up, in prior standard deviations a step
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class HMC:
         target_accept: mean acceptance that the step size is adapted to, in (0, 1).
         step_size: of the first step, in units of the mass matrix; found by doubling where None.
         adapt_mass: whether the mass is learnt; the prior's scales are used without.
-        start: `"prior"` starts each chain at a draw of the prior, `"module"` at the module's values.
+        init: where chains start: `"prior"` at a draw of the prior each, `"ensemble"` there and then
+            climbed by Adam, all at once, so that no chain begins far from every mode, `"module"` at
+            the module's values.
         thin: keep every n-th draw.
 
     Raises:
@@ -58,11 +62,11 @@ class HMC:
     target_accept: float = 0.8
     step_size: float | None = None
     adapt_mass: bool = True
-    start: Start = "prior"
+    init: Init = "ensemble"
     thin: int = 1
 
     def __post_init__(self) -> None:
-        choose("HMC(start=)", self.start, ("prior", "module"))
+        choose("HMC(init=)", self.init, INITS)
         for name, least in (("num_chains", 1), ("num_warmup", 0), ("num_steps", 1), ("thin", 1)):
             value = getattr(self, name)
             if value < least:
@@ -320,21 +324,44 @@ def _learn(
 
 
 def _start(options: HMC, model: BayesianModel, density: Density, seed: int) -> Position:
-    if options.start == "module":
+    if options.init == "module":
         flat = model.unconstrain(model.module_params()).expand(options.num_chains, -1).clone()
     else:
         draws = [model.sample_prior(seed, "start", chain) for chain in range(options.num_chains)]
         flat = torch.stack([model.unconstrain(draw) for draw in draws])  # [C, P]
     flat = flat.to(model.device)
+    if options.init == "ensemble":
+        flat = climb(density, flat, model.prior_scale().to(flat))
     value, log_joint, gradient = density(flat)
     if not (value.isfinite().all() and gradient.isfinite().all()):
         raise FitError(
             "HMC",
             want="a finite log joint at the start",
             got=f"{value.tolist()}",
-            fix="use a narrower prior, standardise the data, or start='module'",
+            fix="use a narrower prior, standardise the data, or init='module'",
         )
     return Position(flat, value, log_joint, gradient)
+
+
+def climb(density: Density, flat: Tensor, scale: Tensor) -> Tensor:
+    """Adam on the log density of every chain at once: u <- u + rate * scale * m / (sqrt v + eps).
+
+    Args:
+        flat: where the chains are [C, P].
+        scale: of each number [P], in whose units steps are taken: the prior's.
+
+    Returns:
+        Positions [C, P] nearer to a mode. They are no draws: warm-up makes those.
+    """
+    mean, square = torch.zeros_like(flat), torch.zeros_like(flat)
+    for step in range(1, CLIMB_STEPS + 1):
+        _, _, gradient = density(flat)
+        slope = gradient * scale
+        mean, square = 0.9 * mean + 0.1 * slope, 0.99 * square + 0.01 * slope.square()
+        rate = CLIMB_RATE * (1.0 - step / (CLIMB_STEPS + 1))
+        update = (mean / (1 - 0.9**step)) / ((square / (1 - 0.99**step)).sqrt() + 1e-8)
+        flat = flat + rate * scale * update
+    return flat
 
 
 def _first_adaptation(options: HMC, density: Density, at: Position, prior_variance: Tensor, seed: int) -> Adaptation:

@@ -17,6 +17,7 @@ from bnn.inference import HMC
 from bnn.inference.hmc import (
     Adaptation,
     Position,
+    climb,
     density_of,
     learn_mass,
     restart_step_size,
@@ -203,11 +204,29 @@ def test_thinning_keeps_every_nth_draw() -> None:
 def test_starts() -> None:
     model, data = classifier()
     near = fit(
-        model, data, method=HMC(num_chains=2, num_warmup=0, num_steps=1, step_size=1e-6, start="module"), num_samples=2
+        model, data, method=HMC(num_chains=2, num_warmup=0, num_steps=1, step_size=1e-6, init="module"), num_samples=2
     )
     own = model.module_params()
     assert all(torch.allclose(near[1][name], own[name], atol=1e-3) for name in model.layout.names)
+    apart = fit(
+        model, data, method=HMC(init="prior", num_chains=2, num_warmup=0, num_steps=1, step_size=1e-6), num_samples=2
+    )
+    assert not torch.allclose(apart[0][model.layout.names[0]], apart[1][model.layout.names[0]], atol=1e-2)
+
+
+def test_an_ensemble_starts_each_chain_near_a_mode_of_its_own() -> None:
+    case = linear_regression()
+    far = torch.randn(3, 5, generator=generator(0))
+    near = climb(density_of(case.model, case.data), far, case.model.prior_scale())
+    spread = case.covariance.diagonal().sqrt()
+    assert float(((far - case.mean) / spread).abs().max()) > 10
+    assert float(((near - case.mean) / spread).abs().max()) < 1
+    model, data = classifier()
     apart = fit(model, data, method=HMC(num_chains=2, num_warmup=0, num_steps=1, step_size=1e-6), num_samples=2)
+    prior = fit(
+        model, data, method=HMC(init="prior", num_chains=2, num_warmup=0, num_steps=1, step_size=1e-6), num_samples=2
+    )
+    assert bool((apart.log_joint > prior.log_joint + 20).all())
     assert not torch.allclose(apart[0][model.layout.names[0]], apart[1][model.layout.names[0]], atol=1e-2)
 
 
@@ -221,7 +240,7 @@ def test_bad_options_and_starts_are_refused() -> None:
         {"num_steps": 0},
         {"target_accept": 1.0},
         {"step_size": 0.0},
-        {"start": "map"},
+        {"init": "map"},
     ):
         with pytest.raises(ConfigError, match="HMC"):
             HMC(**options)  # type: ignore[arg-type]
