@@ -79,6 +79,14 @@ def num_batches(data: Data, batch_size: int) -> int:
     return len(data) if isinstance(data, DataLoader) else math.ceil(num_rows(data) / min(batch_size, num_rows(data)))
 
 
+def mean_rows(data: Data, batch_size: int) -> float:
+    """Mean rows of a batch of `minibatches` over an epoch: B_i / mean B weighs a batch that is shorter."""
+    rows, batches = num_rows(data), num_batches(data, batch_size)
+    if isinstance(data, DataLoader) and data.drop_last and data.batch_size:
+        rows = batches * data.batch_size
+    return rows / batches
+
+
 def moved(values: Any, device: torch.device) -> Any:
     """A batch, or any nesting of tensors, on a device."""
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, values)

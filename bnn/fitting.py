@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from bnn.bank import Bank, BankWriter
-from bnn.errors import BnnError
+from bnn.batches import num_rows
+from bnn.errors import BnnError, ConfigError
 from bnn.model import BayesianModel
 from bnn.types import Block, Data, Method, State
 
@@ -52,7 +56,8 @@ def fit(
     Raises:
         BankExists: `out` is there and neither resume nor overwrite was said.
         BankMismatch: the bank to resume was made with other options.
-        ConfigError, DataError, FitError: as the method says; nothing half-written is left behind.
+        ConfigError: `num_samples` or the model's `num_data` is wrong.
+        DataError, FitError: as the method says; nothing half-written is left behind.
 
     Examples:
         >>> import torch
@@ -62,12 +67,21 @@ def fit(
         >>> fit(model, (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])), method=inference.Prior(), num_samples=10)
         Bank(in memory: 10 samples of 9 values)
     """
-    config = describe(model, method, seed, record)
-    if out is None:
-        blocks = list(
-            _with_progress(method.run(model, data, num_samples=num_samples, seed=seed), method.name, progress)
+    if num_samples < 1:
+        raise ConfigError("num_samples", want="at least 1", got=str(num_samples), fix="raise it")
+    if num_rows(data) != model.num_data:
+        raise ConfigError(
+            "num_data",
+            want=f"{num_rows(data)}, the rows of the data",
+            got=str(model.num_data),
+            fix="pass num_data=len(data) to the model",
         )
-        return Bank.from_blocks([b for b, _ in blocks], layout=model.layout, info=config, base=model.base())
+    config = describe(model, method, seed, record) | {"provenance": provenance(model, data)}
+    if out is None:
+        run = method.run(model, data, num_samples=num_samples, seed=seed)
+        found = list(_with_progress(run, method.name, progress))
+        info = {**config, "complete": True, "diagnostics": {"main": found[-1][1]["info"]}}
+        return Bank.from_blocks([block for block, _ in found], layout=model.layout, info=info, base=model.base())
     writer = BankWriter(out, layout=model.layout, config=config, base=model.base(), resume=resume, overwrite=overwrite)
     if writer.num_rows < num_samples:
         run = method.run(model, data, num_samples=num_samples, seed=seed, state=writer.state)
@@ -119,6 +133,24 @@ def describe(model: BayesianModel, method: Method, seed: int, record: Mapping[st
         "data": None,
         **(record or {}),
     }
+
+
+def provenance(model: BayesianModel, data: Data) -> dict[str, Any]:
+    """Digests by which a resumed fit knows its module and data again.
+
+    Of the module its structure as it prints; of tensors the first 1,000 rows. Other data sets may
+    draw at random what they return, so that only their length is kept.
+    """
+    digest = hashlib.sha256()
+    tensors = data.tensors if isinstance(data, TensorDataset) else data if isinstance(data, (tuple, list)) else ()
+    for leaf in pytree.tree_leaves(list(tensors)):
+        if isinstance(leaf, torch.Tensor):
+            rows = leaf[:1000].detach().cpu().contiguous()
+            digest.update(
+                str((rows.dtype, tuple(leaf.shape))).encode() + rows.flatten().view(torch.uint8).numpy().tobytes()
+            )
+    module = hashlib.sha256(repr(model.module).encode()).hexdigest()
+    return {"module": module, "rows": num_rows(data), "data": digest.hexdigest() if len(tensors) else None}
 
 
 def _with_progress(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import glob
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -186,7 +188,7 @@ class FunctionalModel:
         own = tuple(entry for entry in bank.layout.entries if not entry.name.startswith("@"))
         extra = bank.layout.entries[len(own) :]
         names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        patterns = [entry.name for entry in own if entry.name in names]
+        patterns = [glob.escape(entry.name) for entry in own if entry.name in names]
         found = layout_of(module, patterns, extra) if patterns else Layout(extra)
         bank.layout.require(found, place=f"module {type(module).__name__}")
         self._skeleton = Skeleton(module, bank.layout, detach=False)
@@ -204,10 +206,8 @@ class FunctionalModel:
         x = self._moved(x)
         if rows is not None:
             return self._by_row(x, rows)
-        if isinstance(index, Tensor) and index.dim() == 0:
-            index = int(index)
-        if isinstance(index, int):
-            return self._skeleton(self.params(index), x, device=self.device)
+        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.dim() == 0):
+            return self._skeleton(self.params(int(index)), x, device=self.device)
         return self.apply(self.bank.block(index), x)  # type: ignore[arg-type]
 
     def params(self, index: int) -> Params:
@@ -269,6 +269,13 @@ def check_copyable(module: nn.Module) -> None:
         if isinstance(part, nn.modules.lazy.LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
             raise ModuleError(
                 place, want="materialised parameters", got="a lazy module", fix="run the module once on a batch"
+            )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise ModuleError(
+                place,
+                want="a forward that leaves its weights alone",
+                got="max_norm, which rescales them in place",
+                fix="drop max_norm, and bound the rows by their prior",
             )
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm)):

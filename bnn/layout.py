@@ -67,9 +67,12 @@ class Layout:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that holds every entry: the one of a flat vector [P]."""
-        dtype = self.entries[0].dtype
-        for entry in self.entries[1:]:
+        """The dtype of a flat vector [P]: it holds every entry, and is float32 at least.
+
+        Samplers move in steps that half precision rounds away, whatever the module computes in.
+        """
+        dtype = torch.float32
+        for entry in self.entries:
             dtype = torch.promote_types(dtype, entry.dtype)
         return dtype
 

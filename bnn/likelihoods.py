@@ -38,6 +38,10 @@ class Likelihood(Protocol):
         """log p(y_b | outputs_b, unknowns), [B]."""
         ...
 
+    def check(self, outputs: Any, y: Tensor) -> None:
+        """Raise DataError unless the outputs of the first row fit all targets y."""
+        ...
+
     def to_config(self) -> dict[str, Any]: ...
 
 
@@ -55,7 +59,17 @@ class Categorical:
 
     def log_prob(self, outputs: Tensor, y: Tensor, params: Params) -> Tensor:
         check_logits(outputs, y)
-        return outputs.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # [B, C] -> [B]
+        return full(outputs).log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # [B, C] -> [B]
+
+    def check(self, outputs: Any, y: Tensor) -> None:
+        check_logits(one_tensor(outputs), y[:1])
+        if not 0 <= int(y.min()) <= int(y.max()) < outputs.shape[1]:
+            raise DataError(
+                "data",
+                want=f"classes in [0, {outputs.shape[1]}), one an output of the module",
+                got=f"{int(y.min())} to {int(y.max())}",
+                fix="number the classes from 0, or give the module more outputs",
+            )
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "Categorical"}
@@ -90,26 +104,52 @@ class Gaussian:
         return torch.as_tensor(float(self.scale)) if isinstance(self.scale, (int, float)) else params[SCALE]
 
     def log_prob(self, outputs: Tensor, y: Tensor, params: Params) -> Tensor:
-        outputs, y = as_columns(outputs), as_columns(y)  # [B, C]
-        if outputs.shape != y.shape:
-            raise DataError(
-                "likelihood Gaussian",
-                want=f"targets of the shape of the outputs {list(outputs.shape)}",
-                got=f"{list(y.shape)}",
-                fix="give the module as many outputs as there are targets",
-            )
+        outputs, y = full(as_columns(outputs)), as_columns(y)  # [B, C]
+        check_columns(outputs, y)
         scale = self.scale_of(params)
         density = -(((y - outputs) / scale) ** 2) / 2.0 - scale.log() - 0.5 * LOG_2PI  # [B, C]
         return density.sum(dim=-1)  # [B]
+
+    def check(self, outputs: Any, y: Tensor) -> None:
+        check_columns(one_tensor(outputs), y[:1])
 
     def to_config(self) -> dict[str, Any]:
         scale = self.scale if isinstance(self.scale, (int, float)) else self.scale.to_config()
         return {"name": "Gaussian", "scale": scale}
 
 
+def full(outputs: Tensor) -> Tensor:
+    """Outputs in float32 at least: sums over rows lose what decides in half precision."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 def as_columns(values: Tensor) -> Tensor:
     """[B] -> [B, 1]; [B, C] as it is. Keeps [B] and [B, 1] from broadcasting to [B, B]."""
     return values.unsqueeze(-1) if values.dim() == 1 else values
+
+
+def one_tensor(outputs: Any) -> Tensor:
+    """The outputs, if they are a tensor; otherwise a DataError: a likelihood is over one tensor."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise DataError(
+        "module",
+        want="one tensor of outputs",
+        got=type(outputs).__name__,
+        fix="wrap the module so that it returns its logits or means",
+    )
+
+
+def check_columns(outputs: Tensor, y: Tensor) -> None:
+    """Raise DataError unless outputs and targets are of one shape [B, C], or [B] as [B, 1]."""
+    outputs, y = as_columns(outputs), as_columns(y)
+    if outputs.shape != y.shape:
+        raise DataError(
+            "likelihood Gaussian",
+            want=f"targets of the shape of the outputs {list(outputs.shape)}",
+            got=f"{list(y.shape)}",
+            fix="give the module as many outputs as there are targets",
+        )
 
 
 def check_logits(outputs: Tensor, y: Tensor) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bnn import priors
-from bnn.errors import ConfigError
+from bnn.errors import ConfigError, DataError
 from bnn.functional import Skeleton, device_of
 from bnn.layout import Entry, as_patterns, layout_of
 from bnn.likelihoods import Likelihood
@@ -95,12 +96,15 @@ class BayesianModel:
             total = total + unknown.prior.log_prob(params[unknown.name])
         return total
 
-    def log_joint(self, params: Params, batch: Batch) -> Tensor:
-        """(N / B sum_b log p(y_b | x_b, theta) + log p(theta)) / T for one sample, a scalar."""
-        scale = self.num_data / len(batch.y)
+    def log_joint(self, params: Params, batch: Batch, *, weight: float = 1.0) -> Tensor:
+        """(weight N / B sum_b log p(y_b | x_b, theta) + log p(theta)) / T for one sample, a scalar.
+
+        The weight is 1, or B_i / mean B where batches of unlike sizes are visited equally often.
+        """
+        scale = weight * self.num_data / len(batch.y)
         return (scale * self.log_likelihood(params, batch) + self.log_prior(params)) / self.temperature
 
-    def log_density(self, flat: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def log_density(self, flat: Tensor, batch: Batch, *, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log joint in the unconstrained space of the samplers, and in the constrained one.
 
         log pi(u) = log_joint(theta(u)) + log |d theta / d u|, with theta = exp(u) for the positive
@@ -109,12 +113,13 @@ class BayesianModel:
         Args:
             flat: u, one sample [P].
             batch: the rows that N / B scales up; all of them for the full-data density.
+            weight: of the likelihood, as in `log_joint`.
 
         Returns:
             The density to sample from and the log joint that a bank keeps, both scalars.
         """
         params, log_jacobian = self.constrain(flat)
-        log_joint = self.log_joint(params, batch)
+        log_joint = self.log_joint(params, batch, weight=weight)
         return log_joint + log_jacobian, log_joint
 
     def constrain(self, flat: Tensor) -> tuple[Params, Tensor]:
@@ -152,10 +157,29 @@ class BayesianModel:
         return params | {unknown.name: torch.ones((), device=self.device) for unknown in self.likelihood.unknowns}
 
     def base(self) -> Params:
-        """Parameters outside the sample, and buffers: what a bank keeps once."""
+        """Parameters outside the sample, and persistent buffers: what a bank keeps once."""
         kept = set(self.layout.names) | set(self.layout.aliases)
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        tensors = {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
         return {name: tensor.detach() for name, tensor in tensors.items() if name not in kept}
+
+    def check_rows(self, batch: Batch) -> None:
+        """Raise DataError unless the module takes these rows and its outputs fit their targets."""
+        first = Batch(
+            pytree.tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, batch.x), batch.y[:1]
+        )
+        with torch.no_grad():
+            params = self.module_params()
+            try:
+                outputs = self.forward(params, first.x)
+            except (RuntimeError, TypeError, IndexError) as error:
+                message = str(error).strip().splitlines()
+                raise DataError(
+                    "data",
+                    want=f"rows that the module ({type(self.module).__name__}) takes",
+                    got=f"{type(error).__name__}: {message[0] if message else ''}",
+                    fix="check the shape and dtype of x",
+                ) from error
+            self.likelihood.check(outputs, batch.y)
 
     def to_config(self) -> dict[str, Any]:
         """What `bank.json` says of the model, apart from the module's own specification."""

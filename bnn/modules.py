@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from bnn.errors import ConfigError, choose
 from bnn.seeding import isolated
 
+MAX_WIDTH = 65_536
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
@@ -38,10 +40,11 @@ def build(spec: str, *, input_shape: Sequence[int], num_outputs: int, seed: int)
         if spec == "cnn":
             return _cnn(tuple(input_shape), num_outputs).eval()
         if is_reference(spec):
-            module = load(spec, "model")(input_shape=tuple(input_shape), num_outputs=num_outputs)
+            module = call(spec, "model", input_shape=tuple(input_shape), num_outputs=num_outputs)
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"model '{spec}'", want="a torch module", got=type(module).__name__, fix="return one")
-            return module.eval()
+            _try(module.eval(), spec, tuple(input_shape), num_outputs)
+            return module
     raise ConfigError(
         "model", want="mlp:WIDTHS[,ACTIVATION], cnn or package.module:function", got=repr(spec), fix="try mlp:64,64"
     )
@@ -67,25 +70,59 @@ def load(spec: str, place: str) -> Callable[..., Any]:
         sys.path.insert(0, folder)
     try:
         function = getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's code, which may raise anything
         raise ConfigError(
             f"{place} '{spec}'",
             want="an importable function",
-            got=str(error),
+            got=f"{type(error).__name__}: {error}",
             fix="check the name, and run from the folder that holds the package",
         ) from error
     finally:
         if added:
             sys.path.remove(folder)
+    if not callable(function):
+        raise ConfigError(f"{place} '{spec}'", want="a function", got=type(function).__name__, fix="name a function")
     return function  # type: ignore[no-any-return]
+
+
+def call(spec: str, place: str, **options: Any) -> Any:
+    """What the function that `package.module:function` names returns; whatever it raises is the user's to mend."""
+    function = load(spec, place)
+    try:
+        return function(**options)
+    except Exception as error:
+        raise ConfigError(
+            f"{place} '{spec}'",
+            want=f"a function that takes {', '.join(options) or 'no arguments'}",
+            got=f"{type(error).__name__}: {error}",
+            fix="mend it; --debug shows where",
+        ) from error
+
+
+def _try(module: nn.Module, spec: str, input_shape: tuple[int, ...], num_outputs: int) -> None:
+    """Run a module of the user on two rows of zeros: what does not fit shows here, and not in the middle of a fit."""
+    want = f"a module from rows {list(input_shape)} to {num_outputs} outputs"
+    try:
+        with torch.no_grad():
+            outputs = module(torch.zeros(2, *input_shape))
+        got = f"outputs {list(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        fits = isinstance(outputs, torch.Tensor) and tuple(outputs.shape) == (2, num_outputs)
+    except Exception as error:
+        raise ConfigError(
+            f"model '{spec}'", want=want, got=f"{type(error).__name__}: {error}", fix="mend it; --debug shows where"
+        ) from error
+    if not fits and not (num_outputs == 1 and got == "outputs [2]"):
+        raise ConfigError(f"model '{spec}'", want=want, got=got, fix="use input_shape and num_outputs as given")
 
 
 def _mlp(spec: str, num_inputs: int, num_outputs: int) -> nn.Module:
     words = [word.strip() for word in spec.partition(":")[2].split(",") if word.strip()]
-    activation = words.pop() if words and not words[-1].isdigit() else "tanh"
+    activation = words.pop() if words and not words[-1].isdecimal() else "tanh"
     choose("model mlp", activation, list(ACTIVATIONS))
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise ConfigError("model mlp", want="widths such as 64,64", got=repr(spec), fix="try mlp:64,64,tanh")
+    if not all(word.isdecimal() and 0 < int(word) <= MAX_WIDTH for word in words):
+        raise ConfigError(
+            "model mlp", want=f"widths such as 64,64, at most {MAX_WIDTH}", got=repr(spec), fix="try mlp:64,64,tanh"
+        )
     widths = [num_inputs, *map(int, words)]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(widths):

@@ -12,7 +12,6 @@ from torch import Tensor
 from bnn.errors import ConfigError, DataError
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Gaussian, Likelihood, as_columns, likelihood_from_config
-from bnn.priors import require_positive
 from bnn.types import Block
 from bnn.uncertainty import entropy
 
@@ -47,7 +46,7 @@ class NormalPredictive(NamedTuple):
     """A mixture of S normals a row and output, in units of the target, float64."""
 
     means: Tensor  # [S, B, C]
-    scales: Tensor  # [S, 1, 1]
+    scales: Tensor  # [S, 1, 1], or [S, 1, C] where targets have units of their own
     log_weight: Tensor  # [S] normalised
 
     @property
@@ -68,7 +67,12 @@ class NormalPredictive(NamedTuple):
 
 
 def predict(
-    net: FunctionalModel, x: Any, *, likelihood: Likelihood | None = None, loc: float = 0.0, scale: float = 1.0
+    net: FunctionalModel,
+    x: Any,
+    *,
+    likelihood: Likelihood | None = None,
+    loc: float | Tensor = 0.0,
+    scale: float | Tensor = 1.0,
 ) -> ClassPredictive | NormalPredictive:
     """Predictive distribution of one batch under all samples of a bank.
 
@@ -80,7 +84,8 @@ def predict(
         net: a module under a bank.
         x: inputs of B rows.
         likelihood: what outputs mean; the one that the bank was made with by default.
-        loc: added to predicted targets after scaling: the mean the targets were standardised with.
+        loc: added to predicted targets after scaling: the mean the targets were standardised with, or
+            one a target [C].
         scale: their standard deviation, so that predictions are in the target's own units.
 
     Returns:
@@ -90,7 +95,11 @@ def predict(
         DataError: a sample gives NaN or Inf; its index is named.
         ConfigError: neither the bank nor the caller names a likelihood.
     """
-    require_positive("predict(scale=)", scale)
+    loc, scale = torch.as_tensor(loc, dtype=torch.float64), torch.as_tensor(scale, dtype=torch.float64)
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        raise ConfigError(
+            "predict(scale=)", want="positive numbers", got=str(scale.tolist()), fix="pass the target's spread"
+        )
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     if not len(net.bank):
         raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
@@ -115,7 +124,7 @@ def _classes(net: FunctionalModel, x: Any) -> ClassPredictive:
 
 
 @torch.no_grad()
-def _normal(net: FunctionalModel, x: Any, likelihood: Gaussian, loc: float, scale: float) -> NormalPredictive:
+def _normal(net: FunctionalModel, x: Any, likelihood: Gaussian, loc: Tensor, scale: Tensor) -> NormalPredictive:
     means, scales, weights = [], [], []
     for _, log_weight, block, outputs in _outputs(net, x):
         if outputs.dim() not in (2, 3):

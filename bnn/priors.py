@@ -41,13 +41,14 @@ def log_prob(prior: Prior, entries: Sequence[Entry], params: Params) -> Tensor:
     log p(theta) = sum_i -(theta_i - loc_i)^2 / (2 scale_i^2) - log scale_i - log(2 pi) / 2
 
     Returns:
-        A scalar, in the widest dtype of the entries.
+        A scalar, in the widest dtype of the entries, float32 at least.
     """
     total = torch.zeros(())
     for entry in entries:
         loc, scale = prior.moments(entry)
         constant = entry.numel * (math.log(scale) + 0.5 * LOG_2PI)
-        total = total - (params[entry.name] - loc).square().sum() / (2.0 * scale**2) - constant
+        values = params[entry.name].to(torch.promote_types(entry.dtype, torch.float32))
+        total = total - (values - loc).square().sum() / (2.0 * scale**2) - constant
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,17 +23,21 @@ def generator(seed: int, *keys: int | str, device: str | torch.device = "cpu") -
     return torch.Generator(device=device).manual_seed(derive(seed, *keys))
 
 
+GLOBAL_STATE = threading.RLock()
+"""Held while global state of the process (random streams, Pyro's) is not what its owner left there."""
+
+
 @contextmanager
 def isolated(seed: int, *keys: int | str) -> Iterator[None]:
     """Run code that draws from the global streams of torch, NumPy and Python, and leave those as they were.
 
     Inside, all of them start from `(seed, *keys)`. For libraries that know no other source: Pyro,
-    the initialisers of `torch.nn`, other people's data sets. Not for several threads at once, since
+    the initialisers of `torch.nn`, other people's data sets. Threads wait for each other here, since
     the streams are the process's.
     """
     start = derive(seed, *keys)
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - saved, not used
-    with torch.random.fork_rng():
+    with GLOBAL_STATE, torch.random.fork_rng():
+        numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - saved, not used
         torch.default_generator.manual_seed(start)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(start)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from bnn import adam
@@ -28,16 +30,16 @@ STEPS_PER_STATE = 50
 
 
 class Rows(Dataset[tuple[Any, Tensor]]):
-    """Tensors in memory as a data set that is fetched a batch at a time."""
+    """Tensors in memory, or tuples and dicts of them, as a data set."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
+    def __init__(self, x: Any, y: Tensor) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, row: int) -> tuple[Any, Tensor]:
-        return self.x[row], self.y[row]
+        return pytree.tree_map(lambda leaf: leaf[row], self.x), self.y[row]
 
 
 class _Lesson(NamedTuple):
@@ -105,7 +107,7 @@ def distil(
 
     Source: Balan et al. (2015), arXiv:1506.04416; Hinton et al. (2015), arXiv:1503.02531.
     """
-    if num_epochs < 1 or batch_size < 1 or lr <= 0:
+    if num_epochs < 1 or batch_size < 1 or not 0 < lr < math.inf:
         raise ConfigError(
             "distil",
             want="num_epochs and batch_size of at least 1, lr above 0",
@@ -132,7 +134,7 @@ def distil(
         "seed": seed,
         **(record or {}),
     }
-    buffers = {name: buffer.detach() for name, buffer in student.named_buffers()}
+    buffers = {n: t for n, t in student.state_dict().items() if n not in layout.names and n not in layout.aliases}
     writer = BankWriter(out, layout=layout, config=config, base=buffers, resume=resume, overwrite=overwrite)
     if writer.num_rows == 0:
         lesson = _Lesson(
@@ -142,10 +144,14 @@ def distil(
         if is_normal:
             start[SCALE] = torch.ones(())
         drive(writer, _run(lesson, loader, start, num_epochs, lr, writer.state), title="distil", progress=progress)
-        _write_files(Path(out), Bank.open(out), writer.state or {})
+    elif not writer.complete:  # stopped between its last row and the end
+        writer.close()
     else:
         writer.release()
-    return Bank.open(out)
+    taught = Bank.open(out)
+    if not all((Path(out) / name).exists() for name in ("model.safetensors", "curve.json")):
+        _write_files(Path(out), taught, writer.state or {})
+    return taught
 
 
 def divergence(
@@ -184,6 +190,7 @@ def _run(
         loader.load_state_dict(state["loader"])
     for epoch in range(step // len(loader), num_epochs):
         for (x, _), index in loader:
+            x = tuple(x) if isinstance(x, list) else x  # collating makes lists of tuples
             optimizer.param_groups[0]["lr"] = lr * 0.01 ** (step / total)
             losses += _step(lesson, values, optimizer, moved(x, device), index, step)
             step += 1

@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 
-from bnn.seeding import isolated
+from bnn.seeding import derive
 
 # Small tensors: a second thread costs more than it brings, and more still beside other processes.
 torch.set_num_threads(1)
@@ -19,8 +19,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def own_streams(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test starts from global random states of its own, so that none depends on those before it."""
-    with isolated(0, request.node.nodeid):
+    # Not `isolated`, which holds the lock on global state: threads that a test starts would wait for its end.
+    seed = derive(0, request.node.nodeid)
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
         yield
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    random.setstate(python_state)
 
 
 @pytest.fixture

@@ -114,7 +114,9 @@ def test_uci_folders_bring_their_splits(tmp_path: Path) -> None:
     assert (len(data.train.y), len(data.test.y)) == (27, 3)
     table = np.loadtxt(tmp_path / "set" / "data.txt")
     expected = table[[28, 29, 0]][:, 1]
-    np.testing.assert_allclose(data.test.y.numpy() * data.units.scale + data.units.loc, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        (data.test.y * data.units.scale + data.units.loc).numpy(), expected, rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(DataError, match="a split from 0 to 1, got 7"):
         load_data("set", split=7, root=tmp_path)
 
@@ -186,9 +188,9 @@ def test_other_data_go_through_the_standardiser_of_the_fit(tmp_path: Path) -> No
     torch.testing.assert_close(new.test.x, expected)
     same = load_data("d.csv:y", root=tmp_path, fitted=fitted.record)
     assert torch.equal(same.test.x, fitted.test.x)
-    csv(tmp_path, "a,b,c,y\n1,1,1,7\n2,2,2,9\n", "wide.csv")
+    np.savez(tmp_path / "wide.npz", x=np.ones((4, 3)), y=np.arange(4.0))
     with pytest.raises(DataError, match="rows of 2 values, as the bank was fitted to"):
-        load_data("wide.csv:y", root=tmp_path, fitted=fitted.record)
+        load_data("wide.npz", root=tmp_path, fitted=fitted.record)
 
 
 def test_classes_of_the_fit_number_those_of_other_data(tmp_path: Path) -> None:

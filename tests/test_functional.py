@@ -6,6 +6,7 @@ import copy
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -244,6 +245,7 @@ def test_buffers_are_the_live_modules_at_each_call() -> None:
     [
         (lambda: nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2)), "lazy"),
         (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3))), "hook-style SpectralNorm"),
+        (lambda: nn.Sequential(nn.Embedding(4, 3, max_norm=0.1)), "max_norm"),
     ],
 )
 def test_what_cannot_be_copied_is_refused_by_name(make: Any, match: str) -> None:
@@ -274,6 +276,16 @@ def test_a_bank_of_another_module_names_the_first_differing_entry() -> None:
         FunctionalModel(wider, bank)
     with pytest.raises(BankMismatch, match=r"'2\.weight' \[3, 6\] where '0\.weight' \[6, 4\] stands"):
         FunctionalModel(nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Linear(6, 3)), bank)
+
+
+def test_numpy_indices_and_odd_names() -> None:
+    module = nn.ModuleDict({"a[0]": nn.Linear(4, 3)})
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    bank = bank_of(module, bayesian="*")
+    assert FunctionalModel(module, bank).bank is bank
+    mlp = CASES["mlp"][0]()
+    net, x = FunctionalModel(mlp, bank_of(mlp)), torch.randn(5, 4)
+    assert torch.equal(net(x, np.int64(2)), net(x, 2))
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -141,6 +141,48 @@ def test_resume_after_an_interruption_is_bit_equal(tmp_path: Path) -> None:
         run("whole")
 
 
+def test_stopped_after_the_last_row_it_is_finished_by_resume(tmp_path: Path) -> None:
+    net, (x, y) = teacher()
+    module = build("mlp:6", input_shape=[4], num_outputs=3, seed=2)
+
+    def run(**options: bool) -> Bank:
+        return distil(module, net, (x, y), out=tmp_path / "s", num_epochs=4, seed=1, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnn.training._write_files", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert run(resume=True).info["complete"]
+    assert {"model.safetensors", "curve.json"} <= {path.name for path in (tmp_path / "s").iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnn.bank.writer.BankWriter.close", lambda self: (self.commit(), interrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(overwrite=True)
+    assert not Bank.open(tmp_path / "s").info["complete"]
+    assert run(resume=True).info["complete"]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_tuple_inputs_are_taught_too(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.inner(a + b)
+
+    module, (_, (x, y)) = Sum(), classifier()
+    bank = Bank.from_state_dicts([module.state_dict()] * 3, module=module, info={"likelihood": {"name": "Categorical"}})
+    student = distil(module, FunctionalModel(module, bank), ((x, x), y), out=tmp_path / "s", num_epochs=2, batch_size=5)
+    torch.testing.assert_close(
+        student[0]["inner.weight"], bank[0]["inner.weight"], rtol=0, atol=0.05
+    )  # it begins at its teacher
+
+
 def test_files_for_tools_that_know_nothing_of_banks(tmp_path: Path, world_untouched: None) -> None:
     net, (x, y) = teacher()
     student = build("mlp:6", input_shape=[4], num_outputs=3, seed=2)

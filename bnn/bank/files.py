@@ -75,6 +75,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return Written(size, sha256, {name: zlib.crc32(fmt.tensor_bytes(tensor)) for name, tensor in tensors.items()})
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str | None:
+    """The sha256 that `write_tensors` would give for these tensors without metadata; None for no tensors."""
+    if not tensors:
+        return None
+    header, places = fmt.encode_header({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {})
+    digest = hashlib.sha256()
+    for chunk in fmt.chunks_of(header, places, tensors):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

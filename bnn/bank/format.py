@@ -173,7 +173,10 @@ def check_version(config: Mapping[str, Any], place: str) -> None:
     """Raise BankError unless this reader understands the format, version and features named."""
     if config.get("format") != FORMAT:
         raise corrupt(place, f"format {FORMAT!r}", repr(config.get("format")))
-    missing = set(config.get("requires", ())) - FEATURES
+    requires = config.get("requires", [])
+    if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
+        raise corrupt(place, "a list of features", repr(requires)[:100])
+    missing = set(requires) - FEATURES
     if config.get("version") != VERSION or missing:
         got = f"version {config.get('version')}" + (f" with {', '.join(sorted(missing))}" if missing else "")
         raise BankError(place, want=f"format version {VERSION}", got=got, fix="install a newer bnn-toolkit")

@@ -86,6 +86,9 @@ class Bank(Sequence[Params]):
             raise fmt.corrupt(str(config_path), "a layout", f"{type(error).__name__}: {error}") from error
         if layout.fingerprint != config.get("fingerprint"):
             raise fmt.corrupt(str(config_path), "the fingerprint of its layout", repr(config.get("fingerprint")))
+        for key in ("method", "model", "data", "prior", "likelihood", "base"):
+            if not isinstance(config.get(key), (dict, type(None))):
+                raise fmt.corrupt(str(config_path), f"an object or null as '{key}'", repr(config[key])[:100])
         manifests = read_manifests(folder)
         shards = [
             MappedShard(folder / fact["file"], fact, layout, verify)
@@ -186,7 +189,7 @@ class Bank(Sequence[Params]):
             draw=torch.zeros(count, dtype=torch.int64),
         )
         config = {"method": {"name": "state-dicts", "options": {}}, **(info or {})}
-        base = {n: b.detach() for n, b in module.named_buffers()}
+        base = {n: b.detach() for n, b in buffers.items() if n not in layout.aliases}
         if out is None:
             return Bank.from_blocks([block], layout=layout, info=config, base=base)
         fmt.check_rows(block.params, str(out), 0)

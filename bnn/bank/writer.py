@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bnn.bank import files
 from bnn.bank import format as fmt
-from bnn.errors import BankCorrupt, BankExists, BankMismatch, BankNotFound, ConfigError
+from bnn.errors import BankCorrupt, BankError, BankExists, BankMismatch, BankNotFound, ConfigError
 from bnn.layout import Layout
 from bnn.types import Block, State
 
@@ -83,27 +84,31 @@ class BankWriter:
             "fingerprint": layout.fingerprint,
             **config,
         }
-        self._base = {} if base is None else dict(base)
-        self._check_place(resume, overwrite)
-        self._made_folder = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = files.Lock(self.path, writer)
+        self._base = {name: tensor.detach().cpu().contiguous() for name, tensor in (base or {}).items()}
+        self._resume, self._overwrite = resume, overwrite
+        self._check_place()
+        self._check_base()
         self._ready = _Ready((), 0, None)
         self._num_rows = 0
         self._generation = self._next_number = self._next_state = 0
         self.state: State | None = None  # after the last committed row
         self.complete = False  # whether the part that was resumed had been marked so
         self._started = False
-        self._fresh = self._made_folder  # whether what stands in the folder is this writer's own
         self._capacity = rows_per_shard(layout.num_bytes)
         self._buffer: dict[str, Tensor] = {}
         self._first_row_at = self._last_commit_at = time.monotonic()
-        if resume:
-            try:
+        self._made = _missing_folders(self.path)
+        self._fresh = bool(self._made)  # whether what stands in the folder is this writer's own
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._locks = [files.Lock(self.path, writer)]
+        try:
+            if overwrite:  # nobody else may be writing what is to go
+                self._lock_others()
+            if resume:
                 self._restore()
-            except BaseException:
-                self._lock.close()
-                raise
+        except BaseException:
+            self.release()
+            raise
 
     @property
     def num_rows(self) -> int:
@@ -178,10 +183,12 @@ class BankWriter:
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
         self._buffer, self._ready = {}, self._ready._replace(buffered=0)
-        if self._made_folder and not self._started:
-            self._lock.path.unlink(missing_ok=True)
-            self.path.rmdir()
-        self._lock.close()
+        if self._made and not self._started:
+            self._locks[0].path.unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
+        for lock in self._locks:
+            lock.close()
 
     def abandon(self) -> None:
         """Give up after an error that would come again: a bank of this writer without any row goes, states and all."""
@@ -190,24 +197,24 @@ class BankWriter:
             self._started = False
         self.release()
 
-    def _check_place(self, resume: bool, overwrite: bool) -> None:
+    def _check_place(self) -> None:
         place = str(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise BankExists(place, want="a folder or nothing", got="a file", fix="choose another name")
         is_bank = (self.path / "bank.json").exists()
-        empty = not self.path.exists() or not any(not fmt.LOCK_NAME.fullmatch(p.name) for p in self.path.iterdir())
-        if resume and overwrite:
+        foreign = self.path.exists() and any(not _is_own(path.name) for path in self.path.iterdir())
+        if self._resume and self._overwrite:
             raise ConfigError(place, want="resume or overwrite", got="both", fix="say one of them")
-        if resume and not is_bank:
+        if self._resume and not is_bank:
             raise BankNotFound(place, want="a bank to go on with", got="none", fix="leave resume out to start one")
-        if not resume and is_bank and not overwrite:
+        if not self._resume and is_bank and not self._overwrite:
             raise BankExists(
                 place,
                 want="a new folder",
                 got="a bank, which is kept",
                 fix="go on with resume, replace it with overwrite, or choose another name",
             )
-        if not is_bank and not empty:
+        if not is_bank and foreign:
             raise BankExists(
                 place,
                 want="a new or empty folder",
@@ -215,23 +222,38 @@ class BankWriter:
                 fix="choose another name",
             )
 
+    def _check_base(self) -> None:
+        for name, tensor in self._base.items():
+            if tensor.dtype not in fmt.DTYPE_CODES:
+                raise BankError(
+                    f"buffer or parameter '{name}'",
+                    want=f"one of {', '.join(str(dtype).removeprefix('torch.') for dtype in fmt.DTYPE_CODES)}",
+                    got=str(tensor.dtype),
+                    fix="register the buffer with persistent=False, or keep it as real numbers",
+                )
+
+    def _lock_others(self) -> None:
+        for match in map(fmt.LOCK_NAME.fullmatch, sorted(os.listdir(self.path))):
+            if match and match.group(1) != self.writer:
+                self._locks.append(files.Lock(self.path, match.group(1)))
+
     def _start(self) -> None:
         """Write what a bank has once; a bank that is to be overwritten goes now, not before."""
+        self._check_place()  # again, under the lock: another writer may have begun a bank here
         self._remove_bank()
         self._fresh = True
         fact = None
         if self._base:
-            kept = {name: tensor.cpu().contiguous() for name, tensor in self._base.items()}
-            written = files.write_tensors(self.path / "base.safetensors", kept, {})
+            written = files.write_tensors(self.path / "base.safetensors", self._base, {})
             fact = {"file": "base.safetensors", "bytes": written.bytes, "sha256": written.sha256}
         files.write_atomic(self.path / "bank.json", [fmt.dump_json({**self._config, "base": fact}, "bank.json")])
         self._started = True
 
     def _remove_bank(self) -> None:
-        for path in self.path.iterdir():
-            known = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME)
-            if path.name in ("bank.json", "base.safetensors") or any(p.fullmatch(path.name) for p in known):
-                path.unlink()
+        """Manifests first and `bank.json` last: killed in between, a bank without rows is left, to be overwritten."""
+        names = [name for name in os.listdir(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
+        for name in sorted(names, key=lambda n: (n == "bank.json", not fmt.MANIFEST_NAME.fullmatch(n))):
+            (self.path / name).unlink()
 
     def _restore(self) -> None:
         place = self.path / "bank.json"
@@ -245,7 +267,18 @@ class BankWriter:
                     got=f"{self._config.get(key)}",
                     fix="resume with the options that the bank was begun with",
                 )
+        kept_base: Any = kept.get("base") or {}
+        if kept_base.get("sha256") != files.tensors_sha256(self._base):
+            raise BankMismatch(
+                str(place),
+                want="the parameters outside the sample and the buffers that the bank keeps",
+                got="others",
+                fix="resume with the module that the bank was begun with, in the same state",
+            )
         self._started = True
+        for name in os.listdir(self.path):
+            if name.startswith((f".tmp-{self.writer}-", f".tmp-state-{self.writer}-")):
+                (self.path / name).unlink()  # of a writer of this name that was killed
         manifest_path = self.path / f"manifest-{self.writer}.json"
         if manifest_path.exists():
             manifest: dict[str, Any] = files.read_json(manifest_path)
@@ -293,6 +326,10 @@ class BankWriter:
         if block.params.keys() - set(self.layout.names):
             extra = sorted(block.params.keys() - set(self.layout.names))[0]
             raise BankMismatch("block", want="the entries of the layout", got=f"'{extra}' too", fix="leave it out")
+        if torch.isnan(block.log_weight).any() or torch.isposinf(block.log_weight).any():
+            raise BankError(
+                "block log_weight", want="numbers, or -inf for none", got="NaN or +inf", fix="normalise the weights"
+            )
         fmt.check_rows(block.params, str(self.path), self._num_rows + self._ready.buffered)
 
     def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
@@ -326,6 +363,18 @@ class BankWriter:
         self._next_state += 1
         written = files.write_tensors(self.path / name, *fmt.encode_state(state, name))
         return {"file": name, "bytes": written.bytes, "sha256": written.sha256}
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file is a bank's, or one that distillation or a killed writer leaves beside it."""
+    patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME, fmt.LOCK_NAME)
+    known = ("bank.json", "base.safetensors", "model.safetensors", "curve.json")
+    return name in known or name.startswith(".tmp-") or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """The folders that must be made for `path`, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _count(shards: Sequence[dict[str, Any]]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -43,15 +45,18 @@ def run(arguments: list[str]) -> int:
     """Run the command line; the exit code. Errors are one line on stderr, with `--debug` a traceback before it."""
     try:
         code = app(arguments, prog_name="bnn", standalone_mode=False)
-        return _interrupted() if code == 130 else code if isinstance(code, int) else 0
+        return _interrupted(arguments) if code == 130 else code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
-        return _interrupted()
+        return _interrupted(arguments)
     except BnnError as error:
         _debug(arguments)
         return _say(str(error), 3 if isinstance(error, BankWriteError) else 2)
     except OSError as error:
         _debug(arguments)
         return _say(f"{error.filename or 'input/output'}: {error.strerror or error}", 3)
+    except MemoryError:
+        _debug(arguments)
+        return _say("out of memory: use a smaller model, fewer chains or smaller batches", 2)
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "bnn"
@@ -59,6 +64,10 @@ def run(arguments: list[str]) -> int:
         if not message.strip() or type(error).__name__ == "NoArgsIsHelpError":  # the help itself
             return _say(message or f"{command}: a command is missing; see '{command} --help'", 2)
         return _say(f"{command}: {message.rstrip('.')}; see '{command} --help'", 2)
+    except Exception as error:  # not foreseen: still one line, and the traceback for whoever asks
+        _debug(arguments)
+        lines = str(error).strip().splitlines()
+        return _say(f"{type(error).__name__}: {lines[0] if lines else ''}; say --debug to see where", 2)
 
 
 def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -66,8 +75,14 @@ def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _say(f"warning: {message}", 0)
 
 
-def _interrupted() -> int:
-    return _say("interrupted; what was committed is kept, go on with the same command and --resume", 130)
+def _interrupted(arguments: list[str]) -> int:
+    """What to say after Ctrl-C: how to go on where something was committed."""
+    out = next((word for flag, word in pairwise(arguments) if flag == "--out"), "bnn-demo")
+    out = next((word.partition("=")[2] for word in arguments if word.startswith("--out=")), out)
+    kept = any(Path(out).glob("bank.json")) or (arguments[:1] == ["demo"] and any(Path(out).glob("*/bank.json")))
+    if arguments[:1] in (["fit"], ["train"], ["demo"]) and kept:
+        return _say("interrupted; what was committed is kept, go on with the same command and --resume", 130)
+    return _say("interrupted; nothing was left behind", 130)
 
 
 def _say(message: str, code: int) -> int:

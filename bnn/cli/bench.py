@@ -80,10 +80,20 @@ def bench(
 ) -> int:
     """Measure weight-bank throughput beside param.data, load_state_dict and one torch.load a sample; ratios first."""
     del debug
-    from bnn.errors import choose
+    from bnn.errors import ConfigError, choose
 
     if name is not None:
         choose("bench", name, NAMES)
+    if num_samples < BLOCK or width < 1:
+        raise ConfigError(
+            "bench",
+            want=f"--num-samples of at least {BLOCK}, --width of at least 1",
+            got=f"{num_samples}, {width}",
+            fix="raise it",
+        )
+    common.check_device(device)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}", want="a folder that is there", got="none", fix="make it first")
     earlier = None if compare is None else _read_earlier(compare)
     with tempfile.TemporaryDirectory(prefix="bnn-bench-") as folder:
         setting = _prepare(Path(folder), num_samples, width, seed)

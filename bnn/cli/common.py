@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bnn.errors import BankMismatch, ConfigError
+from bnn.errors import BankCorrupt, BankMismatch, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,11 @@ def module_of(bank: Bank, *, model: str | None = None, trust: bool = False) -> n
             got="one that names no model",
             fix="use it from Python: bnn.evaluate(bnn.FunctionalModel(module, bank), data)",
         )
-    spec, options = record["spec"], record["options"]
+    spec, options = str(record.get("spec")), record.get("options")
+    if not isinstance(options, dict) or not {"input_shape", "num_outputs", "seed"} <= options.keys():
+        raise BankCorrupt(
+            f"{bank.path}/bank.json", want="a model with spec and options", got=repr(record), fix="restore the file"
+        )
     if model is not None and model != spec:
         raise BankMismatch(str(bank.path), want=f"--model {spec}, as the bank says", got=model, fix="leave --model out")
     require_trust(spec, said=model, trust=trust, place=f"{bank.path} model", flag="--model")
@@ -95,7 +99,8 @@ def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None
     """The data that a bank was fitted to, or others, standardised as those were.
 
     Raises:
-        BankMismatch: the bank names no data and none are given, or the split differs.
+        BankMismatch: the bank names no data, or rows have another shape.
+        DataError: the data cannot be read, or the bank has seen their test rows.
     """
     from bnn.data import load_data
 
@@ -107,18 +112,43 @@ def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None
             got="one that names no data",
             fix="use it from Python: bnn.evaluate(...)",
         )
+    if not {"spec", "split", "task", "sha256", "inputs", "target", "classes"} <= record.keys():
+        raise BankCorrupt(
+            f"{bank.path}/bank.json", want="a full record of the data", got=repr(record), fix="restore the file"
+        )
     spec = data or record["spec"]
     require_trust(spec, said=data, trust=trust, place=f"{bank.path} data", flag="--data")
-    if split is not None and spec == record["spec"] and split != record["split"]:
-        raise BankMismatch(
-            str(bank.path),
-            want=f"--split {record['split']}, which the bank was fitted on",
-            got=str(split),
-            fix="leave --split out: on another split the bank has seen test rows",
-        )
-    return load_data(
+    found = load_data(
         spec, split=record["split"] if split is None else split, task=record["task"], root=root, fitted=record
     )
+    shape = (bank.info.get("model") or {}).get("options", {}).get("input_shape")
+    if shape is not None and list(shape) != found.input_shape:
+        raise BankMismatch(
+            str(bank.path),
+            want=f"rows of shape {list(shape)}, as the bank was fitted to",
+            got=str(found.input_shape),
+            fix="choose data of the same shape",
+        )
+    return found
+
+
+def check_device(name: str) -> str:
+    """The device, if torch knows it and has it."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError("--device", want="cpu or cuda", got=repr(name), fix="leave it out for cpu") from error
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError("--device", want="a device that is here", got=repr(name), fix="leave it out for cpu")
+    return name
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Raise ConfigError if something other than a folder stands where files are to be written."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise ConfigError(f"{flag} {path}", want="a folder or nothing", got="a file", fix="choose another name")
 
 
 def require_trust(spec: str, *, said: str | None, trust: bool, place: str, flag: str) -> None:

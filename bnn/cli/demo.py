@@ -25,6 +25,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for banks, report.json, report.html and pictures.")] = Path(
         "bnn-demo"
     ),
+    resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     seed: common.Seed = 0,
     debug: common.Debug = False,
@@ -32,20 +33,28 @@ def demo(
     """Fit three posteriors on handwritten digits, distil one, and judge them beside a plain network."""
     del debug
     from bnn import evaluation, fitting, inference, likelihoods, modules, priors
+    from bnn.bank import Bank
     from bnn.cli.show import show_reports
     from bnn.data import load_data, load_outside
-    from bnn.errors import BankExists
+    from bnn.errors import BankExists, ConfigError
     from bnn.functional import FunctionalModel
     from bnn.model import BayesianModel
     from bnn.training import distil
 
-    if out.exists() and not overwrite and any(out.iterdir() if out.is_dir() else [out]):
+    if out.exists() and not overwrite and not resume and any(out.iterdir() if out.is_dir() else [out]):
         raise BankExists(
             str(out),
             want="a new folder",
             got="one with files, which are kept",
-            fix="choose another with --out, or say --overwrite",
+            fix="choose another with --out, go on with --resume, or say --overwrite",
         )
+    if resume and overwrite:
+        raise ConfigError(str(out), want="--resume or --overwrite", got="both", fix="say one of them")
+
+    def begun(name: str) -> bool:
+        """Whether a bank of an earlier run is there to go on with."""
+        return resume and (out / name / "bank.json").exists()
+
     began = time.perf_counter()
     data, outside = load_data("digits"), load_outside("digits-shuffled", load_data("digits"))
     module = modules.build(MODEL, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=seed)
@@ -71,6 +80,7 @@ def demo(
             num_samples=num_samples,
             out=out / name,
             seed=seed,
+            resume=begun(name),
             overwrite=overwrite,
             record=record,
         )
@@ -84,12 +94,16 @@ def demo(
         out=out / "student",
         num_epochs=NUM_EPOCHS,
         seed=seed,
+        resume=begun("student"),
         overwrite=overwrite,
         record=record,
     )
     _say(f"student of hmc: {NUM_EPOCHS} epochs in {time.perf_counter() - start:.1f} s")
     start = time.perf_counter()
-    banks["plain"] = train_plainly(data, out / "plain", seed=seed, overwrite=overwrite)
+    if begun("plain"):
+        banks["plain"] = Bank.open(out / "plain")
+    else:
+        banks["plain"] = train_plainly(data, out / "plain", seed=seed, overwrite=overwrite)
     _say(f"plain: {NUM_EPOCHS} epochs in {time.perf_counter() - start:.1f} s")
     reports = {}
     for name, bank in banks.items():

@@ -48,6 +48,8 @@ def evaluate(
     from bnn.functional import FunctionalModel
 
     choose("--base", base, ("e", "2"))
+    common.check_device(device)
+    common.check_folder("--report", report)
     opened = {path: Bank.open(path) for path in bank}
     reports: dict[str, evaluation.Report] = {}
     for path, found in opened.items():

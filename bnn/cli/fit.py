@@ -69,11 +69,13 @@ def fit(
     from bnn import fitting, modules
     from bnn.cli.show import show_bank
     from bnn.data import load_data
-    from bnn.errors import choose
+    from bnn.errors import ConfigError, choose
     from bnn.model import BayesianModel
 
     if task is not None:
         choose("--task", task, ("classification", "regression"))
+        if ".csv:" not in data:
+            raise ConfigError("--task", want="a CSV file, FILE.csv:TARGET", got=f"--data {data}", fix="leave it out")
     chosen = make_method(
         method,
         {

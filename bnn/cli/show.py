@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 def show_bank(bank: Bank) -> None:
     """What a bank is, in a few lines."""
-    method, data, model = bank.info["method"], bank.info.get("data"), bank.info.get("model")
+    method, data, model, likelihood = (bank.info.get(key) or {} for key in ("method", "data", "model", "likelihood"))
     lines = [
         f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {size(len(bank) * bank.layout.num_bytes)}",
-        f"method      {method['name']} {_options(method['options'])}",
-        f"model       {model['spec'] if model else 'not recorded'}",
-        f"data        {data['spec'] + ', split ' + str(data['split']) if data else 'not recorded'}",
-        f"likelihood  {bank.info.get('likelihood', {}).get('name', 'not recorded')}",
+        f"method      {method.get('name', 'not recorded')} {_options(method.get('options', {}))}",
+        f"model       {model.get('spec', 'not recorded')}",
+        f"data        {data['spec'] + ', split ' + str(data.get('split')) if 'spec' in data else 'not recorded'}",
+        f"likelihood  {likelihood.get('name', 'not recorded')}",
         f"complete    {'yes' if bank.info.get('complete') else 'no: go on with --resume'}",
     ]
     for writer, found in bank.info.get("diagnostics", {}).items():

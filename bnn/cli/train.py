@@ -21,7 +21,10 @@ def train(
             help="Structure of the student, as --model of 'bnn fit'. [default: the bank's]", show_default=False
         ),
     ] = "",
-    data: Annotated[str | None, typer.Option(help="Training data. [default: the bank's]", show_default=False)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Repeats a package.module:function that the bank names as its data.", show_default=False),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
     ] = None,

@@ -17,10 +17,10 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from bnn import adam
-from bnn.batches import minibatches, moved
+from bnn.batches import mean_rows, minibatches, moved
 from bnn.errors import ConfigError, FitError, choose
 from bnn.model import BayesianModel
-from bnn.seeding import isolated
+from bnn.seeding import GLOBAL_STATE, isolated
 from bnn.types import Batch, Block, Data, State, make_block
 
 Family: TypeAlias = Literal["mean-field", "low-rank", "map"]
@@ -98,7 +98,7 @@ def _run(
     options: Guide, model: BayesianModel, data: Data, num_samples: int, seed: int, state: State | None
 ) -> Iterator[tuple[Block, State]]:
     total = options.num_steps + num_samples
-    guide, density = _build(options, model, seed)
+    guide, density = _build(options, model, mean_rows(data, options.batch_size), seed)
     named = dict(guide.named_parameters())
     optimizer = torch.optim.Adam(named.values(), lr=options.lr)
     if state is not None:
@@ -108,6 +108,8 @@ def _run(
     info: dict[str, float] = {} if state is None else state["info"]
     batches = minibatches(data, options.batch_size, seed=seed, start=step)
     here = (moved(batch, model.device) for batch in batches)
+    if step < options.num_steps:
+        model.check_rows(moved(next(minibatches(data, options.batch_size, seed=seed)), model.device))
     while step < options.num_steps:
         stop = min(step + STEPS_PER_STATE, options.num_steps)
         with _pyro_apart(), isolated(seed, "svi", step), warnings.catch_warnings():
@@ -125,14 +127,22 @@ def _run(
         yield block, {**fitted, "step": options.num_steps + indices[-1] + 1, "num_steps": total, "info": info}
 
 
-def _build(options: Guide, model: BayesianModel, seed: int) -> tuple[Any, Callable[[Batch], None]]:
-    """The guide, started at the module's present values, and the Pyro model that it approximates."""
+def _build(
+    options: Guide, model: BayesianModel, rows_per_batch: float, seed: int
+) -> tuple[Any, Callable[[Batch], None]]:
+    """The guide, started at the module's present values, and the Pyro model that it approximates.
+
+    Steps visit the batches of an epoch equally often, also a short last one, while the contract of
+    `log_joint` weighs them by their rows: each likelihood gets the weight B_i / mean B.
+    """
     size = model.layout.num_values
 
     def density(batch: Batch) -> None:
         # The site is only a place for theta: its density is in the factor.
         theta = pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), (size,)))
-        pyro.factor("log_density", model.log_density(theta, batch)[0])
+        log_density, log_joint = model.log_density(theta, batch, weight=len(batch.y) / rows_per_batch)
+        # A point has no density to transform: the mode is that of the constrained values.
+        pyro.factor("log_density", log_joint if options.family == "map" else log_density)
 
     def place(batch: Batch | None = None) -> None:
         del batch
@@ -205,5 +215,5 @@ def _draw(posterior: Any, seed: int, index: int) -> Tensor:
 @contextmanager
 def _pyro_apart() -> Iterator[None]:
     """Run Pyro code with a parameter store and settings of its own; the user's are as before afterwards."""
-    with pyro.get_param_store().scope(), pyro.settings.context(module_local_params=True):
+    with GLOBAL_STATE, pyro.get_param_store().scope(), pyro.settings.context(module_local_params=True):
         yield

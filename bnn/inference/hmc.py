@@ -131,6 +131,7 @@ Density: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 def density_of(model: BayesianModel, data: Data) -> Density:
     """The full-data log density of a model, with its gradient, over chains."""
     batch = moved(full_batch(data), model.device)
+    model.check_rows(batch)
 
     def log_density(flat: Tensor) -> tuple[Tensor, Tensor]:
         return model.log_density(flat, batch)

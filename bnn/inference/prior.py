@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from bnn.errors import ConfigError
 from bnn.model import BayesianModel
 from bnn.types import Block, Data, State, make_block
 
@@ -22,6 +23,10 @@ class Prior:
 
     block_size: int = 64
     name: ClassVar[str] = "prior"
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError("Prior(block_size=)", want="at least 1", got=str(self.block_size), fix="raise it")
 
     def run(
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None

@@ -112,6 +112,10 @@ class PairedLoader:
             )
         if sampler is not None and shuffle:
             raise ConfigError("sampler", want="no shuffle beside it", got="shuffle=True", fix="leave shuffle out")
+        if num_workers < 0:
+            raise ConfigError(
+                "num_workers", want="at least 0", got=str(num_workers), fix="pass 0 to load in this process"
+            )
         if num_indices is not None and num_indices < 1:
             raise ConfigError("num_indices", want="at least 1", got=str(num_indices), fix="leave it out for one index")
         self.index_sampler = index_sampler

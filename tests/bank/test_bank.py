@@ -248,6 +248,124 @@ def test_a_block_of_another_layout_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "bank").exists()
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("how", ["fresh", "overwrite"])
+def test_killed_at_any_file_of_the_first_commit_the_folder_serves_again(tmp_path: Path, renames: int, how: str) -> None:
+    """A kill is stood in for by an exit of the writing that nothing can catch up on: no handler of the writer runs."""
+    from bnn.bank import files
+
+    class Killed(BaseException):
+        pass
+
+    if how == "overwrite":
+        write(tmp_path / "bank", [4])
+    real, seen = files.os.replace, [0]
+
+    def replace(source: object, target: object) -> None:
+        if seen[0] == renames:
+            Path(f"{source}.kept").write_bytes(Path(str(source)).read_bytes())  # what unlinking cannot reach
+            raise Killed
+        seen[0] += 1
+        real(source, target)  # type: ignore[arg-type]
+
+    doomed = BankWriter(
+        tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base={"b": torch.ones(2)}, overwrite=how == "overwrite"
+    )
+    doomed.append(rows(0, 3), {"step": 3, "num_steps": 9, "info": {}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        with pytest.raises(Killed):
+            doomed.commit()
+    for lock in doomed._locks:
+        lock.close()  # as the end of a process does
+    begun = (tmp_path / "bank" / "bank.json").exists()
+    again = BankWriter(
+        tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base={"b": torch.ones(2)}, resume=begun and how == "fresh",
+        overwrite=how == "overwrite",
+    )  # fmt: skip
+    assert again.num_rows == 0
+    again.append(rows(0, 6))
+    again.close()
+    check(Bank.open(tmp_path / "bank", verify="full"), 6)
+
+
+def test_ctrl_c_between_two_rows_sees_all_of_a_block_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={})
+    bank_writer.append(rows(0, 3), {"step": 3, "num_steps": 9, "info": {}})
+    copied = [0]
+    real = BankWriter._copy_rows
+
+    def interrupted(self: BankWriter, *args: Any) -> None:
+        real(self, *args)
+        copied[0] += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BankWriter, "_copy_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bank_writer.append(rows(3, 2), {"step": 5, "num_steps": 9, "info": {}})
+    assert copied == [1]
+    bank_writer.commit()
+    bank_writer.release()
+    check(Bank.open(tmp_path / "bank"), 3)
+    monkeypatch.undo()
+    resumed = BankWriter(tmp_path / "bank", layout=LAYOUT, config={}, resume=True)
+    assert resumed.state is not None
+    assert resumed.state["step"] == 3
+    resumed.release()
+
+
+def test_overwrite_waits_for_nobody_who_still_writes(tmp_path: Path) -> None:
+    first = BankWriter(tmp_path / "bank", layout=LAYOUT, config={}, writer="a")
+    first.append(rows(0, 3))
+    first.commit()
+    with pytest.raises(BankLocked, match="'a'"):
+        BankWriter(tmp_path / "bank", layout=LAYOUT, config={}, writer="b", overwrite=True)
+    first.close()
+    check(Bank.open(tmp_path / "bank"), 3)
+
+
+def test_every_file_is_fsynced_before_its_name_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnn.bank import files
+
+    calls: list[str] = []
+    fsync, replace = files.os.fsync, files.os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("rename"), replace(a, b))[1])
+    write(tmp_path / "bank", [3])
+    assert calls == ["fsync", "rename", "fsync"] * (len(calls) // 3)
+    assert calls.count("rename") == 4  # bank.json, shard, state, manifest
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, weight: float) -> None:
+    bank_writer = BankWriter(tmp_path / "deep" / "bank", layout=LAYOUT, config={})
+    with pytest.raises(BankError, match="log_weight"):
+        bank_writer.append(rows(0, 2)._replace(log_weight=torch.tensor([0.0, weight], dtype=torch.float64)))
+    bank_writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_buffers_that_no_bank_can_keep_are_refused_before_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(
+        BankError, match=r"'rotary': want .* got torch\.complex64; register the buffer with persistent=False"
+    ):
+        BankWriter(tmp_path / "bank", layout=LAYOUT, config={}, base={"rotary": torch.zeros(2, dtype=torch.complex64)})
+    assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("requires", 5), ("requires", [1]), ("method", 3), ("model", "mlp"), ("data", []), ("base", 3)]
+)
+def test_odd_values_in_bank_json_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    write(tmp_path / "bank", [3])
+    path = tmp_path / "bank" / "bank.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(BankCorrupt, match=r"bank\.json"):
+        Bank.open(tmp_path / "bank")
+
+
 # Damage
 
 

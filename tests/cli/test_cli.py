@@ -97,7 +97,7 @@ def test_a_uci_folder(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     assert found["metrics"]["rmse"]["value"] < 8  # the target spreads by 15
     code, _, err = bnn(f"evaluate --bank bank --data-root {REAL} --split 3")
     assert code == 2
-    assert "want --split 2, which the bank was fitted on, got 3" in err
+    assert "want split 2, which the bank was fitted on, got 3" in err
 
 
 def test_csv_npz_and_partial_banks(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -282,6 +282,145 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def bad_files(folder: Path) -> None:
+    """Files that are broken in one way each."""
+    import gzip
+
+    import numpy as np
+
+    (folder / "latin.csv").write_bytes("a,y\n1,2\nß,3\n".encode("latin-1"))
+    (folder / "long.csv").write_text("a,y\n" + "1" * 200_000 + ",2\n1,2\n")
+    (folder / "twice.csv").write_text("a,y,y\n1,2,3\n4,5,6\n")
+    (folder / "blank.csv").write_text("a,y\n1,2\n2,\n3,4\n")
+    (folder / "zip.npz").write_bytes(b"PK\x03\x04 and no more")
+    np.save(folder / "array.npy", np.ones(3))
+    (folder / "array.npy").rename(folder / "array.npz")
+    np.savez(folder / "scalar.npz", x=np.float64(1), y=np.float64(2))
+    np.savez(folder / "huge.npz", x=np.ones((3, 2)), y=np.array([0, 1, 10**10]))
+    np.savez(folder / "test.npz", x=np.ones((3, 2)), y=np.ones(3), x_test=np.ones((2, 5)), y_test=np.ones(2))
+    for name, index in (("empty", ""), ("outside", "99\n")):
+        (folder / name).mkdir()
+        np.savetxt(folder / name / "data.txt", np.ones((6, 3)))
+        (folder / name / "index_features.txt").write_text("0\n1\n")
+        (folder / name / "index_target.txt").write_text("2\n")
+        (folder / name / "index_train_0.txt").write_text("0\n1\n2\n")
+        (folder / name / "index_test_0.txt").write_text(index)
+    (folder / "mnist").mkdir()
+    for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
+        (folder / "mnist" / name).write_bytes(gzip.compress(bytes(2000))[:-10])
+    (folder / "mine.py").write_text(
+        "from torch import nn\nvalue = 3\n"
+        "def fails(**_):\n    raise KeyError('inside')\n"
+        "def narrow(input_shape, num_outputs):\n    return nn.Linear(99, num_outputs)\n"
+        "def wide(input_shape, num_outputs):\n    return nn.Sequential(nn.Flatten(), nn.Linear(10, 7))\n"
+    )
+    (folder / "broken.py").write_text("def f(:\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{FIT} --data latin.csv:y", "comma-separated text in UTF-8"),
+        (f"{FIT} --data long.csv:y", "comma-separated text in UTF-8"),
+        (f"{FIT} --data twice.csv:y", "'y' twice"),
+        (f"{FIT} --data blank.csv:y", "blank.csv line 3: want numbers in column 'y', or names of classes throughout, got ''"),
+        (f"{FIT} --data zip.npz", "an .npz archive of plain arrays"),
+        (f"{FIT} --data array.npz", "an .npz archive of plain arrays"),
+        (f"{FIT} --data scalar.npz", "numbers, as many rows as its y"),
+        (f"{FIT} --data huge.npz", "fewer than 100000 classes"),
+        (f"{FIT} --data test.npz", "rows shaped as those of x and y"),
+        (f"{FIT} --data empty", "index_test_0.txt: want numbers, got none"),
+        (f"{FIT} --data outside", "index_test_0.txt: want numbers in [0, 6), got 99 to 99"),
+        (f"{FIT} --data mnist", "a gzip file in IDX format"),
+        (f"{FIT} --data mine:fails", "KeyError: 'inside'"),
+        (f"{FIT} --data mine:value", "want a function, got int"),
+        (f"{FIT} --data broken:f", "SyntaxError"),
+        (f"{FIT} --data diabetes --model mine:fails", "KeyError: 'inside'"),
+        (f"{FIT} --data diabetes --model mine:narrow", "want a module from rows [10] to 1 outputs, got RuntimeError"),
+        (f"{FIT} --data diabetes --model mine:wide", "got outputs [2, 7]"),
+        (f"{FIT} --data diabetes --model mlp:99999999999", "widths such as 64,64, at most 65536"),
+        (f"{FIT} --data diabetes --num-samples 0", "num_samples: want at least 1, got 0"),
+        (f"{FIT} --data diabetes --num-samples -4", "num_samples: want at least 1, got -4"),
+        (f"{FIT} --data diabetes --task regression", "--task: want a CSV file"),
+        ("bench select --num-samples 10", "--num-samples of at least 25"),
+        ("bench read --json nowhere/x.json", "a folder that is there"),
+        ("bench apply --device tpu9", "--device: want"),
+        ("evaluate --bank . --device cuda:77", "--device: want a device that is here"),
+        ("evaluate --bank . --report mine.py", "want a folder or nothing, got a file"),
+    ],
+)  # fmt: skip
+def test_broken_files_and_code_get_one_line_too(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path, words: str, message: str
+) -> None:
+    bad_files(tmp_path)
+    code, out, err = bnn(words.replace("--out bank", "--out deep/er/bank"))
+    for name in ("mine", "broken"):
+        sys.modules.pop(name, None)
+    assert (code, out) == (2, ""), err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_bank_is_not_judged_on_rows_it_has_seen_nor_on_other_shapes(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    rows = "\n".join(f"{i % 7},{i % 5},{i % 11}" for i in range(60))
+    (tmp_path / "a.csv").write_text("p,q,y\n" + rows)
+    assert bnn(f"{FIT.replace('prior', 'map --num-steps 50').replace('4 --out', '1 --out')} --data a.csv:y")[0] == 0
+    (tmp_path / "moved.csv").write_bytes((tmp_path / "a.csv").read_bytes())
+    for spec in ("a.csv:y", "./a.csv:y", "moved.csv:y"):
+        code, _, err = bnn(f"evaluate --bank bank --split 7 --data {spec}")
+        assert code == 2
+        assert "want split 0, which the bank was fitted on, got 7" in err
+    assert bnn("evaluate --bank bank --data moved.csv:y")[0] == 0
+    (tmp_path / "swapped.csv").write_text("q,p,y\n1,2,3\n4,5,6\n")
+    code, _, err = bnn("evaluate --bank bank --data swapped.csv:y")
+    assert code == 2
+    assert "want columns p, q, as the bank was fitted to, got q, p" in err
+    for spec, message in (("digits", "want a regression, got a classification"), ("diabetes", "rows of 2 values")):
+        code, _, err = bnn(f"evaluate --bank bank --data {spec}")
+        assert code == 2
+        assert message in err
+
+
+def test_several_targets_and_columns_of_one(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    import numpy as np
+
+    source = np.random.default_rng(0)
+    x = source.normal(size=(50, 3))
+    for name, scale in (("one", [40.0]), ("two", [40.0, 0.1])):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=(x[:, :1] + 0.1 * source.normal(size=(50, len(scale)))) * scale)
+        assert (
+            bnn(
+                f"fit --data {name}.npz --model mlp:4 --method mean-field --num-steps 200 --num-samples 5 --out {name}"
+            )[0]
+            == 0
+        )
+        assert bnn(f"evaluate --bank {name} --report r{name}")[0] == 0
+        figures = json.loads((tmp_path / f"r{name}" / "report.json").read_text())[name]["metrics"]
+        assert 1 < figures["rmse"]["value"] < 80  # in the units of the first target, which spreads by 40
+
+
+def test_outside_rows_go_through_the_standardiser_of_the_fit(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """The fit's own test rows as rows from outside are the same distribution: AUROC one half, exactly."""
+    rows = "\n".join(f"{1000 + i % 7},{i % 5},{'ab'[i % 2]}" for i in range(60))
+    (tmp_path / "a.csv").write_text("p,q,y\n" + rows)
+    assert bnn("fit --data a.csv:y --model mlp:4 --method mean-field --num-steps 50 --num-samples 4 --out bank")[0] == 0
+    from bnn.data import load_data
+
+    data = load_data("a.csv:y")
+    assert data.inputs is not None
+    raw = data.test.x.double() * data.inputs.scale + data.inputs.loc
+    lines = "\n".join(f"{float(p)},{float(q)},a" for p, q in raw)
+    (tmp_path / "same.csv").write_text("p,q,y\n" + lines)
+    assert bnn("evaluate --bank bank --ood same.csv:y --report r")[0] == 0
+    figures = json.loads((tmp_path / "r" / "report.json").read_text())["bank"]["metrics"]
+    assert figures["ood_auroc"]["value"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_debug_shows_the_traceback(bnn: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = bnn("bank info nowhere --debug")
     assert code == 2
@@ -328,6 +467,10 @@ def test_interruption_exits_with_130_and_says_how_to_go_on(
     assert code == 130
     assert err == "interrupted; what was committed is kept, go on with the same command and --resume\n"
     assert bnn(f"{fit} --resume")[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnn.data.load_data", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, err = bnn(fit.replace("--out bank", "--out other"))
+    assert (code, err) == (130, "interrupted; nothing was left behind\n")
     assert len(Bank.open("bank")) == 5
 
 

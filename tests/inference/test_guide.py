@@ -8,10 +8,14 @@ import pyro
 import pytest
 import torch
 from scenarios import classifier, linear_regression
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from bnn import likelihoods, priors
 from bnn.errors import ConfigError, FitError
 from bnn.fitting import fit
 from bnn.inference import Guide
+from bnn.model import BayesianModel
 from bnn.types import Batch
 
 
@@ -48,6 +52,31 @@ def test_map_is_the_mode() -> None:
     bank = fit(case.model, case.data, method=Guide("map", num_steps=3000, batch_size=30, lr=0.05), num_samples=1)
     found = case.model.layout.flatten(bank[0]).double()
     assert float((found - case.mean).abs().max()) < 1e-3
+
+
+def test_map_with_learnt_noise_is_the_mode_of_the_constrained_values() -> None:
+    """y ~ N(0, s^2), log s ~ N(0.2, 0.7^2): the mode of the log joint over s, by a grid."""
+    module = nn.Linear(1, 1)
+    likelihood = likelihoods.Gaussian(priors.LogNormal(0.2, 0.7))
+    model = BayesianModel(module, prior=priors.Normal(0.0, 1e-3), likelihood=likelihood, num_data=6)
+    y = torch.tensor([[-1.2], [0.3], [0.9], [-0.4], [1.1], [0.2]])
+    bank = fit(model, (torch.zeros(6, 1), y), method=Guide("map", num_steps=3000, batch_size=6, lr=0.05), num_samples=1)
+    s = torch.linspace(0.2, 3.0, 28_001)
+    log_joint = torch.distributions.Normal(0.0, s.unsqueeze(1)).log_prob(y.T).sum(dim=1) + likelihood.scale.log_prob(s)
+    assert float(bank[0]["@likelihood.scale"]) == pytest.approx(float(s[log_joint.argmax()]), abs=2e-3)
+
+
+def test_a_short_last_batch_weighs_by_its_rows() -> None:
+    """In an unshuffled loader the last row is a batch of its own: it must not count as much as 128 others."""
+    rows, module = 129, nn.Linear(1, 1)
+    y = torch.zeros(rows, 1)
+    y[-1] = 30.0
+    model = BayesianModel(
+        module, prior=priors.Normal(0.0, 100.0), likelihood=likelihoods.Gaussian(1.0), num_data=rows, bayesian="bias"
+    )
+    loader = DataLoader(TensorDataset(torch.zeros(rows, 1), y), batch_size=128)
+    bank = fit(model, loader, method=Guide("map", num_steps=3000, lr=0.05), num_samples=1)
+    assert float(bank[0]["bias"]) == pytest.approx(30.0 / rows, abs=0.05)
 
 
 def test_minibatches_lead_to_the_same_posterior() -> None:
@@ -117,7 +146,7 @@ def test_the_factor_of_the_pyro_model_is_the_log_density() -> None:
     from bnn.inference.guide import _build
 
     model, (x, y) = classifier()
-    _, density = _build(Guide(), model, seed=0)
+    _, density = _build(Guide(), model, 23.0, seed=0)
     theta = torch.randn(model.layout.num_values)
     trace = pyro.poutine.trace(pyro.poutine.condition(density, data={"theta": theta})).get_trace(Batch(x, y))
     assert float(trace.log_prob_sum()) == pytest.approx(float(model.log_density(theta, Batch(x, y))[0]), rel=1e-6)

@@ -22,6 +22,7 @@ from bnn.inference.hmc import (
     learn_mass,
     restart_step_size,
     trajectory,
+    transition,
     update_moments,
     update_step_size,
     windows,
@@ -91,6 +92,40 @@ def test_a_skewed_target_with_a_known_mean() -> None:
     for power in (1, -1):
         expected = float(torch.trapezoid(density * s**power, s))
         assert within(scale**power, expected, num_chains=4) < 4
+
+
+def test_a_module_in_bfloat16_has_the_posterior_of_its_values() -> None:
+    """A well determined slope: the chain must move in steps that bfloat16 alone would round away."""
+    source = generator(0, "bfloat16")
+    x = torch.randn(400, 1, generator=source)
+    y = 0.1 * x + torch.randn(400, 1, generator=source)
+    expected = float(1 / (x.square().sum() + 1.0).sqrt())
+    module = nn.Linear(1, 1).to(torch.bfloat16)
+    with torch.no_grad():
+        module.bias.zero_()
+    model = BayesianModel(
+        module, prior=priors.Normal(), likelihood=likelihoods.Gaussian(1.0), num_data=400, bayesian="weight"
+    )
+    method = HMC(num_chains=4, num_warmup=150, num_steps=6)
+    bank = fit(model, (x.to(torch.bfloat16), y), method=method, num_samples=800, seed=1)
+    drawn = bank.block(slice(None)).params["weight"].float().flatten()
+    assert len(drawn.unique()) > 50
+    assert float(drawn.std()) == pytest.approx(expected, rel=0.2)
+
+
+def test_the_limit_of_divergence_is_an_energy_of_a_thousand() -> None:
+    """A quadratic target whose first step overshoots by a known energy."""
+
+    def density(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = -0.5 * flat.square().sum(dim=1)
+        return value, value, -flat
+
+    for step, divergent in ((60.0, True), (3.0, False)):
+        flat = torch.tensor([[1.0]])
+        at = Position(flat, *density(flat))
+        momentum, uniform = torch.tensor([[0.0]]), torch.zeros(1, dtype=torch.float64)
+        _, found = transition(density, at, momentum, uniform, torch.ones(1), step, 1)
+        assert bool(found.divergent[0]) == divergent
 
 
 def test_leapfrog_is_reversible_and_conserves_energy_to_second_order() -> None:
