@@ -47,7 +47,7 @@ def our_cost(x: torch.Tensor, y: torch.Tensor, chains: int) -> float:
     """Microseconds a step and chain of ours; lengths are drawn, so the mean number of steps divides."""
     module = build("mlp:50,50", input_shape=[1], num_outputs=1, seed=0)
     model = BayesianModel(module, prior=Normal(), likelihood=Gaussian(0.1), num_data=len(y))
-    method = HMC(num_chains=chains, num_warmup=0, num_steps=STEPS, step_size=1e-4)
+    method = HMC(num_chains=chains, num_warmup=0, num_steps=STEPS, step_size=1e-4, init="prior")
 
     def run() -> None:
         assert (

@@ -145,6 +145,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def as_patterns(bayesian: str | Sequence[str]) -> tuple[str, ...]:
+    """One glob or several, as a tuple."""
     return (bayesian,) if isinstance(bayesian, str) else tuple(bayesian)
 
 

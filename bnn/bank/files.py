@@ -87,6 +87,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -121,6 +122,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read in steps."""
     descriptor, _ = open_regular(path)
     digest = hashlib.sha256()
     with os.fdopen(descriptor, "rb") as file:

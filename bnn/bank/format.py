@@ -207,11 +207,13 @@ def encode_state(state: Mapping[str, Any], place: str) -> tuple[dict[str, Tensor
 
 
 def decode_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], place: str) -> dict[str, Any]:
+    """The state that `encode_state` took apart."""
     plain = parse_json(metadata.get("state", "").encode(), place)
     return {**{name: tensor for name, tensor in tensors.items() if not name.startswith("@pad.")}, **plain}
 
 
 def corrupt(place: str, want: str, got: str) -> BankCorrupt:
+    """The error for a file that is not what the format says."""
     return BankCorrupt(place, want=want, got=got, fix="restore the file from a copy, or make the bank again")
 
 

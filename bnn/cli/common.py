@@ -152,6 +152,7 @@ def check_folder(flag: str, path: Path | None) -> None:
 
 
 def require_trust(spec: str, *, said: str | None, trust: bool, place: str, flag: str) -> None:
+    """Raise ConfigError for code that a bank names, unless the user repeated its name or said `--trust`."""
     from bnn.modules import is_reference
 
     if is_reference(spec) and said != spec and not trust:

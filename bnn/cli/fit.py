@@ -138,6 +138,7 @@ def make_method(name: str, given: dict[str, Any]) -> Method:
 
 
 def make_prior(name: str, scale: float) -> Prior:
+    """The prior that `--prior` and `--prior-scale` name."""
     from bnn import priors
     from bnn.errors import choose
 
@@ -146,6 +147,7 @@ def make_prior(name: str, scale: float) -> Prior:
 
 
 def make_likelihood(task: str, noise_scale: float | None) -> Likelihood:
+    """Categorical for classes; for a regression Gaussian with the noise given, or learnt."""
     from bnn import likelihoods, priors
     from bnn.errors import ConfigError
 

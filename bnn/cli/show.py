@@ -56,6 +56,7 @@ def is_information(name: str) -> bool:
 
 
 def size(num_bytes: float) -> str:
+    """Bytes in words, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000 or unit == "GB":
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -179,21 +179,26 @@ def _optimise(
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
-        if not _is_proper(guide):
-            raise _diverged(options, "a standard deviation that is no positive number", step)
-        loss = elbo.differentiable_loss(density, guide, next(batches))
+        try:
+            loss = elbo.differentiable_loss(density, guide, next(batches))
+        except ValueError as error:  # Pyro refuses a normal whose scale is no positive number
+            if _is_proper(guide):
+                raise
+            raise _diverged(options, "a standard deviation that is no positive number", step) from error
         loss.backward()
-        if not (torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in guide.parameters())):
+        if not torch.isfinite(loss):
             raise _diverged(options, f"a loss of {float(loss.detach()):.3g}", step)
         optimizer.step()
         losses.append(loss.detach())
+    if not _is_proper(guide):  # a gradient that is not finite, under a loss that was
+        raise _diverged(options, "parameters that are not", steps[-1])
     return float(torch.stack(losses).mean())
 
 
 def _is_proper(guide: Any) -> bool:
-    """Whether the guide's scale, if it has one, is above 0 and finite."""
-    scale = getattr(guide, "scale", None)
-    return scale is None or bool((torch.isfinite(scale) & (scale > 0)).all())
+    """Whether the guide's parameters are finite, and its scale, if it has one, above 0."""
+    scale = getattr(guide, "scale", torch.ones(()))
+    return bool((scale > 0).all()) and all(bool(torch.isfinite(p).all()) for p in guide.parameters())
 
 
 def _diverged(options: Guide, got: str, step: int) -> FitError:

@@ -298,7 +298,7 @@ def test_a_run_that_fails_late_leaves_no_states_that_lead_into_the_error_again(t
     model, data = classifier()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "STATE_SECONDS", 0.0)
-        patch.setattr("bnn.inference.guide._is_proper", later(lambda guide: True, lambda guide: False, 120))
+        patch.setattr("bnn.inference.guide._is_proper", later(lambda guide: True, lambda guide: False, 2))
         with pytest.raises(BnnError, match="at step 1"):
             fit(model, data, method=Guide(num_steps=400), num_samples=2, out=tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
