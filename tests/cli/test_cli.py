@@ -475,18 +475,18 @@ def test_interruption_exits_with_130_and_says_how_to_go_on(
 
 
 def test_a_real_ctrl_c_keeps_what_was_committed(tmp_path: Path) -> None:
+    """Sent once the first commit is there, ten seconds after the first row."""
     import signal
     import time
 
     words = (
-        "fit --data diabetes --model mlp:20 --method hmc --num-chains 2 --num-warmup 40 --num-samples 100000 --out bank"
+        "fit --data diabetes --model mlp:20 --method hmc --num-chains 2 --num-warmup 0 --num-samples 200000 --out bank"
     )
     with subprocess.Popen([sys.executable, "-m", "bnn", *words.split()], stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(300):
+        for _ in range(1200):
             time.sleep(0.1)
-            if (tmp_path / "bank" / "lock-main").exists():
+            if (tmp_path / "bank" / "manifest-main.json").exists() or process.poll() is not None:
                 break
-        time.sleep(3.0)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         err = process.stderr.read()
@@ -494,6 +494,7 @@ def test_a_real_ctrl_c_keeps_what_was_committed(tmp_path: Path) -> None:
     assert "go on with the same command and --resume" in err
     assert "Traceback" not in err
     bank = Bank.open(tmp_path / "bank", verify="full")
+    assert len(bank) > 0
     assert not bank.info["complete"]
 
 
