@@ -29,5 +29,8 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, capsys: pytest.CaptureFixt
     assert hmc["ood_auroc"]["value"] >= 0.98
     for name in report:
         assert Bank.open(tmp_path / "demo" / name, verify="full").info["complete"]
+    digests = [Bank.open(tmp_path / "demo" / name).digest for name in report]
     out = capsys.readouterr().out
+    assert run(["demo", "--out", str(tmp_path / "demo"), "--resume"]) == 0  # all there: nothing is fitted again
+    assert [Bank.open(tmp_path / "demo" / name).digest for name in report] == digests
     assert all(word in out for word in ("accuracy", "nll", "brier", "ece", "ood auroc", "rows/s", *report))
