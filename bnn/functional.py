@@ -41,6 +41,9 @@ class SampleSource(Protocol):
     def info(self) -> Mapping[str, Any]: ...
 
     @property
+    def chain(self) -> Tensor: ...
+
+    @property
     def log_weight(self) -> Tensor: ...
 
     @property
@@ -62,11 +65,23 @@ class _Clone(NamedTuple):
     version: int
 
 
+class _Slot(NamedTuple):
+    """Where a parameter is put in a copy, and where its value is found unless the sample has it."""
+
+    kept_as: str  # its name in a sample
+    shadow: dict[str, Any]  # `_parameters` of its owner in the copy
+    live: dict[str, Any]  # that of its owner in the live module: new tensors put into it are seen
+    key: str
+    placeholder: Tensor
+
+
 class _Shell(NamedTuple):
     """A copy of a module without values, for one thread."""
 
     module: nn.Module
-    modes: list[tuple[nn.Module, nn.Module]]  # (live, copy) pairs, to carry train / eval over
+    parts: list[tuple[nn.Module, nn.Module]]  # (live, copy) pairs, to carry train / eval over
+    slots: list[_Slot]
+    buffers: list[tuple[str, dict[str, Any], dict[str, Any], str]]  # name, in the copy, live, key
     clones: dict[str, _Clone]
 
 
@@ -90,29 +105,28 @@ class Skeleton:
     def __init__(self, module: nn.Module, layout: Layout, *, detach: bool) -> None:
         check_copyable(module)
         self._module, self._detach = module, detach
-        # Where each live tensor is found, resolved once: walking the module at every call costs more
-        # than a small forward. The dicts are the module's own, so new tensors put into them are seen.
-        self._slots = [
-            (name, layout.aliases.get(name, name), owner._parameters, key)
-            for name, owner, key in _owned(module, "_parameters")
-        ]
-        self._buffers = [(name, owner._buffers, key) for name, owner, key in _owned(module, "_buffers")]
+        self._aliases = dict(layout.aliases)
         self._local = threading.local()
         self._shell()  # what cannot be copied is refused here, not at the first call
 
     def __call__(self, params: Params, x: Any, *, device: torch.device | None = None) -> Outputs:
         """Outputs of the module for one sample: x is a tensor, a tuple (*args) or a dict (**kwargs)."""
         shell = self._shell()
-        for live, shadow in shell.modes:
+        for live, shadow in shell.parts:
             if live.training:
                 check_mode(live)
-            shadow.training = live.training
-        tensors = self._tensors(shell, params, device)
-        args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
-        kwargs = x if isinstance(x, dict) else {}
+                shadow.training = True
+            elif shadow.training:
+                shadow.training = False
         try:
-            return torch.func.functional_call(shell.module, tensors, args, kwargs, tie_weights=False, strict=True)
+            self._fill(shell, params, device)
+            if isinstance(x, Tensor):
+                return shell.module(x)
+            args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
+            return shell.module(*args, **(x if isinstance(x, dict) else {}))
         finally:
+            for slot in shell.slots:  # keeps no sample alive, nor a tensor of a transform that has ended
+                slot.shadow[slot.key] = slot.placeholder
             for name in [name for name, clone in shell.clones.items() if _version(clone.tensor) != clone.version]:
                 del shell.clones[name]  # written to by the forward: the next call starts from the live one
 
@@ -120,28 +134,35 @@ class Skeleton:
         shell: _Shell | None = getattr(self._local, "shell", None)
         if shell is None:
             shadow = _without_values(self._module)
-            modes = list(zip(self._module.modules(), shadow.modules(), strict=True))
-            shell = self._local.shell = _Shell(shadow, modes, {})
+            parts = list(zip(self._module.modules(), shadow.modules(), strict=True))
+            # Where each tensor stands is resolved once: walking the module at every call, as
+            # `torch.func.functional_call` does, costs more than a small forward.
+            slots = [
+                _Slot(self._aliases.get(name, name), there._parameters, here._parameters, key, placeholder)
+                for name, here, there, key, placeholder in _owned(self._module, shadow, "_parameters")
+            ]
+            buffers = [
+                (name, there._buffers, here._buffers, key)
+                for name, here, there, key, _ in _owned(self._module, shadow, "_buffers")
+            ]
+            shell = self._local.shell = _Shell(shadow, parts, slots, buffers, {})
         return shell
 
-    def _tensors(self, shell: _Shell, params: Params, device: torch.device | None) -> Params:
-        """Every tensor the copy needs, by name: the sample's, else the live module's."""
-        tensors: Params = {}
-        for name, kept_as, slot, key in self._slots:
-            given: Tensor | None = params.get(kept_as)
+    def _fill(self, shell: _Shell, params: Params, device: torch.device | None) -> None:
+        """Put every tensor that the copy needs into it: the sample's, else the live module's."""
+        for kept_as, shadow, live, key, _ in shell.slots:
+            given = params.get(kept_as)
             if given is None:
-                live: Tensor = slot[key]  # type: ignore[assignment]  # slots of None were left out
-                given = live.detach() if self._detach else live
+                given = live[key].detach() if self._detach else live[key]
                 given = given if device is None else given.to(device)
-            tensors[name] = given
-        for name, buffers, key in self._buffers:
-            buffer: Tensor = buffers[key]  # type: ignore[assignment]
+            shadow[key] = given
+        for name, shadow, live, key in shell.buffers:
+            buffer: Tensor = live[key]
             clone = shell.clones.get(name)
             if clone is None or clone.live is not buffer or clone.live_version != _version(buffer):
                 copied = buffer.detach().to(device or buffer.device, copy=True)
                 clone = shell.clones[name] = _Clone(buffer, _version(buffer), copied, _version(copied))
-            tensors[name] = clone.tensor
-        return tensors
+            shadow[key] = clone.tensor
 
 
 class FunctionalModel:
@@ -253,8 +274,14 @@ class FunctionalModel:
 
     def _moved(self, values: Any) -> Any:
         def move(leaf: Any) -> Any:
-            return leaf.to(self.device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+            if not isinstance(leaf, Tensor) or leaf.device == self.device:
+                return leaf
+            return leaf.to(self.device, non_blocking=True)
 
+        if isinstance(values, Tensor):
+            return move(values)
+        if type(values) is dict:  # the params of a sample, without a walk
+            return {name: self._moved(leaf) for name, leaf in values.items()}
         return pytree.tree_map(move, values)
 
 
@@ -308,12 +335,15 @@ def check_mode(part: nn.Module) -> None:
         )
 
 
-def _owned(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name, owner, key) of every tensor, shared ones under each of their names."""
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for key, tensor in getattr(owner, kind).items():
-            if tensor is not None:
-                yield f"{prefix}.{key}" if prefix else key, owner, key
+def _owned(
+    module: nn.Module, shadow: nn.Module, kind: Literal["_parameters", "_buffers"]
+) -> Iterator[tuple[str, nn.Module, nn.Module, str, Tensor]]:
+    """(full name, owner, its copy, key, tensor of the copy) of every tensor, shared ones under each of their names."""
+    named = zip(module.named_modules(remove_duplicate=False), shadow.named_modules(remove_duplicate=False), strict=True)
+    for (prefix, owner), (_, copied) in named:
+        for key, placeholder in getattr(copied, kind).items():
+            if placeholder is not None:
+                yield f"{prefix}.{key}" if prefix else key, owner, copied, key, placeholder
 
 
 def _without_values(module: nn.Module) -> nn.Module:
