@@ -27,22 +27,27 @@ GLOBAL_STATE = threading.RLock()
 """Held while global state of the process (random streams, Pyro's) is not what its owner left there."""
 
 
+def seed_streams(start: int) -> None:
+    """Start the global streams of torch (on the CPU), NumPy and Python from a number: for processes of our own."""
+    torch.default_generator.manual_seed(start)
+    np.random.set_state(np.random.RandomState(start % 2**32).get_state())  # noqa: NPY002
+    random.setstate(random.Random(start).getstate())
+
+
 @contextmanager
-def isolated(seed: int, *keys: int | str) -> Iterator[None]:
+def isolated(seed: int, *keys: int | str, cuda: bool = True) -> Iterator[None]:
     """Run code that draws from the global streams of torch, NumPy and Python, and leave those as they were.
 
     Inside, all of them start from `(seed, *keys)`. For libraries that know no other source: Pyro,
     the initialisers of `torch.nn`, other people's data sets. Threads wait for each other here, since
-    the streams are the process's.
+    the streams are the process's. Code that runs on the CPU alone needs no `cuda`.
     """
     start = derive(seed, *keys)
-    with GLOBAL_STATE, torch.random.fork_rng():
+    with GLOBAL_STATE, torch.random.fork_rng(devices=None if cuda else []):
         numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - saved, not used
-        torch.default_generator.manual_seed(start)
-        if torch.cuda.is_available():
+        seed_streams(start)
+        if cuda and torch.cuda.is_available():
             torch.cuda.manual_seed_all(start)
-        np.random.set_state(np.random.RandomState(start % 2**32).get_state())  # noqa: NPY002
-        random.setstate(random.Random(start).getstate())
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -11,56 +11,57 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from bnn.errors import BankMismatch, ConfigError, choose
+from bnn.samplers.hashing import hash64, keyed
 
-Strategy: TypeAlias = Literal["sequential", "shuffle", "random"]
-STRATEGIES: tuple[str, ...] = ("sequential", "shuffle", "random")
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: steps of a Weyl sequence
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
+Strategy: TypeAlias = Literal["sequential", "shuffle", "random", "stratified", "weighted", "antithetic", "fixed"]
 
 
 @runtime_checkable
-class HasDigest(Sized, Protocol):
-    """A bank, as far as the sampler knows: a length and a name for its content."""
+class BankColumns(Sized, Protocol):
+    """A bank, as far as the sampler knows: its length, columns and record, and a name for its content."""
 
     @property
     def digest(self) -> str: ...
 
+    @property
+    def chain(self) -> Tensor: ...
 
-def hash64(values: np.ndarray | np.uint64) -> np.ndarray:
-    """A 64-bit mix in which every input bit reaches every output bit.
+    @property
+    def log_weight(self) -> Tensor: ...
 
-    z = x + 0x9E37..; z = (z ^ z >> 30) * 0xBF58..; z = (z ^ z >> 27) * 0x94D0..; z ^ z >> 31
-
-    Args:
-        values: uint64, any shape.
-
-    Source: Steele, Lea and Flood (2014), Fast splittable pseudorandom number generators (SplitMix64).
-    """
-    with np.errstate(over="ignore"):
-        z = np.asarray(values, dtype=np.uint64) + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _FIRST
-        z = (z ^ (z >> np.uint64(27))) * _SECOND
-        return z ^ (z >> np.uint64(31))
+    @property
+    def info(self) -> Mapping[str, Any]: ...
 
 
 class SampleIndexSampler(Sampler[int]):
     """Bank indices pass after pass, in an order that depends on the seed and the position alone.
 
-    Position p is place p mod S of pass p div S. `"sequential"` takes the samples as they stand,
-    `"shuffle"` each once a pass in an order drawn anew for every pass, `"random"` independent draws
-    with replacement. No global random state is read or changed.
+    Position p is place p mod S of pass p div S. A pass is, by strategy:
 
-    As an iterable it yields the rest of the present pass; the next iteration is the next pass.
+    - `"sequential"`: the samples as they stand;
+    - `"shuffle"`: each once, in an order drawn anew for every pass;
+    - `"stratified"`: each once, the chains in turn, so that among any few neighbours each chain has its share;
+    - `"antithetic"`: each once, the two samples of a pair next to each other, for banks drawn in such pairs;
+    - `"weighted"`: S draws by the bank's log weights, sample i floor(S w_i) or ceil(S w_i) times
+      (systematic resampling), shuffled;
+    - `"random"`: S independent draws, all samples alike;
+    - `"fixed"`: `index`, always.
+
+    No global random state is read or changed. As an iterable it yields the rest of the present pass;
+    the next iteration is the next pass. With several ranks, rank r meets every `world_size`-th position
+    from r on, so no two ranks have the same one; with `shared` all ranks meet the same.
 
     Args:
         bank_or_length: a bank, or S itself, at least 1.
         strategy: the order.
         seed: any whole number.
+        index: the one index of `"fixed"`.
+        rank: of this process, in [0, world_size).
+        world_size: processes that share the positions.
+        shared: whether every rank meets the same indices.
 
     Raises:
-        ConfigError: an empty bank or an unknown strategy.
+        ConfigError: an empty bank, an unknown strategy, or one that the bank does not allow.
 
     Examples:
         >>> sampler = SampleIndexSampler(5, seed=0)
@@ -68,20 +69,39 @@ class SampleIndexSampler(Sampler[int]):
         ([2, 3, 0, 4, 1], [3, 2, 4, 1, 0])
         >>> sampler.at([0, 5, 9]).tolist()
         [2, 3, 0]
+
+    Source: of systematic resampling, Kitagawa (1996), J. Comput. Graph. Stat. 5(1).
     """
 
-    def __init__(self, bank_or_length: HasDigest | int, *, strategy: Strategy = "shuffle", seed: int = 0) -> None:
+    def __init__(
+        self,
+        bank_or_length: BankColumns | int,
+        *,
+        strategy: Strategy = "shuffle",
+        seed: int = 0,
+        index: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        shared: bool = False,
+    ) -> None:
         choose("strategy", strategy, STRATEGIES)
         length = bank_or_length if isinstance(bank_or_length, int) else len(bank_or_length)
         if length < 1:
             raise ConfigError(
                 "SampleIndexSampler", want="a bank of at least one sample", got=str(length), fix="fit the bank first"
             )
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                "rank", want=f"at least 0 and below world_size={world_size}", got=str(rank), fix="count ranks from 0"
+            )
         self.length, self.strategy, self.seed = length, strategy, seed
+        self.rank, self.world_size, self.shared = rank, world_size, shared
         self._bank = None if isinstance(bank_or_length, int) else bank_or_length
+        self._index: int = _check_index(index, strategy, length)
+        self._seed_key = np.uint64(hash64(np.uint64(seed % 2**64)))
+        self._order_of: Callable[[np.uint64, int], np.ndarray] | None = self._orders()
         self._position = 0
         self._order: tuple[int, np.ndarray] | None = None  # the pass that was asked for last
-        self._seed_key = hash64(np.uint64(seed % 2**64))
 
     @property
     def digest(self) -> str:
@@ -89,16 +109,20 @@ class SampleIndexSampler(Sampler[int]):
         return f"length:{self.length}" if self._bank is None else self._bank.digest
 
     def at(self, positions: int | list[int] | np.ndarray | Tensor | range) -> Tensor:
-        """Bank indices at these positions, int64 of the same shape; positions are at least 0."""
+        """Bank indices at these positions of this rank, int64 of the same shape; positions are at least 0."""
         places = np.asarray(positions, dtype=np.int64)
         if places.size and places.min() < 0:
             raise ConfigError("positions", want="numbers of at least 0", got=str(places.min()), fix="count from 0")
-        if self.strategy == "sequential":
-            return torch.from_numpy(np.asarray(places % self.length))
+        if not self.shared:
+            places = places * self.world_size + self.rank
+        if self.strategy == "fixed":
+            return torch.full(places.shape, self._index, dtype=torch.int64)
         if self.strategy == "random":
-            keys = hash64(self._seed_key ^ hash64(places.astype(np.uint64)))
+            keys = keyed(self._seed_key, places)
             return torch.from_numpy(np.asarray((keys % np.uint64(self.length)).astype(np.int64)))
         passes, inside = places // self.length, places % self.length
+        if self._order_of is None:
+            return torch.from_numpy(np.asarray(inside))
         indices = np.empty(places.shape, dtype=np.int64)
         for number in np.unique(passes).tolist():
             here = passes == number
@@ -127,29 +151,110 @@ class SampleIndexSampler(Sampler[int]):
             "strategy": self.strategy,
             "length": self.length,
             "digest": self.digest,
+            "index": self._index,
+            "world_size": self.world_size,
+            "shared": self.shared,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of a sampler with the same options over the same bank.
 
         Raises:
-            BankMismatch: the state is of another bank, seed or strategy.
+            BankMismatch: the state is of another bank, seed, strategy or number of ranks.
         """
         mine = self.state_dict()
-        for key in ("length", "digest", "strategy", "seed"):
+        for key in ("length", "digest", "strategy", "seed", "index", "world_size", "shared"):
             if state[key] != mine[key]:
                 raise BankMismatch(
                     f"sampler state '{key}'",
                     want=str(mine[key]),
                     got=str(state[key]),
-                    fix="resume with the bank, strategy and seed it was saved with",
+                    fix="resume with the bank, options and number of ranks it was saved with",
                 )
         self._position = int(state["position"])
 
     def _pass_order(self, number: int) -> np.ndarray:
-        """The order of pass `number`: samples sorted by a key hashed from (seed, pass, i)."""
+        """The indices of pass `number`, [S]."""
+        assert self._order_of is not None
         if self._order is None or self._order[0] != number:
-            pass_key = hash64(self._seed_key ^ np.uint64(number))
-            keys = hash64(pass_key ^ hash64(np.arange(self.length, dtype=np.uint64)))
-            self._order = number, np.argsort(keys, kind="stable")
+            pass_key = np.uint64(hash64(self._seed_key ^ np.uint64(number)))
+            self._order = number, self._order_of(pass_key, self.length)
         return self._order[1]
+
+    def _orders(self) -> Callable[[np.uint64, int], np.ndarray] | None:
+        """(key of a pass, S) -> its indices; None where no pass differs from another."""
+        if self.strategy == "shuffle":
+            return _shuffled
+        if self.strategy not in ("stratified", "weighted", "antithetic"):
+            return None
+        if self._bank is None:
+            raise ConfigError(
+                f"strategy '{self.strategy}'",
+                want="a bank, whose columns it reads",
+                got="a length",
+                fix="pass the bank",
+            )
+        if self.strategy == "stratified":
+            place_in_chain, chain_length = _ranks_in_chains(self._bank.chain.numpy())
+            return lambda key, size: _stratified(key, size, place_in_chain, chain_length)
+        if self.strategy == "weighted":
+            share = self._bank.log_weight.double().softmax(dim=0).numpy().cumsum()
+            return lambda key, size: _systematic(key, size, share / share[-1])
+        draws = (self._bank.info.get("method") or {}).get("options", {}).get("draws")
+        if draws != "antithetic":
+            raise ConfigError(
+                "strategy 'antithetic'",
+                want="a bank drawn in antithetic pairs",
+                got=f"draws={draws!r}",
+                fix="fit it with Guide(..., draws='antithetic')",
+            )
+        return _in_pairs
+
+
+STRATEGIES: tuple[str, ...] = ("sequential", "shuffle", "random", "stratified", "weighted", "antithetic", "fixed")
+
+
+def _check_index(index: int | None, strategy: str, length: int) -> int:
+    if (index is not None) != (strategy == "fixed"):
+        raise ConfigError("index", want="one for strategy 'fixed', and for no other", got=repr(index), fix="see both")
+    if index is not None and not 0 <= index < length:
+        raise ConfigError("index", want=f"at least 0 and below {length}", got=str(index), fix="pick one of the bank")
+    return -1 if index is None else index
+
+
+def _shuffled(key: np.uint64, size: int) -> np.ndarray:
+    """Samples sorted by a number hashed from (seed, pass, i)."""
+    return np.argsort(keyed(key, np.arange(size, dtype=np.int64)), kind="stable")
+
+
+def _ranks_in_chains(chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chain of each sample as a number from 0, and the length of each chain."""
+    _, number, length = np.unique(chain, return_inverse=True, return_counts=True)
+    return number.astype(np.int64), length.astype(np.int64)
+
+
+def _stratified(key: np.uint64, size: int, chain: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Shuffled within each chain; the j-th sample of a chain of n falls at a random place of [j / n, (j + 1) / n)."""
+    shuffled = _shuffled(key, size)
+    by_chain = shuffled[np.argsort(chain[shuffled], kind="stable")]  # chain after chain, each shuffled
+    first = np.concatenate([[0], length.cumsum()[:-1]])
+    place = np.arange(size) - first[chain[by_chain]]  # j
+    jitter = (keyed(np.uint64(hash64(key)), np.arange(size, dtype=np.int64)) >> np.uint64(11)) * 2.0**-53
+    return by_chain[np.argsort((place + jitter) / length[chain[by_chain]], kind="stable")]
+
+
+def _systematic(key: np.uint64, size: int, cumulative: np.ndarray) -> np.ndarray:
+    """S evenly spaced points from one random offset, through the cumulative weights; then shuffled."""
+    offset = float(np.uint64(hash64(key)) >> np.uint64(11)) * 2.0**-53
+    points = (np.arange(size) + offset) / size
+    # Rounding can lift the last point to 1: it belongs to the last sample of any weight.
+    chosen = np.minimum(np.searchsorted(cumulative, points, side="right"), np.searchsorted(cumulative, 1.0))
+    shuffled: np.ndarray = chosen[_shuffled(key, size)]
+    return shuffled
+
+
+def _in_pairs(key: np.uint64, size: int) -> np.ndarray:
+    """Samples 2j and 2j + 1 together, pairs in a shuffled order; a last one without a partner comes last."""
+    pairs = _shuffled(key, size // 2)
+    order = (2 * pairs[:, None] + np.arange(2)).reshape(-1)
+    return np.concatenate([order, np.arange(size // 2 * 2, size)])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from bnn.bank import Bank
 from bnn.errors import BankMismatch, ConfigError
 from bnn.samplers import SampleIndexSampler
-from bnn.samplers.index import hash64
+from bnn.samplers.hashing import hash64
+from bnn.samplers.index import STRATEGIES
 
 
 def test_golden_values() -> None:
@@ -148,3 +154,203 @@ def test_bad_options_are_refused() -> None:
 
 def test_global_streams_are_untouched(world_untouched: None) -> None:
     assert len(list(SampleIndexSampler(50, seed=1))) == 50
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A bank as the sampler sees one: columns, a record and a name."""
+
+    chain: Tensor
+    log_weight: Tensor
+    info: dict[str, Any]
+    digest: str = "columns"
+
+    def __len__(self) -> int:
+        return len(self.log_weight)
+
+
+def columns(chains: list[int], log_weight: Any = None, draws: str = "antithetic") -> Columns:
+    """A bank of chains of these lengths."""
+    chain = torch.arange(len(chains)).repeat_interleave(torch.tensor(chains))
+    weight = torch.zeros(len(chain)) if log_weight is None else torch.as_tensor(log_weight, dtype=torch.float64)
+    return Columns(chain, weight, {"method": {"name": "guide", "options": {"draws": draws}}})
+
+
+BANK = columns([5, 3, 4, 1], torch.linspace(-2, 1, 13))
+OPTIONS: dict[str, dict[str, Any]] = {strategy: {} for strategy in STRATEGIES} | {"fixed": {"index": 7}}
+
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+@each_strategy
+def test_every_strategy_is_a_function_of_seed_and_position(strategy: Any) -> None:
+    whole = SampleIndexSampler(BANK, strategy=strategy, seed=3, **OPTIONS[strategy]).at(range(60)).tolist()
+    assert set(whole) <= set(range(13))
+    for position in (59, 0, 26, 13, 25, 40, 12):
+        other = SampleIndexSampler(BANK, strategy=strategy, seed=3, **OPTIONS[strategy])
+        assert int(other.at(position)) == whole[position]
+    if strategy not in ("sequential", "fixed"):
+        assert whole[:13] != whole[13:26]
+        assert SampleIndexSampler(BANK, strategy=strategy, seed=4).at(range(60)).tolist() != whole
+
+
+@each_strategy
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_meet_disjoint_positions_or_share_them(strategy: Any, world_size: int) -> None:
+    options = {"strategy": strategy, "seed": 3, "world_size": world_size, **OPTIONS[strategy]}
+    whole = SampleIndexSampler(BANK, **{**options, "world_size": 1}).at(range(20 * world_size))
+    ranks = [SampleIndexSampler(BANK, rank=rank, **options) for rank in range(world_size)]
+    assert torch.equal(torch.stack([one.at(range(20)) for one in ranks], dim=1).view(-1), whole)
+    assert torch.equal(ranks[1].at([3, 8]), whole[[3 * world_size + 1, 8 * world_size + 1]])
+    for rank in range(world_size):
+        shared = SampleIndexSampler(BANK, rank=rank, shared=True, **options)
+        assert torch.equal(shared.at(range(20)), whole[:20])
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 2**40), st.data())
+def test_stratified_gives_each_chain_its_share_in_every_window(chains: list[int], seed: int, data: Any) -> None:
+    """Of p neighbours p n_c / S are of chain c, to within the bound that one jitter a sample allows.
+
+    The first p places hold the samples of a key below some t: n_c t + e_c of chain c, e_c in (-1, 1], so
+    p = S t + sum e, and the count is off by at most (1 - s) + s (C - 1), with s = n_c / S; twice for a window.
+    """
+    bank = columns(chains)
+    size = len(bank)
+    indices = SampleIndexSampler(bank, strategy="stratified", seed=seed).at(range(3 * size))
+    assert all(sorted(one.tolist()) == list(range(size)) for one in indices.split(size))
+    first = data.draw(st.integers(0, 3 * size - 1))
+    stop = data.draw(st.integers(first + 1, 3 * size))
+    counts = torch.bincount(bank.chain[indices[first:stop]], minlength=len(chains))
+    share = torch.tensor(chains) / size
+    allowed = 2 * ((1 - share) + share * (len(chains) - 1)) if len(chains) > 1 else torch.zeros(1)
+    assert ((counts - (stop - first) * share).abs() <= allowed + 1e-4).all()
+
+
+def test_stratified_takes_chains_of_one_length_in_turn() -> None:
+    """Four chains, in whatever order they stand: any four places from a multiple of four hold one of each."""
+    bank = replace(columns([25] * 4), chain=torch.arange(100) % 4)
+    indices = SampleIndexSampler(bank, strategy="stratified", seed=1).at(range(300))
+    turns = bank.chain[indices].view(-1, 4)  # [75, 4]
+    assert (turns.sort(dim=1).values == torch.arange(4)).all()
+    assert len(set(map(tuple, turns.tolist()))) > 10  # not always the same turn
+    assert len({tuple(one.tolist()) for one in indices.split(100)}) == 3
+
+
+def test_stratified_draws_each_chain_in_an_order_of_its_own() -> None:
+    """A sample of a chain comes first in a pass as often as any other, within 5 standard deviations."""
+    bank = columns([6, 3])
+    indices = SampleIndexSampler(bank, strategy="stratified", seed=2).at(range(9 * 3_000)).view(-1, 9)
+    long = indices[indices < 6].view(-1, 6)
+    counts = torch.bincount(long[:, 0], minlength=6).double()
+    assert float(((counts - 500) ** 2 / 500).sum()) < 5 + 5 * np.sqrt(10)
+
+
+@given(st.lists(st.one_of(st.floats(-8, 8), st.just(-math.inf)), min_size=1, max_size=30), st.integers(0, 2**40))
+def test_weighted_counts_are_exact_to_rounding(log_weight: list[float], seed: int) -> None:
+    """In every pass sample i comes floor(S w_i) or ceil(S w_i) times: systematic resampling."""
+    assume(max(log_weight) > -math.inf)
+    bank = columns([len(log_weight)], log_weight)
+    expected = len(log_weight) * bank.log_weight.softmax(dim=0)
+    sampler = SampleIndexSampler(bank, strategy="weighted", seed=seed)
+    for indices in sampler.at(range(3 * len(log_weight))).split(len(log_weight)):
+        counts = torch.bincount(indices, minlength=len(log_weight))
+        assert (counts >= (expected - 1e-9).floor()).all()
+        assert (counts <= (expected + 1e-9).ceil()).all()
+        assert (counts[torch.tensor(log_weight) == -math.inf] == 0).all()
+
+
+def test_weighted_counts_are_right_on_average_and_shuffled() -> None:
+    """Counts of 4,000 passes, and which sample comes first in one, within 5 standard errors."""
+    weights = torch.tensor([0.5, 2.2, 0.05, 1.25], dtype=torch.float64)  # expected counts, summing to S = 4
+    sampler = SampleIndexSampler(columns([4], weights.log()), strategy="weighted", seed=3)
+    passes = sampler.at(range(4 * 4_000)).view(-1, 4)
+    means = torch.stack([(passes == index).sum(dim=1) for index in range(4)]).double().mean(dim=1)
+    rest = weights - weights.floor()
+    assert ((means - weights).abs() < 5 * (rest * (1 - rest) / 4_000).sqrt()).all()
+    first = torch.bincount(passes[:, 0], minlength=4) / 4_000
+    share = weights / 4
+    assert ((first - share).abs() < 5 * (share * (1 - share) / 4_000).sqrt()).all()
+
+
+def test_weighted_by_weights_all_alike_is_a_shuffle() -> None:
+    sampler = SampleIndexSampler(columns([9], torch.full((9,), -700.0)), strategy="weighted", seed=1)
+    assert all(sorted(one.tolist()) == list(range(9)) for one in sampler.at(range(45)).split(9))
+
+
+@given(st.integers(1, 31), st.integers(0, 2**40))
+def test_antithetic_keeps_pairs_together(size: int, seed: int) -> None:
+    sampler = SampleIndexSampler(columns([size]), strategy="antithetic", seed=seed)
+    for indices in sampler.at(range(2 * size)).split(size):
+        assert sorted(indices.tolist()) == list(range(size))
+        pairs = indices[: size // 2 * 2].view(-1, 2)
+        assert (pairs[:, 0] % 2 == 0).all()
+        assert (pairs[:, 1] == pairs[:, 0] + 1).all()
+        if size % 2:
+            assert int(indices[-1]) == size - 1  # without a partner
+
+
+def test_antithetic_shuffles_the_pairs() -> None:
+    first = SampleIndexSampler(columns([8]), strategy="antithetic", seed=5).at(np.arange(4_000) * 8)
+    counts = torch.bincount(first, minlength=8)[::2].double()
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 3 + 5 * np.sqrt(6)
+
+
+def test_fixed_is_one_index_always() -> None:
+    sampler = SampleIndexSampler(6, strategy="fixed", index=4, rank=1, world_size=3)
+    assert sampler.at([[0, 5], [11, 2]]).tolist() == [[4, 4], [4, 4]]
+    assert list(sampler) == [4] * 6
+    assert int(SampleIndexSampler(6, strategy="fixed", index=0).at(9)) == 0
+
+
+def test_strategies_that_the_bank_does_not_allow_are_refused() -> None:
+    for strategy in ("stratified", "weighted", "antithetic"):
+        with pytest.raises(ConfigError, match="want a bank"):
+            SampleIndexSampler(8, strategy=strategy)  # type: ignore[arg-type]
+    for bank in (
+        columns([8], draws="random"),
+        replace(columns([8]), info={}),
+        replace(columns([8]), info={"method": None}),
+    ):
+        with pytest.raises(ConfigError, match="antithetic"):
+            SampleIndexSampler(bank, strategy="antithetic")
+    for options in ({"strategy": "fixed"}, {"index": 2}, {"strategy": "weighted", "index": 2}):
+        with pytest.raises(ConfigError, match="index"):
+            SampleIndexSampler(BANK, **options)  # type: ignore[arg-type]
+    for index in (-1, 13):
+        with pytest.raises(ConfigError, match="below 13"):
+            SampleIndexSampler(BANK, strategy="fixed", index=index)
+    for rank, world_size in [(-1, 2), (2, 2), (0, 0)]:
+        with pytest.raises(ConfigError, match="rank"):
+            SampleIndexSampler(BANK, rank=rank, world_size=world_size)
+
+
+@each_strategy
+def test_states_of_every_strategy_resume_and_of_others_are_refused(strategy: Any) -> None:
+    options = {"strategy": strategy, "seed": 3, "world_size": 2, **OPTIONS[strategy]}
+    sampler = SampleIndexSampler(BANK, rank=1, **options)
+    running = iter(sampler)
+    head = [next(running) for _ in range(9)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = SampleIndexSampler(BANK, rank=1, **options)
+    resumed.load_state_dict(state)
+    assert head + list(resumed) == sampler.at(range(13)).tolist()
+    assert len(json.dumps(state)) < 300
+    SampleIndexSampler(BANK, rank=0, **options).load_state_dict(state)  # ranks are at the same place
+    for key, other in [("world_size", {"world_size": 3}), ("shared", {"shared": True}), ("seed", {"seed": 4})]:
+        with pytest.raises(BankMismatch, match=key):
+            SampleIndexSampler(BANK, **{**options, **other}).load_state_dict(state)
+    with pytest.raises(BankMismatch, match="digest"):
+        SampleIndexSampler(replace(BANK, digest="another"), **options).load_state_dict(state)
+    if strategy == "fixed":
+        with pytest.raises(BankMismatch, match="index"):
+            SampleIndexSampler(BANK, **{**options, "index": 6}).load_state_dict(state)
+
+
+def test_columns_of_a_bank_in_memory_serve() -> None:
+    module = nn.Linear(2, 1)
+    bank = Bank.from_state_dicts([nn.Linear(2, 1).state_dict() for _ in range(5)], module=module)
+    for strategy in ("stratified", "weighted"):
+        indices = SampleIndexSampler(bank, strategy=strategy).at(range(5)).tolist()  # type: ignore[arg-type]
+        assert sorted(indices) == list(range(5))
+    with pytest.raises(ConfigError, match="antithetic"):
+        SampleIndexSampler(bank, strategy="antithetic")
