@@ -2,18 +2,81 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sized
-from typing import Any, cast
+from itertools import count
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from bnn.errors import DataError
-from bnn.seeding import generator, isolated
+from bnn.errors import ConfigError, DataError
+from bnn.samplers import Constant, DynamicClassSampler, EpochSampler, ShuffledSampler, TensorRows
+from bnn.samplers.fetching import Fetcher, Request, Requests
+from bnn.samplers.pairing import check_order
+from bnn.seeding import isolated
 from bnn.types import Batch, Data
+
+
+class Sampled(NamedTuple):
+    """Data whose rows are drawn by a sampler.
+
+    Batches follow the sampler; the likelihood of each row is multiplied by its importance weight where
+    that is asked for. Methods that take all rows at once get them once each, weighted by N pi_i, which is what
+    batches without importance weights come to on average.
+    """
+
+    data: Data  # a pair of tensors or a data set
+    sampler: Any
+    importance: bool
+
+
+def sampled(data: Data, sampler: Any, *, importance: bool) -> Sampled:
+    """Data under one of our samplers.
+
+    Raises:
+        ConfigError: a loader, which has a sampler already; or a sampler whose chances are not known.
+        DataError: weights or labels of other data.
+    """
+    if isinstance(data, DataLoader):
+        raise ConfigError(
+            "sampler", want="a pair of tensors or a data set beside it", got="a DataLoader", fix="pass its data set"
+        )
+    if not isinstance(sampler, EpochSampler) or not hasattr(sampler, "importance_weights"):
+        raise ConfigError(
+            "sampler",
+            want="a WeightedIndexSampler, ClassBalancedSampler, DynamicClassSampler or StratifiedBatchSampler",
+            got=type(sampler).__name__,
+            fix="pass one of bnn.samplers",
+        )
+    check_order(sampler, num_rows(data), of_batches=sampler.of_batches)
+    if importance:
+        sampler.importance_weights([0])  # refuses chances of 0 now, not after an epoch
+    return Sampled(data, sampler, importance)
+
+
+def changes(sampler: Any) -> bool:
+    """Whether the chances of rows change from epoch to epoch."""
+    return isinstance(sampler, DynamicClassSampler) and not isinstance(sampler.schedule, Constant)
+
+
+def reweights(data: Data) -> bool:
+    """Whether rows of these data are drawn with other chances than all alike, and nothing makes up for it."""
+    if isinstance(data, Sampled):
+        return bool(data.sampler.reweights) and not data.importance
+    return isinstance(data, DataLoader) and any(
+        isinstance(sampler, WeightedRandomSampler) or (isinstance(sampler, EpochSampler) and sampler.reweights)
+        for sampler in samplers_of(data)
+    )
+
+
+def samplers_of(loader: DataLoader[Any]) -> list[Any]:
+    """The samplers that decide the order of a loader's rows."""
+    outer = loader.sampler, loader.batch_sampler
+    owners = *outer, *(getattr(owner, "sampler", None) for owner in outer)
+    unique = {id(owner): owner for owner in owners if owner is not None}
+    return list(unique.values())
 
 
 def num_rows(data: Data) -> int:
@@ -22,6 +85,8 @@ def num_rows(data: Data) -> int:
     Raises:
         DataError: a data set without a length.
     """
+    if isinstance(data, Sampled):
+        return num_rows(data.data)
     source = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(source, IterableDataset):
         raise DataError(
@@ -39,49 +104,55 @@ def full_batch(data: Data) -> Batch:
     Raises:
         DataError: NaN or Inf, or inputs and targets of different lengths.
     """
+    if isinstance(data, Sampled):
+        return _weighed(data)
     if isinstance(data, DataLoader):
         parts = [_as_batch(part) for part in parts_of(data, 0, "full batch")]
         x = pytree.tree_map(lambda *leaves: torch.cat(leaves), *(part.x for part in parts))
         return check(Batch(x, torch.cat([part.y for part in parts])))
     if isinstance(data, Dataset):
-        rows = len(cast(Sized, data))
-        return check(_as_batch(_fetch(data, list(range(rows)))))
+        everything = Request(0, 0, list(range(len(cast(Sized, data)))))
+        return check(_as_batch(Fetcher(data, None, 0).__getitems__(everything).data))
     return check(_as_batch(data))
 
 
 def minibatches(data: Data, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
     """Batches without end, from batch number `start` on; epoch after epoch, each in an order of its own.
 
-    The order of tensors and data sets depends on (seed, epoch) alone. A `DataLoader` keeps its own
-    batch size and order; where it shuffles, it does so from (seed, epoch) too.
+    The order of tensors and data sets depends on (seed, epoch) alone, and random numbers that a data set
+    draws from the global streams on (seed, epoch, batch). A `DataLoader` keeps its own batch size and
+    order; where it shuffles, it does so from (seed, epoch) too.
     """
     if isinstance(data, DataLoader):
         yield from _from_loader(data, seed, start)
         return
-    batch = None if isinstance(data, Dataset) else check(_as_batch(data))
-    rows = num_rows(data)
-    size = min(batch_size, rows)
-    per_epoch = math.ceil(rows / size)
-    epoch, skip = divmod(start, per_epoch)
+    source = data.data if isinstance(data, Sampled) else data
+    in_memory = not isinstance(source, Dataset)
+    rows = TensorRows(tuple(check(_as_batch(source))[:2])) if in_memory else source
+    fetcher, requests = Fetcher(rows, None, seed), _requests(data, batch_size, seed)
+    epoch, requests.start = divmod(start, len(requests))
     while True:
-        order = torch.randperm(rows, generator=generator(seed, "batches", epoch))
-        for number in range(skip, per_epoch):
-            chosen = order[number * size : (number + 1) * size]
-            if batch is None:
-                yield check(_as_batch(_fetch(data, chosen.tolist())))
-            else:
-                yield Batch(pytree.tree_map(lambda leaf: leaf[chosen], batch.x), batch.y[chosen])  # noqa: B023
-        epoch, skip = epoch + 1, 0
+        requests.epoch = epoch
+        for request in requests:
+            batch = _as_batch(fetcher.__getitems__(request).data)
+            if not in_memory:
+                check(batch)
+            if isinstance(data, Sampled) and data.importance:
+                batch = batch._replace(weight=data.sampler.importance_weights(request.rows))
+            yield batch
+        epoch, requests.start = epoch + 1, 0
 
 
 def num_batches(data: Data, batch_size: int) -> int:
     """Batches an epoch of `minibatches`."""
-    return len(data) if isinstance(data, DataLoader) else math.ceil(num_rows(data) / min(batch_size, num_rows(data)))
+    return len(data) if isinstance(data, DataLoader) else len(_requests(data, batch_size, 0))
 
 
 def mean_rows(data: Data, batch_size: int) -> float:
     """Mean rows of a batch of `minibatches` over an epoch: B_i / mean B weighs a batch that is shorter."""
     rows, batches = num_rows(data), num_batches(data, batch_size)
+    if isinstance(data, Sampled):
+        rows = int(data.sampler.batch_sizes().sum()) if data.sampler.of_batches else len(data.sampler)
     if isinstance(data, DataLoader) and data.drop_last and data.batch_size:
         rows = batches * data.batch_size
     return rows / batches
@@ -89,6 +160,12 @@ def mean_rows(data: Data, batch_size: int) -> float:
 
 def moved(values: Any, device: torch.device) -> Any:
     """A batch, or any nesting of tensors, on a device."""
+    if isinstance(values, Tensor):
+        return values if values.device == device else values.to(device)
+    if isinstance(values, Batch):  # the common cases, without a walk
+        return Batch(moved(values.x, device), moved(values.y, device), moved(values.weight, device))
+    if values is None:
+        return None
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, values)
 
 
@@ -118,6 +195,8 @@ def check(batch: Batch) -> Batch:
 
 
 def _as_batch(data: Any) -> Batch:
+    if isinstance(data, Batch):
+        return data
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
         return Batch(tuple(data[0]) if isinstance(data[0], list) else data[0], data[1])
     raise DataError(
@@ -128,28 +207,53 @@ def _as_batch(data: Any) -> Batch:
     )
 
 
-def _fetch(dataset: Any, rows: list[int]) -> Any:
-    fetched = dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
-    return default_collate(fetched)
+def _requests(data: Data, batch_size: int, seed: int) -> Requests:
+    """The batches of an epoch: by the data's sampler, or each row once in a shuffled order."""
+    sampler = data.sampler if isinstance(data, Sampled) else ShuffledSampler(num_rows(data), seed=seed)
+    return Requests(sampler, None if sampler.of_batches else min(batch_size, len(sampler)), drop_last=False)
+
+
+def _weighed(data: Sampled) -> Batch:
+    """All rows once, with the weights N pi_i that draws by the sampler give them on average."""
+    batch = full_batch(data.data)
+    if data.importance:
+        return batch
+    if changes(data.sampler):
+        raise ConfigError(
+            "sampler",
+            want="chances that do not change from epoch to epoch, for a method that takes all rows at once",
+            got=f"the schedule {data.sampler.schedule}",
+            fix="pass a ClassBalancedSampler, or choose a method of batches",
+        )
+    return batch._replace(weight=len(batch.y) * data.sampler.probabilities())
 
 
 def _from_loader(loader: DataLoader[Any], seed: int, start: int) -> Iterator[Batch]:
     epoch, skip = divmod(start, len(loader))
     while True:
-        for number, part in enumerate(parts_of(loader, seed, "batches", epoch)):
+        for number, part in enumerate(parts_of(loader, seed, "batches", epoch=epoch)):
             if number >= skip:
                 yield check(_as_batch(part))
         epoch, skip = epoch + 1, 0
 
 
-def parts_of(loader: DataLoader[Any], seed: int, *keys: int | str) -> Iterator[Any]:
-    """The batches of a stock loader, in an order that depends on (seed, *keys) where it shuffles.
+def parts_of(loader: DataLoader[Any], seed: int, *keys: int | str, epoch: int | None = None) -> Iterator[Any]:
+    """The batches of a stock loader, in an order that depends on (seed, *keys, epoch) where it shuffles.
 
-    A loader draws from the global stream when it starts, that is until its first batch is there.
+    What the loader, its workers or its data set draw from the global streams comes from (seed, *keys, epoch,
+    number of the batch). Samplers that know epochs are told this one, or keep theirs.
     """
-    with isolated(seed, *keys):
+    for sampler in samplers_of(loader):
+        if isinstance(sampler, EpochSampler):
+            sampler.set_epoch(sampler.epoch if epoch is None else epoch)
+        elif epoch is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+    place = (*keys, *(() if epoch is None else (epoch,)))
+    with isolated(seed, *place):
         iterator = iter(loader)
-        first = next(iterator, None)
-    if first is not None:
-        yield first
-        yield from iterator
+    for number in count():
+        with isolated(seed, *place, number):
+            part = next(iterator, None)
+        if part is None:
+            return
+        yield part

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from bnn.bank import Bank, BankWriter
-from bnn.batches import num_rows
+from bnn.batches import changes, num_rows, reweights, sampled
 from bnn.errors import BnnError, ConfigError
 from bnn.model import BayesianModel
+from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
 from bnn.types import Block, Data, Method, State
 
 
@@ -30,6 +33,8 @@ def fit(
     num_samples: int,
     out: str | Path | None = None,
     seed: int = 0,
+    sampler: EpochSampler[Any] | None = None,
+    importance_weights: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -41,6 +46,11 @@ def fit(
     interrupted goes on with `resume=True`, and ends with the same bits as one that was not.
     A bank that is complete grows when resumed with a larger `num_samples`.
 
+    **A sampler that draws rows unlike changes the likelihood, and so the posterior.** With
+    `importance_weights` each row's log likelihood is divided by N times its chance, and the target stays the
+    posterior of the data; without, it is that of the reweighted data, sum_i N pi_i log p(y_i | x_i, theta), and
+    `bank.info["sampling"]` says so.
+
     Args:
         model: what to fit.
         data: a pair of tensors, a data set, or a data loader.
@@ -48,6 +58,9 @@ def fit(
         num_samples: S, the samples in the bank, all chains together.
         out: a folder for the bank; in memory without it.
         seed: of everything random; global random states are neither read nor changed.
+        sampler: order in which methods of batches meet the rows, such as `samplers.ClassBalancedSampler`;
+            methods of all rows at once take its chances as weights. By default all rows alike.
+        importance_weights: whether to keep the target; None is no, with a warning where it matters.
         resume: go on with the unfinished bank at `out`.
         overwrite: replace the bank at `out`.
         progress: show a bar on stderr; by default where stderr is a terminal.
@@ -76,7 +89,24 @@ def fit(
             got=str(model.num_data),
             fix="pass num_data=len(data) to the model",
         )
-    config = describe(model, method, seed, record) | {"provenance": provenance(model, data)}
+    config = describe(model, method, seed, record) | {"provenance": provenance(model.module, data)}
+    if importance_weights and sampler is None:
+        raise ConfigError(
+            "importance_weights", want="sampler=, whose chances they make up for", got="none", fix="pass sampler="
+        )
+    config["sampling"] = sampling_record(data, sampler, importance=bool(importance_weights))
+    if sampler is not None:
+        if isinstance(sampler, DynamicClassSampler) and isinstance(sampler.schedule, ByMetric):
+            raise ConfigError(
+                "sampler", want="a schedule by epoch", got="one by metric, which no fit measures", fix="choose Linear"
+            )
+        data = sampled(data, sampler, importance=bool(importance_weights))
+    if reweights(data) and importance_weights is None:
+        warnings.warn(
+            "fit: rows are not drawn alike, so that this is a balanced posterior, of the reweighted data; keep that "
+            "of the data with sampler= and importance_weights=True (--balance skew=...,importance), or pass False",
+            stacklevel=2,
+        )
     if out is None:
         run = method.run(model, data, num_samples=num_samples, seed=seed)
         found = list(_with_progress(run, method.name, progress))
@@ -123,19 +153,42 @@ def describe(model: BayesianModel, method: Method, seed: int, record: Mapping[st
         **model.to_config(),
         "method": {"name": method.name, "options": options},
         "seed": seed,
-        "versions": {
-            "bnn": version("bnn-toolkit"),
-            "torch": torch.__version__,
-            "pyro": version("pyro-ppl"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "model": None,
         "data": None,
         **(record or {}),
     }
 
 
-def provenance(model: BayesianModel, data: Data) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """What a bank was made with."""
+    return {
+        "bnn": version("bnn-toolkit"),
+        "torch": torch.__version__,
+        "pyro": version("pyro-ppl"),
+        "python": platform.python_version(),
+    }
+
+
+def sampling_record(data: Data, sampler: Any, *, importance: bool) -> dict[str, Any]:
+    """What `bank.json` says of how rows were drawn, and which posterior that makes: natural or balanced."""
+    if sampler is None:
+        return {"sampler": None, "posterior": "balanced" if reweights(data) else "natural"}
+    under = sampled(data, sampler, importance=importance)
+    found = {
+        "sampler": type(sampler).__name__,
+        "seed": sampler.seed,
+        "identity": sampler.identity(),
+        "importance_weights": importance,
+        "posterior": "balanced" if reweights(under) else "natural",
+    }
+    if hasattr(sampler, "class_shares") and not changes(sampler):
+        found["class_shares"] = sampler.class_shares().tolist()
+        found["natural_shares"] = sampler.natural_shares().tolist()
+    return found
+
+
+def provenance(module: nn.Module, data: Data) -> dict[str, Any]:
     """Digests by which a resumed fit knows its module and data again.
 
     Of the module its structure as it prints; of tensors the first 1,000 rows. Other data sets may
@@ -149,8 +202,8 @@ def provenance(model: BayesianModel, data: Data) -> dict[str, Any]:
             digest.update(
                 str((rows.dtype, tuple(leaf.shape))).encode() + rows.flatten().view(torch.uint8).numpy().tobytes()
             )
-    module = hashlib.sha256(repr(model.module).encode()).hexdigest()
-    return {"module": module, "rows": num_rows(data), "data": digest.hexdigest() if len(tensors) else None}
+    structure = hashlib.sha256(repr(module).encode()).hexdigest()
+    return {"module": structure, "rows": num_rows(data), "data": digest.hexdigest() if len(tensors) else None}
 
 
 def _with_progress(

@@ -22,9 +22,10 @@ from bnn.types import Batch, Params
 class BayesianModel:
     """module + prior + likelihood + N.
 
-    log_joint(theta; batch) = (N / B sum_b log p(y_b | x_b, theta) + log p(theta)) / T
+    log_joint(theta; batch) = (N / B sum_b w_b log p(y_b | x_b, theta) + log p(theta)) / T
 
-    With this scaling the log joints of the batches of an epoch, weighted by B_i / N, average to the
+    The weights w_b are 1, or the batch's own: importance weights 1 / (N pi_b) for rows drawn with chances
+    pi_b, with which the target stays that of all rows alike. With this scaling the log joints of the batches of an epoch, weighted by B_i / N, average to the
     full-data one.
 
     Args:
@@ -86,8 +87,9 @@ class BayesianModel:
         return self._skeleton(params, x)
 
     def log_likelihood(self, params: Params, batch: Batch) -> Tensor:
-        """sum_b log p(y_b | x_b, theta), a scalar."""
-        return self.likelihood.log_prob(self.forward(params, batch.x), batch.y, params).sum()
+        """sum_b w_b log p(y_b | x_b, theta), a scalar; w_b are the batch's weights, 1 where it has none."""
+        each = self.likelihood.log_prob(self.forward(params, batch.x), batch.y, params)  # [B]
+        return each.sum() if batch.weight is None else (batch.weight.to(each) * each).sum()
 
     def log_prior(self, params: Params) -> Tensor:
         """log p(theta), unknowns of the likelihood included, a scalar."""
@@ -97,7 +99,7 @@ class BayesianModel:
         return total
 
     def log_joint(self, params: Params, batch: Batch, *, weight: float = 1.0) -> Tensor:
-        """(weight N / B sum_b log p(y_b | x_b, theta) + log p(theta)) / T for one sample, a scalar.
+        """(weight N / B sum_b w_b log p(y_b | x_b, theta) + log p(theta)) / T for one sample, a scalar.
 
         The weight is 1, or B_i / mean B where batches of unlike sizes are visited equally often.
         """

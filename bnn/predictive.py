@@ -13,7 +13,7 @@ from bnn.errors import ConfigError, DataError
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Gaussian, Likelihood, as_columns, likelihood_from_config
 from bnn.types import Block
-from bnn.uncertainty import entropy
+from bnn.uncertainty import entropy, prior_shift
 
 OUTPUT_VALUES = 8_000_000  # outputs of one block held at once, K * B * C
 SAMPLE_BYTES = 64 * 1024 * 1024  # samples of one block, which are copied where they lie in two shards
@@ -71,6 +71,7 @@ def predict(
     x: Any,
     *,
     likelihood: Likelihood | None = None,
+    prior_shift: tuple[Any, Any] | None = None,
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
 ) -> ClassPredictive | NormalPredictive:
@@ -84,6 +85,8 @@ def predict(
         net: a module under a bank.
         x: inputs of B rows.
         likelihood: what outputs mean; the one that the bank was made with by default.
+        prior_shift: shares of the classes [C] in training and where predictions are made: each sample's
+            probabilities are corrected before they are averaged, see `uncertainty.prior_shift`.
         loc: added to predicted targets after scaling: the mean the targets were standardised with, or
             one a target [C].
         scale: their standard deviation, so that predictions are in the target's own units.
@@ -93,7 +96,7 @@ def predict(
 
     Raises:
         DataError: a sample gives NaN or Inf; its index is named.
-        ConfigError: neither the bank nor the caller names a likelihood.
+        ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression.
     """
     loc, scale = torch.as_tensor(loc, dtype=torch.float64), torch.as_tensor(scale, dtype=torch.float64)
     if not (torch.isfinite(scale) & (scale > 0)).all():
@@ -104,17 +107,21 @@ def predict(
     if not len(net.bank):
         raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
     if isinstance(likelihood, Gaussian):
+        if prior_shift is not None:
+            raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
         return _normal(net, x, likelihood, loc, scale)
-    return _classes(net, x)
+    return _classes(net, x, prior_shift)
 
 
 @torch.no_grad()
-def _classes(net: FunctionalModel, x: Any) -> ClassPredictive:
+def _classes(net: FunctionalModel, x: Any, shift: tuple[Any, Any] | None) -> ClassPredictive:
     log_probs = expected_entropy = expected_log_prob = torch.zeros(())
     for start, log_weight, _, outputs in _outputs(net, x):
         if outputs.dim() != 3:
             raise _shape("[B, C], one output a class", outputs)
         each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
+        if shift is not None:
+            each = prior_shift(each, train=shift[0], natural=shift[1])
         weight = log_weight.exp()[:, None, None]
         mixed = torch.logsumexp(each + log_weight[:, None, None], dim=0)  # [B, C]
         log_probs = mixed if start == 0 else torch.logaddexp(log_probs, mixed)

@@ -26,10 +26,15 @@ Data: TypeAlias = Any
 
 
 class Batch(NamedTuple):
-    """Rows of data: inputs (a tensor, tuple or dict of tensors [B, ...]) and targets [B, ...]."""
+    """Rows of data: inputs (a tensor, tuple or dict of tensors [B, ...]) and targets [B, ...].
+
+    `weight` [B] multiplies the log likelihood of each row: importance weights of rows that were not
+    drawn alike; None is 1 each.
+    """
 
     x: Any
     y: Tensor
+    weight: Tensor | None = None
 
 
 class Block(NamedTuple):

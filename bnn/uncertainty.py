@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bnn.errors import DataError
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -54,6 +56,48 @@ def mutual_information(probs: Tensor) -> Tensor:
     """
     total = entropy(probs.mean(dim=0))  # [B]
     return (total - expected_entropy(probs)).clamp_min(0)  # rounding can leave -1e-17
+
+
+def prior_shift(log_probs: Tensor, *, train: Any, natural: Any) -> Tensor:
+    """Probabilities of a model that was trained on other class shares than it meets, in logarithms.
+
+    log p'(c | x) = log p(c | x) + log pi'_c - log pi_c - log Z(x), with Z making them sum to 1
+
+    Exact where the two populations differ in their class shares alone. For a mixture over samples correct
+    each sample before averaging: the correction is not linear.
+
+    Args:
+        log_probs: logits or log probabilities [..., C].
+        train: pi, shares of the classes that were trained on [C], above 0, need not sum to one.
+        natural: pi', shares where predictions are made [C], at least 0.
+
+    Returns:
+        Log probabilities [..., C].
+
+    Raises:
+        DataError: shares that are not one finite number a class in that range.
+
+    Examples:
+        >>> half = torch.tensor([0.5, 0.5]).log()
+        >>> prior_shift(half, train=[0.5, 0.5], natural=[0.9, 0.1]).exp()
+        tensor([0.9000, 0.1000])
+
+    Source: Saerens, Latinne and Decaestecker (2002), Neural Comput. 14(1), eq. 2.4.
+    """
+    shares = {}
+    for name, given, least in (("train", train, "above 0"), ("natural", natural, "of at least 0")):
+        share = torch.as_tensor(given, dtype=torch.float64, device=log_probs.device)
+        legal = torch.isfinite(share) & ((share > 0) if name == "train" else (share >= 0))
+        if share.shape != log_probs.shape[-1:] or not legal.all() or not share.sum() > 0:
+            raise DataError(
+                f"prior_shift({name}=)",
+                want=f"{log_probs.shape[-1]} finite shares {least}, one a class",
+                got=str(share.tolist())[:100],
+                fix="count the classes of the data",
+            )
+        shares[name] = share / share.sum()
+    ratio = (shares["natural"].log() - shares["train"].log()).to(log_probs)  # [C]
+    return (log_probs + ratio).log_softmax(dim=-1)
 
 
 class Variance(NamedTuple):

@@ -39,6 +39,48 @@ def test_log_joint_is_the_sum_of_its_parts() -> None:
     torch.testing.assert_close(model.log_joint(params, Batch(x, y)), log_likelihood + log_prior)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_multiply_the_log_likelihood_of_their_rows_alone(temperature: float, dtype: torch.dtype) -> None:
+    """log_joint = (weight N / B sum_b w_b log p(y_b | x_b) + log prior) / T, in value and gradient, by hand."""
+    like, (x, y) = classifier()
+    model = BayesianModel(
+        like.module, prior=like.prior, likelihood=like.likelihood, num_data=23, temperature=temperature
+    )
+    weight = 3 * torch.rand(7, generator=generator(0), dtype=dtype)
+    flat = model.unconstrain(model.sample_prior(1)).requires_grad_()
+    params = model.layout.unflatten(flat)
+    each = -nn.functional.cross_entropy(model.forward(params, x[:7]), y[:7], reduction="none")
+    log_prior = priors.log_prob(model.prior, model.layout.entries, params)
+    expected = (0.5 * 23 / 7 * (weight.float() * each).sum() + log_prior) / temperature
+    found = model.log_joint(params, Batch(x[:7], y[:7], weight), weight=0.5)
+    torch.testing.assert_close(found, expected)
+    assert found.dtype == torch.float32
+    gradients = [torch.autograd.grad(value, [flat], retain_graph=True)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    density, log_joint = model.log_density(flat, Batch(x[:7], y[:7], weight), weight=0.5)
+    torch.testing.assert_close(log_joint, expected)
+    torch.testing.assert_close(density, expected)  # no unknown, so nothing to transform
+
+
+def test_a_whole_weight_is_so_many_copies_of_a_row() -> None:
+    model, (x, y) = classifier()
+    params = model.sample_prior(2)
+    counts = torch.tensor([2, 0, 1, 3, 1, 0, 0])
+    copies = torch.arange(7).repeat_interleave(counts)
+    assert len(copies) == 7
+    torch.testing.assert_close(
+        model.log_joint(params, Batch(x[:7], y[:7], counts.float())),
+        model.log_joint(params, Batch(x[copies], y[copies])),
+    )
+
+
+def test_weights_of_one_are_none() -> None:
+    model, (x, y) = classifier()
+    params = model.sample_prior(2)
+    assert torch.equal(model.log_joint(params, Batch(x, y, torch.ones(23))), model.log_joint(params, Batch(x, y)))
+
+
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
 def test_temperature_divides_all_of_it(temperature: float) -> None:
     model, (x, y) = classifier()

@@ -132,9 +132,9 @@ def train_plainly(data: DataSet, out: Path, *, seed: int, overwrite: bool) -> Ba
     batches = minibatches(data.train, 128, seed=seed)
     module.train()
     for _ in range(NUM_EPOCHS * num_batches(data.train, 128)):
-        x, y = next(batches)
+        batch = next(batches)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(x), y).backward()
+        torch.nn.functional.cross_entropy(module(batch.x), batch.y).backward()
         optimizer.step()
     module.eval()
     info = {

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from bnn import metrics
-from bnn.batches import full_batch, num_rows, parts_of
+from bnn.batches import full_batch, num_rows, parts_of, reweights, samplers_of
 from bnn.errors import ConfigError, DataError
 from bnn.evaluation.report import Report
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Likelihood, as_columns, check_logits, likelihood_from_config
 from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.samplers import EpochSampler
 from bnn.types import Batch, Data
 
 LEVELS = (0.5, 0.9, 0.95)
@@ -30,6 +31,7 @@ def evaluate(
     *,
     ood: Data | None = None,
     likelihood: Likelihood | None = None,
+    prior_shift: tuple[Any, Any] | None = None,
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
     num_bins: int = 15,
@@ -46,10 +48,11 @@ def evaluate(
 
     Args:
         net: a module under a bank.
-        data: a pair of tensors, a data set, or a loader; taken once, in its order. Weighted or
-            shuffled-with-replacement orders bias every figure.
+        data: a pair of tensors, a data set, or a loader; taken once, in its order. Loaders that draw by
+            weight or with replacement are refused: they bias every figure.
         ood: out-of-distribution inputs, in the same form; their targets are not looked at.
         likelihood: what outputs mean; the one that the bank was made with by default.
+        prior_shift: class shares in training and here; see `predict`.
         loc: mean that the regression targets of `data` were standardised with.
         scale: their standard deviation.
         num_bins: bins of the calibration error.
@@ -77,7 +80,7 @@ def evaluate(
     began = time.perf_counter()
     rows: dict[str, list[Tensor]] = {}
     for batch in _batches(data, batch_size, "evaluate", progress):
-        predictive = predict(net, batch.x, likelihood=likelihood, loc=loc, scale=scale)
+        predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift, loc=loc, scale=scale)
         if isinstance(predictive, ClassPredictive):
             check_logits(predictive.log_probs, batch.y)
             found = _class_rows(predictive, batch.y)
@@ -92,7 +95,7 @@ def evaluate(
     count = len(next(iter(kept.values())))
     report = Report(likelihood.task, {}, kept, num_rows=count, num_samples=len(net.bank), seconds=seconds)
     if likelihood.task == "classification":
-        outside = None if ood is None else _entropies(net, ood, likelihood, batch_size, progress)
+        outside = None if ood is None else _entropies(net, ood, likelihood, prior_shift, batch_size, progress)
         _class_figures(report, num_bins, outside)
     else:
         if ood is not None:
@@ -192,11 +195,16 @@ def _normal_figures(report: Report) -> None:
 
 
 def _entropies(
-    net: FunctionalModel, ood: Data, likelihood: Likelihood, batch_size: int, progress: bool | None
+    net: FunctionalModel,
+    ood: Data,
+    likelihood: Likelihood,
+    prior_shift: tuple[Any, Any] | None,
+    batch_size: int,
+    progress: bool | None,
 ) -> Tensor:
     found = []
     for batch in _batches(ood, batch_size, "ood", progress, targets=False):
-        predictive = predict(net, batch.x, likelihood=likelihood)
+        predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift)
         assert isinstance(predictive, ClassPredictive)
         found.append(predictive.entropy)
     return torch.cat(found)
@@ -215,6 +223,22 @@ def _batches(
             bar.update(len(batch.y))
 
 
+def _check_order(loader: DataLoader[Any]) -> None:
+    """Raise DataError for a loader that does not take rows alike: its figures would be of other data."""
+    repeats = any(
+        (isinstance(sampler, RandomSampler) and sampler.replacement)
+        or (isinstance(sampler, EpochSampler) and not sampler.each_once)
+        for sampler in samplers_of(loader)
+    )
+    if repeats or reweights(loader):
+        raise DataError(
+            "evaluate",
+            want="rows in their natural order, each once",
+            got="a loader that draws them by weight or with replacement",
+            fix="pass the data set itself; probabilities after balanced training are corrected by prior_shift=",
+        )
+
+
 def _in_order(data: Data, batch_size: int, targets: bool) -> Iterator[Batch]:
     def batch_of(x: Any, y: Tensor) -> Batch:
         return full_batch((x, y if targets else torch.zeros(len(y))))
@@ -222,10 +246,11 @@ def _in_order(data: Data, batch_size: int, targets: bool) -> Iterator[Batch]:
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
+        _check_order(data)
         for part in parts_of(data, 0, "evaluate"):
             yield batch_of(*part)
         return
-    whole = batch_of(*data)
+    whole = batch_of(*data[:2])
     for start in range(0, len(whole.y), batch_size):
         here = slice(start, start + batch_size)
         yield Batch(pytree.tree_map(lambda leaf: leaf[here], whole.x), whole.y[here])  # noqa: B023

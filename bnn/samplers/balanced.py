@@ -92,6 +92,10 @@ class ClassBalancedSampler(EpochSampler[int]):
     def reweights(self) -> bool:
         return not np.allclose(self._shares, self._rows.counts / len(self._rows.labels), rtol=1e-9, atol=0)
 
+    @property
+    def each_once(self) -> bool:
+        return False
+
     def identity(self) -> dict[str, Any]:
         return {"labels": self._rows.digest, "weights": [float(weight) for weight in self._weights]}
 

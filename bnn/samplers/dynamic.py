@@ -233,6 +233,10 @@ class DynamicClassSampler(EpochSampler[int]):
     def reweights(self) -> bool:
         return self.schedule != Constant(0.0)
 
+    @property
+    def each_once(self) -> bool:
+        return False
+
     def identity(self) -> dict[str, Any]:
         known = is_dataclass(self.schedule)  # others may print as the place in memory where they are
         return {"labels": self._rows.digest, "schedule": repr(self.schedule) if known else type(self.schedule).__name__}

@@ -79,6 +79,11 @@ class EpochSampler(Sampler[Item], ABC, Generic[Item]):
     def reweights(self) -> bool:
         """Whether rows are drawn with other chances than all alike, which changes what a posterior is fitted to."""
 
+    @property
+    @abstractmethod
+    def each_once(self) -> bool:
+        """Whether the ranks together take each row exactly once an epoch, as an evaluation does."""
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Plain values that decide the list beside the epoch: a state with others is refused."""

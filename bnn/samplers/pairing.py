@@ -88,6 +88,7 @@ class PairedLoader:
         seed: int | None = None,
     ) -> None:
         self._iterable = isinstance(dataset, IterableDataset)
+        self.dataset: Any = TensorRows(dataset) if isinstance(dataset, (tuple, list)) else dataset
         _check_options(self._iterable, batch_size, shuffle, sampler, batch_sampler, num_indices, per_row, drop_last)
         if num_workers < 0:
             raise ConfigError(
@@ -113,7 +114,7 @@ class PairedLoader:
         self._requests: Requests | None = None
         if isinstance(dataset, IterableDataset):
             self._stream = Stream(
-                dataset,
+                self.dataset,
                 batch_size=batch_size,
                 drop_last=drop_last,
                 collate_fn=collate_fn,
@@ -122,7 +123,7 @@ class PairedLoader:
             )
             self._loader: DataLoader[Any] = DataLoader(self._stream, batch_size=None, **shared)
         else:
-            rows: Any = TensorRows(dataset) if isinstance(dataset, (tuple, list)) else dataset
+            rows = self.dataset
             if batch_sampler is None and sampler is None:
                 sampler = ShuffledSampler(len(cast(Sized, rows)), shuffle=shuffle, seed=self.seed)
             order = sampler if batch_sampler is None else batch_sampler

@@ -51,6 +51,10 @@ class ShuffledSampler(EpochSampler[int]):
     def reweights(self) -> bool:
         return False
 
+    @property
+    def each_once(self) -> bool:
+        return True
+
     def identity(self) -> dict[str, Any]:
         return {"shuffle": self._shuffle}
 

@@ -85,6 +85,11 @@ class StratifiedBatchSampler(EpochSampler[list[int]]):
         )
         self._counts = apportion(self._shares, sizes)  # [batches, C]
 
+    def batch_sizes(self) -> Tensor:
+        """Rows of each batch of this rank, int64."""
+        own = (np.arange(len(self)) * self.world_size + self.rank) % self.num_items
+        return torch.from_numpy(self._counts.sum(axis=1)[own])
+
     def class_shares(self) -> Tensor:
         """Share of each class in an epoch, [C]."""
         return torch.from_numpy(self._counts.sum(axis=0) / self._counts.sum())
@@ -136,6 +141,10 @@ class StratifiedBatchSampler(EpochSampler[list[int]]):
     @property
     def reweights(self) -> bool:
         return not np.allclose(self._shares, self._rows.counts / len(self._rows.labels), rtol=1e-9, atol=0)
+
+    @property
+    def each_once(self) -> bool:
+        return not self.reweights and int(self._counts.sum()) == self.num_rows
 
     def identity(self) -> dict[str, Any]:
         return {

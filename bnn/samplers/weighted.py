@@ -123,6 +123,10 @@ class WeightedIndexSampler(EpochSampler[int]):
         each = self._weights.each
         return bool(each.min() < each.max())
 
+    @property
+    def each_once(self) -> bool:
+        return not self._replacement and self.num_items == len(self._weights.each)
+
     def identity(self) -> dict[str, Any]:
         # Inside an epoch a state is one of the weights that it was begun with, whatever `update` said since.
         weights = self._in_force if 0 < self._yielded < len(self) else self._weights

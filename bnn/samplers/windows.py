@@ -104,6 +104,10 @@ class WindowSampler(EpochSampler[list[int]]):
     def reweights(self) -> bool:
         return self.window > 1 or self.stride > 1  # rows near the ends are in fewer windows
 
+    @property
+    def each_once(self) -> bool:
+        return not self.reweights
+
     def identity(self) -> dict[str, Any]:
         return {
             "lengths": [int(length) for length in self._series],
