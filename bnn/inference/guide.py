@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pyro
 import pyro.distributions as dist
@@ -15,16 +15,20 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLowRankMultivariateNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 from bnn import adam
 from bnn.batches import mean_rows, minibatches, moved
 from bnn.errors import ConfigError, FitError, choose
 from bnn.model import BayesianModel
-from bnn.seeding import GLOBAL_STATE, isolated
+from bnn.seeding import GLOBAL_STATE, derive, generator, isolated
 from bnn.types import Batch, Block, Data, State, make_block
 
 Family: TypeAlias = Literal["mean-field", "low-rank", "map"]
 FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "map")
+
+Draws: TypeAlias = Literal["random", "antithetic", "sobol", "mean"]
+DRAWS: tuple[str, ...] = ("random", "antithetic", "sobol", "mean")
 
 STEPS_PER_STATE = 50  # optimisation steps between two states that a bank may keep
 
@@ -38,7 +42,15 @@ class Guide:
     `"mean-field"` is a normal with a diagonal covariance, `"low-rank"` one with the covariance
     W W^T + D of given rank, `"map"` the single point of highest log joint. All weights are one flat
     site, in the unconstrained space of the model. Gradients are those of reparameterised draws;
-    samples are drawn afterwards without a graph, each from its own generator.
+    samples are drawn afterwards without a graph, each from its own generator, in unconstrained space
+    u = m + L z with z standard normal:
+
+    - `"random"`: independent;
+    - `"antithetic"`: samples 2j and 2j + 1 are m + L z and m - L z, so that what is odd about the mean
+      cancels in a pair;
+    - `"sobol"`: z = Phi^-1 of a scrambled Sobol sequence, which fills space evenly: best for a number of
+      samples that is a power of 2, and for at most 21,201 dimensions;
+    - `"mean"`: the one sample m.
 
     Args:
         family: the form of q.
@@ -48,12 +60,14 @@ class Guide:
         rank: of `"low-rank"`, at least 1.
         init_scale: initial standard deviation of q, as a share of the prior's.
         block_size: samples a block; the samples do not depend on it.
+        draws: how samples are drawn from q.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option out of range, or more dimensions than a Sobol sequence has.
         FitError: the loss is not finite.
 
-    Source: Kingma and Welling (2014), arXiv:1312.6114; Kucukelbir et al. (2017), arXiv:1603.00788.
+    Source: Kingma and Welling (2014), arXiv:1312.6114; Kucukelbir et al. (2017), arXiv:1603.00788. Of the
+    sequence: Joe and Kuo (2008), SIAM J. Sci. Comput. 30(5); of its scrambling, Owen (1998).
     """
 
     family: Family = "mean-field"
@@ -63,9 +77,13 @@ class Guide:
     rank: int = 10
     init_scale: float = 0.05
     block_size: int = 64
+    draws: Draws = "random"
 
     def __post_init__(self) -> None:
         choose("Guide", self.family, FAMILIES)
+        choose("Guide(draws=)", self.draws, DRAWS)
+        if self.family == "map" and self.draws != "random":
+            raise ConfigError("Guide(draws=)", want="none for 'map', a point", got=self.draws, fix="leave it out")
         for name in ("num_steps", "batch_size", "rank", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Guide({name}=)", want="at least 1", got=str(getattr(self, name)), fix="raise it")
@@ -84,12 +102,17 @@ class Guide:
     def run(
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
     ) -> Iterator[tuple[Block, State]]:
-        if self.family == "map" and num_samples != 1:
+        if num_samples != 1 and (self.family == "map" or self.draws == "mean"):
+            what = "Guide('map')" if self.family == "map" else "Guide(draws='mean')"
             raise ConfigError(
-                "num_samples",
-                want="1 for Guide('map'), which is one point",
-                got=str(num_samples),
-                fix="pass num_samples=1",
+                "num_samples", want=f"1 for {what}, which is one point", got=str(num_samples), fix="pass num_samples=1"
+            )
+        if self.draws == "sobol" and (size := _dimensions(self, model)) > SobolEngine.MAXDIM:
+            raise ConfigError(
+                "Guide(draws='sobol')",
+                want=f"at most {SobolEngine.MAXDIM:,} dimensions, which the sequence has",
+                got=f"{size:,}",
+                fix="draw with 'antithetic', or make fewer parameters Bayesian",
             )
         yield from _run(self, model, data, num_samples, seed, state)
 
@@ -119,10 +142,11 @@ def _run(
         yield model.layout.no_rows(), {**adam.save(optimizer, named), "step": step, "num_steps": total, "info": info}
     fitted = adam.save(optimizer, named)
     with _pyro_apart(), torch.no_grad():
-        posterior = guide.get_posterior() if options.family != "map" else dist.Delta(guide.theta.detach(), event_dim=1)
+        posterior = _Normal.of(guide, options)
     for start in range(drawn, num_samples, options.block_size):
         indices = range(start, min(start + options.block_size, num_samples))
-        params, _ = model.constrain(torch.stack([_draw(posterior, seed, index) for index in indices]).cpu())  # [K, P]
+        drawn_here = _draw(posterior, options, seed, indices)  # [K, P]
+        params, _ = model.constrain(drawn_here.cpu())
         block = make_block(params, chain=torch.zeros(len(indices), dtype=torch.int64), draw=torch.tensor(list(indices)))
         yield block, {**fitted, "step": options.num_steps + indices[-1] + 1, "num_steps": total, "info": info}
 
@@ -210,11 +234,54 @@ def _diverged(options: Guide, got: str, step: int) -> FitError:
     )
 
 
-def _draw(posterior: Any, seed: int, index: int) -> Tensor:
-    """Sample `index` of the guide in unconstrained space, [P]: the same bits whatever is drawn beside it."""
-    with isolated(seed, "draw", index), torch.no_grad():
-        drawn: Tensor = posterior.sample()
-        return drawn
+class _Normal(NamedTuple):
+    """q in unconstrained space: u = mean + scale z_1 + factor z_2, with z standard normal."""
+
+    mean: Tensor  # [P]
+    scale: Tensor  # [P]
+    factor: Tensor  # [P, rank], of rank 0 unless the covariance has one
+
+    @staticmethod
+    def of(guide: Any, options: Guide) -> _Normal:
+        if options.family == "map":
+            point = guide.theta.detach()
+            return _Normal(point, torch.zeros_like(point), point.new_zeros(len(point), 0))
+        posterior = guide.get_posterior()
+        if options.family == "mean-field":
+            scale = posterior.base_dist.scale
+            return _Normal(posterior.mean.detach(), scale.detach(), scale.new_zeros(len(scale), 0))
+        return _Normal(posterior.loc.detach(), posterior.cov_diag.detach().sqrt(), posterior.cov_factor.detach())
+
+    def at(self, normals: Tensor) -> Tensor:
+        """Standard normals [P + rank] -> u [P]."""
+        first, second = normals.to(self.mean).split([len(self.mean), self.factor.shape[1]])
+        found: Tensor = self.mean + self.scale * first + self.factor @ second
+        return found
+
+
+def _dimensions(options: Guide, model: BayesianModel) -> int:
+    """Standard normals behind one draw."""
+    return model.layout.num_values + (options.rank if options.family == "low-rank" else 0)
+
+
+def _draw(posterior: _Normal, options: Guide, seed: int, indices: range) -> Tensor:
+    """Samples of the guide in unconstrained space, [K, P]: each has the same bits whatever is drawn beside it."""
+    size = len(posterior.mean) + posterior.factor.shape[1]
+    if options.draws == "mean" or options.family == "map":
+        return posterior.mean.expand(len(indices), -1)
+    if options.draws == "sobol":
+        engine = SobolEngine(size, scramble=True, seed=derive(seed, "sobol"))
+        engine.fast_forward(indices.start)
+        # The engine's points are multiples of 2^-30: in the middle of their cells none is 0 or 1, where Phi^-1 ends.
+        # Its first is kept in float32, which can round it up to 1.
+        points = engine.draw(len(indices), dtype=torch.float64).clamp_max(1 - 2.0**-30) + 2.0**-31
+        return torch.stack([posterior.at(torch.special.ndtri(point)) for point in points])
+    drawn = []
+    for index in indices:
+        pair, second = divmod(index, 2) if options.draws == "antithetic" else (index, 0)
+        normals = torch.randn(size, generator=generator(seed, "draw", pair), dtype=posterior.mean.dtype)
+        drawn.append(posterior.at(-normals if second else normals))
+    return torch.stack(drawn)
 
 
 @contextmanager
