@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnn import errors, inference, likelihoods, metrics, priors, uncertainty
+    from bnn import errors, inference, likelihoods, metrics, priors, samplers, uncertainty
     from bnn.bank import Bank
     from bnn.evaluation import Report, evaluate
     from bnn.fitting import fit
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bnn.model import BayesianModel
     from bnn.predictive import predict
     from bnn.samplers import PairedLoader, SampleIndexSampler
-    from bnn.training import distil
+    from bnn.training import distil, train
 
 __all__ = [
     "Bank",
@@ -36,6 +36,8 @@ __all__ = [
     "metrics",
     "predict",
     "priors",
+    "samplers",
+    "train",
     "uncertainty",
 ]
 
@@ -51,6 +53,7 @@ _HOMES = {
     "evaluate": "bnn.evaluation",
     "fit": "bnn.fitting",
     "predict": "bnn.predictive",
+    "train": "bnn.training",
 }
 
 

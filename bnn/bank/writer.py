@@ -366,10 +366,11 @@ class BankWriter:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a file is a bank's, or one that distillation or a killed writer leaves beside it."""
+    """Whether a file is a bank's, or one that training or a killed writer leaves beside it."""
     patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME, fmt.LOCK_NAME)
-    known = ("bank.json", "base.safetensors", "model.safetensors", "curve.json")
-    return name in known or name.startswith(".tmp-") or any(pattern.fullmatch(name) for pattern in patterns)
+    known = ("bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv")
+    begins = (".tmp-", "events.out.tfevents.")
+    return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def _missing_folders(path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bnn.bank import Bank
 
-NAMES = ("write", "read", "select", "apply")
+NAMES = ("write", "read", "select", "apply", "train")
 BLOCK = 25  # samples of a block in select and apply
 SECONDS = 0.5  # of each measurement
 
@@ -62,11 +62,11 @@ class Row(NamedTuple):
 
 def bench(
     name: Annotated[
-        str | None, typer.Argument(help="write, read, select or apply; all by default.", show_default=False)
+        str | None, typer.Argument(help="write, read, select, apply or train; all by default.", show_default=False)
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples in the bank.")] = 256,
     width: Annotated[int, typer.Option(help="Hidden width of the MLP 64-WIDTH-WIDTH-10.")] = 128,
-    device: Annotated[str, typer.Option(help="Where 'apply' computes: cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where 'apply' and 'train' compute: cpu, cuda.")] = "cpu",
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="File for the figures and the machine's description.", show_default=False),
@@ -301,11 +301,35 @@ def _apply(setting: Setting, device: str) -> Iterator[Row]:
             yield Row("apply", mine, rival, speed, other, setting.num_bytes)
 
 
+def _train(setting: Setting, device: str) -> Iterator[Row]:
+    """Batches a second of training the last layer, each batch under a sample of the rest."""
+    import torch
+
+    from bnn.cli.bench_train import FLOOR, arms, make_job
+
+    x, y = setting.x.repeat(20, 1), torch.arange(20 * len(setting.x)) % 10
+    job = make_job(setting.module, x, y, num_samples=len(setting.bank), batch_size=128, seed=0)
+    ways = arms(job, device, folder=setting.folder / "train")
+
+    def timed(way: str) -> Callable[[], int]:
+        def epoch() -> int:
+            ways[way]()
+            return _synchronised(job.num_batches, device)
+
+        return epoch
+
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in job.mean.values())
+    ours = per_second(timed("bnn, bank in memory"))
+    for rival in (FLOOR, "sampled in collate_fn", "sampled in collate_fn, 2 workers", "param.data of kept samples"):
+        yield Row("train", "PairedLoader, a sample a batch", rival, ours, per_second(timed(rival)), num_bytes)
+
+
 _MEASURES: dict[str, Callable[[Setting, str], Iterator[Row]]] = {
     "write": _write,
     "read": _read,
     "select": _select,
     "apply": _apply,
+    "train": _train,
 }
 
 

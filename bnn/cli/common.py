@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
     from bnn.bank import Bank
     from bnn.data import DataSet
+    from bnn.samplers import EpochSampler
+    from bnn.types import Batch
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -53,17 +58,107 @@ Config = Annotated[
 ]
 
 
+Balance = Annotated[
+    str | None,
+    typer.Option(
+        help="Draw classes as balanced as skew=1.0 says; also ,schedule=linear:0.5 or exponential:0.9, and "
+        ",importance to keep the target.",
+        show_default=False,
+    ),
+]
+
+
+BALANCE = re.compile(
+    r"skew=(?P<skew>[^,]+)(,schedule=(?P<kind>linear|exponential|recall|loss):(?P<value>[^,]+))?(?P<importance>,importance)?"
+)
+
+
+def make_sampler(
+    balance: str | None, rows: Batch, *, task: str, num_epochs: float, seed: int
+) -> tuple[EpochSampler[Any] | None, bool]:
+    """The sampler that `--balance` names, and whether rows get importance weights.
+
+    `skew=S[,schedule=linear:STOP | exponential:RATE | recall:STRENGTH | loss:STRENGTH][,importance]`; a
+    linear schedule goes from S to STOP over the run.
+
+    Raises:
+        ConfigError: another text, or a regression.
+    """
+    from bnn import samplers
+
+    if balance is None:
+        return None, False
+    if task != "classification":
+        raise ConfigError("--balance", want="classes", got="a regression", fix="leave it out")
+    said = BALANCE.fullmatch(balance)
+    try:
+        skew, value = float(said["skew"]), float(said["value"] or 0.0)  # type: ignore[index]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--balance {balance}",
+            want="skew=NUMBER[,schedule=linear:STOP|exponential:RATE|recall:STRENGTH|loss:STRENGTH][,importance]",
+            got="something else",
+            fix="write for example skew=1.0,schedule=linear:0.5",
+        ) from error
+    assert said is not None
+    schedules: dict[str, Callable[[], samplers.Schedule]] = {
+        "linear": lambda: samplers.Linear(skew, value, max(1, math.ceil(num_epochs))),
+        "exponential": lambda: samplers.Exponential(skew, value),
+        "recall": lambda: samplers.ByMetric("recall", skew=skew, strength=value),
+        "loss": lambda: samplers.ByMetric("loss", skew=skew, strength=value),
+    }
+    sampler: EpochSampler[Any] = samplers.ClassBalancedSampler(rows.y, skew, seed=seed)
+    if said["kind"] is not None:
+        sampler = samplers.DynamicClassSampler(rows.y, schedules[said["kind"]](), seed=seed)
+    return sampler, said["importance"] is not None
+
+
+def training_rows(data: DataSet, *, apart: bool, seed: int) -> tuple[Batch, Batch]:
+    """The training rows and the held-out ones of the curve: the test rows, or, where they decide anything, a tenth
+    of the training rows set apart.
+
+    Raises:
+        DataError: the data are not those that the bank was fitted to, and have no training rows.
+    """
+    import torch
+
+    from bnn.errors import DataError
+    from bnn.seeding import generator
+    from bnn.types import Batch
+
+    x, y, _ = data.train
+    if len(y) < 2:
+        raise DataError(
+            "--data",
+            want="the data that the bank was fitted to, which have training rows",
+            got="other data",
+            fix="leave --data out",
+        )
+    if not apart:
+        return data.train, data.test
+    order = torch.randperm(len(y), generator=generator(seed, "held out"))
+    cut = max(1, len(y) // 10)
+    return Batch(x[order[cut:]], y[order[cut:]]), Batch(x[order[:cut]], y[order[:cut]])
+
+
 def model_record(spec: str, data: DataSet, seed: int, num_outputs: int | None = None) -> dict[str, Any]:
     """What `bank.json` keeps of a module, so that it can be built again."""
     options = {"input_shape": data.input_shape, "num_outputs": num_outputs or data.num_outputs, "seed": seed}
     return {"spec": spec, "options": options}
 
 
-def module_of(bank: Bank, *, model: str | None = None, trust: bool = False) -> nn.Module:
+def module_of(bank: Bank, *, model: str | None = None, base: Path | None = None, trust: bool = False) -> nn.Module:
     """The module that a bank was fitted to, with the values that the bank keeps once.
 
+    Args:
+        bank: of `bnn fit`.
+        model: repeats a package.module:function.
+        base: other values of parameters outside the sample: `free.safetensors` of `bnn train --free`, or
+            its folder.
+        trust: whether code that the bank names may run.
+
     Raises:
-        BankMismatch: the bank names no module, or another one than `model`.
+        BankMismatch: the bank names no module, or another one than `model`; or `base` holds what it has not.
         ConfigError: it names code to run, and nobody vouched for it.
     """
     from bnn import modules
@@ -87,12 +182,30 @@ def module_of(bank: Bank, *, model: str | None = None, trust: bool = False) -> n
     module = modules.build(
         spec, input_shape=options["input_shape"], num_outputs=options["num_outputs"], seed=options["seed"]
     )
-    base = bank.base()
     state = module.state_dict()
-    for name, tensor in base.items():
+    for name, tensor in bank.base().items():
         if name in state and state[name].shape == tensor.shape:
             state[name].copy_(tensor)  # the module was built here and is nobody else's
+    if base is not None:
+        _load_base(base, bank, state)
     return module
+
+
+def _load_base(path: Path, bank: Bank, state: dict[str, Any]) -> None:
+    """Put the values of a safetensors file into a module's state dict, if all of them lie outside the sample."""
+    from bnn.arrays import read_tensors
+
+    file = path / "free.safetensors" if path.is_dir() else path
+    for name, tensor in read_tensors(file).items():
+        outside = name in state and name not in bank.layout.names and name not in bank.layout.aliases
+        if not outside or tuple(state[name].shape) != tuple(tensor.shape):
+            raise BankMismatch(
+                f"--base {file} '{name}'",
+                want="parameters of the module outside the bank, in their shapes",
+                got=f"{list(tensor.shape)} " + ("where the module has another shape" if outside else "of no such name"),
+                fix="pass the file that 'bnn train --free' made with this bank",
+            )
+        state[name].copy_(tensor)
 
 
 def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None, trust: bool) -> DataSet:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnn.cli import common
+
+if TYPE_CHECKING:
+    from bnn.bank import Bank
 
 
 def evaluate(
@@ -27,7 +30,18 @@ def evaluate(
             help="Split of a UCI folder, or seed of the 20 % test split. [default: the bank's]", show_default=False
         ),
     ] = None,
-    base: Annotated[str, typer.Option(help="Show information in nats (e) or bits (2).")] = "e",
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Values of parameters outside the bank: free.safetensors of 'bnn train --free', or its folder. "
+            "[default: the bank's]",
+            show_default=False,
+        ),
+    ] = None,
+    prior_shift: Annotated[
+        bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
+    ] = False,
+    unit: Annotated[str, typer.Option(help="Show information in nats or bits.")] = "nats",
     num_bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
@@ -47,22 +61,43 @@ def evaluate(
     from bnn.errors import choose
     from bnn.functional import FunctionalModel
 
-    choose("--base", base, ("e", "2"))
+    choose("--unit", unit, ("nats", "bits"))
     common.check_device(device)
     common.check_folder("--report", report)
     opened = {path: Bank.open(path) for path in bank}
     reports: dict[str, evaluation.Report] = {}
     for path, found in opened.items():
-        module = common.module_of(found, model=model, trust=trust)
+        module = common.module_of(found, model=model, base=base, trust=trust)
         dataset = common.data_of(found, data=data, root=data_root, split=split, trust=trust)
         outside = None if ood is None else load_outside(ood, dataset, root=data_root, split=dataset.record["split"])
         net = FunctionalModel(module, found, device=device)
         name = path.name if path.name not in reports else str(path).strip("/").replace("/", "-")
         result = evaluation.evaluate(
-            net, dataset.test, ood=outside, num_bins=num_bins, loc=dataset.units.loc, scale=dataset.units.scale
+            net,
+            dataset.test,
+            ood=outside,
+            prior_shift=_shares(found) if prior_shift else None,
+            num_bins=num_bins,
+            loc=dataset.units.loc,
+            scale=dataset.units.scale,
         )
         result.about = {"bank": str(path), "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
         reports[name] = result
-    show_reports(reports, base=base)
+    show_reports(reports, unit=unit)
     if report is not None:
         evaluation.save_reports(reports, report)
+
+
+def _shares(bank: Bank) -> tuple[list[float], list[float]]:
+    """Shares of the classes in training and in the data, as the bank keeps them."""
+    from bnn.errors import BankMismatch
+
+    record = bank.info.get("sampling") or {}
+    if "class_shares" not in record or record.get("posterior") != "balanced":
+        raise BankMismatch(
+            f"{bank.path} --prior-shift",
+            want="a bank fitted with --balance, without importance weights",
+            got=f"a {record.get('posterior', 'natural')} posterior",
+            fix="leave --prior-shift out",
+        )
+    return record["class_shares"], record["natural_shares"]

@@ -37,6 +37,11 @@ def fit(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, of guides.", show_default=False)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of guides.", show_default=False)] = None,
+    draws: Annotated[
+        str | None,
+        typer.Option(help="Draws of guides: random, antithetic, sobol or mean.", show_default=False),
+    ] = None,
+    balance: common.Balance = None,
     rank: Annotated[int | None, typer.Option(help="Rank of low-rank.", show_default=False)] = None,
     bayesian: Annotated[
         list[str] | None,
@@ -85,6 +90,7 @@ def fit(
             "batch_size": batch_size,
             "lr": lr,
             "rank": rank,
+            "draws": draws,
         },
     )
     made_prior = make_prior(prior, prior_scale)
@@ -99,7 +105,12 @@ def fit(
         bayesian=bayesian or "*",
         temperature=temperature,
     )
-    samples = num_samples if num_samples is not None else (1 if method == "map" else 200)
+    batches = getattr(chosen, "num_steps", 1) * min(getattr(chosen, "batch_size", 1), len(dataset.train.y))
+    sampler, importance = common.make_sampler(
+        balance, dataset.train, task=dataset.task, num_epochs=batches / len(dataset.train.y), seed=seed
+    )
+    one = method == "map" or draws == "mean"
+    samples = num_samples if num_samples is not None else (1 if one else 200)
     bank = fitting.fit(
         bayesian_model,
         dataset.train,
@@ -107,6 +118,8 @@ def fit(
         num_samples=samples,
         out=out,
         seed=seed,
+        sampler=sampler,
+        importance_weights=True if importance else None,
         resume=resume,
         overwrite=overwrite,
         record=record,

@@ -31,8 +31,10 @@ def show_bank(bank: Bank) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
 
 
-def show_reports(reports: dict[str, Report], *, only: Sequence[str] = (), base: str = "e", speed: bool = False) -> None:
-    """One row a bank, one column a figure; information in nats, or in bits with base 2."""
+def show_reports(
+    reports: dict[str, Report], *, only: Sequence[str] = (), unit: str = "nats", speed: bool = False
+) -> None:
+    """One row a bank, one column a figure; information in nats, or in bits."""
     names = list(only) or list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -44,7 +46,7 @@ def show_reports(reports: dict[str, Report], *, only: Sequence[str] = (), base: 
         cells = []
         for name in names:
             figure = report.metrics.get(name)
-            divisor = math.log(2.0) if base == "2" and is_information(name) else 1.0
+            divisor = math.log(2.0) if unit == "bits" and is_information(name) else 1.0
             cells.append("" if figure is None else f"{figure.value / divisor:.4f}")
         table.add_row(bank, *cells, *([f"{report.rows_per_second:,.0f}"] if speed else []))
     Console(soft_wrap=False, highlight=False, width=None if Console().is_terminal else 200).print(table)

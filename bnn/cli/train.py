@@ -1,9 +1,10 @@
-"""bnn train: distil a bank into one network."""
+"""bnn train: train the parameters outside a bank, or distil it into one module."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,16 +12,37 @@ from bnn.cli import common
 
 
 def train(
-    bank: Annotated[Path, typer.Option(help="Folder of the bank that teaches.")],
+    bank: Annotated[Path, typer.Option(help="Folder of the bank.")],
     out: Annotated[
-        Path, typer.Option(help="Folder for the student: a bank of one sample, model.safetensors, curve.json.")
+        Path,
+        typer.Option(
+            help="Folder for the result: a bank of one sample, model.safetensors or free.safetensors, curve.csv."
+        ),
     ],
+    free: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Globs of parameters outside the bank, to be trained under its samples; repeatable. "
+            "[default: distil the bank]",
+            show_default=False,
+        ),
+    ] = None,
     student: Annotated[
         str,
         typer.Option(
             help="Structure of the student, as --model of 'bnn fit'. [default: the bank's]", show_default=False
         ),
     ] = "",
+    targets: Annotated[
+        str,
+        typer.Option(help="What teaches a student: paired (the samples of a batch) or predictive (the whole bank)."),
+    ] = "paired",
+    num_indices: Annotated[
+        int | None, typer.Option(help="Samples that a batch meets. [default: 1]", show_default=False)
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Standard deviation of noise on a student's inputs.")] = 0.0,
+    mixup: Annotated[float, typer.Option(help="Alpha of mixed inputs of a student; 0 is off.")] = 0.0,
+    balance: common.Balance = None,
     data: Annotated[
         str | None,
         typer.Option(help="Repeats a package.module:function that the bank names as its data.", show_default=False),
@@ -30,8 +52,20 @@ def train(
     ] = None,
     num_epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-3,
+    optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd (with momentum 0.9).")] = "adam",
+    lr: Annotated[float, typer.Option(help="Learning rate, falling to a hundredth over the run.")] = 3e-3,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.", show_default=False)] = None,
+    precision: Annotated[str, typer.Option(help="Of forward passes: float32, bfloat16 or float16.")] = "float32",
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many epochs without a better NLL of held-out rows, a tenth of the training rows.",
+            show_default=False,
+        ),
+    ] = None,
+    log: Annotated[str, typer.Option(help="csv, or tensorboard beside it.")] = "csv",
     num_workers: Annotated[int, typer.Option(help="Processes that load data.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
     data_root: common.DataRoot = None,
     seed: common.Seed = 0,
     resume: common.Resume = False,
@@ -40,41 +74,85 @@ def train(
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
-    """Teach one network, batch by batch, by the sample of the bank that is paired with the batch."""
+    """Train with a bank: parameters outside it with --free, or else one student that learns what it predicts."""
     del config, debug
     from bnn import modules
+    from bnn import training as jobs
     from bnn.bank import Bank
     from bnn.cli.show import show_bank
-    from bnn.errors import DataError
     from bnn.functional import FunctionalModel
-    from bnn.training import distil
 
-    teacher = Bank.open(bank)
-    module = common.module_of(teacher, model=model, trust=trust)
-    dataset = common.data_of(teacher, data=data, root=data_root, split=None, trust=trust)
-    if not len(dataset.train.y):
-        raise DataError(
-            f"--data {data}",
-            want="the data that the bank was fitted to, which have training rows",
-            got="other data",
-            fix="leave --data out",
-        )
-    spec = student or teacher.info["model"]["spec"]
-    pupil = modules.build(spec, input_shape=dataset.input_shape, num_outputs=dataset.num_outputs, seed=seed)
-    record = {"model": common.model_record(spec, dataset, seed), "data": dataset.record}
-    taught = distil(
-        pupil,
-        FunctionalModel(module, teacher),
-        dataset.train,
-        held_out=dataset.test,
-        out=out,
-        num_epochs=num_epochs,
-        batch_size=batch_size,
-        lr=lr,
-        num_workers=num_workers,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        record=record,
-    )
-    show_bank(taught)
+    common.check_device(device)
+    taught_by = Bank.open(bank)
+    module = common.module_of(taught_by, model=model, trust=trust)
+    dataset = common.data_of(taught_by, data=data, root=data_root, split=None, trust=trust)
+    decides = patience is not None or (balance is not None and ("recall" in balance or "loss" in balance))
+    rows, held_out = common.training_rows(dataset, apart=decides, seed=seed)
+    sampler, importance = common.make_sampler(balance, rows, task=dataset.task, num_epochs=num_epochs, seed=seed)
+    make_optimizer, make_scheduler = make_factories(optimizer, lr, num_epochs)
+    shared: dict[str, Any] = {
+        "out": out,
+        "held_out": held_out,
+        "num_indices": num_indices,
+        "sampler": sampler,
+        "importance_weights": importance,
+        "num_epochs": num_epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "optimizer": make_optimizer,
+        "scheduler": make_scheduler,
+        "clip_norm": clip_norm,
+        "precision": precision,
+        "patience": patience,
+        "log": log,
+        "num_workers": num_workers,
+        "seed": seed,
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    if free:
+        check_for_student(student=student, targets=targets, noise=noise, mixup=mixup)
+        record = {"model": None, "data": dataset.record, "optimizer": optimizer}
+        trained = jobs.train(module, taught_by, rows, free=free, device=device, record=record, **shared)
+    else:
+        spec = student or taught_by.info["model"]["spec"]
+        pupil = modules.build(spec, input_shape=dataset.input_shape, num_outputs=dataset.num_outputs, seed=seed)
+        record = {
+            "model": common.model_record(spec, dataset, seed),
+            "data": dataset.record,
+            "optimizer": optimizer,
+        }
+        net = FunctionalModel(module, taught_by, device=device)
+        trained = jobs.distil(pupil, net, rows, targets=targets, noise=noise, mixup=mixup, record=record, **shared)  # type: ignore[arg-type]  # checked by distil
+    show_bank(trained)
+
+
+def check_for_student(*, student: str, targets: str, noise: float, mixup: float) -> None:
+    """Raise ConfigError for options of a student beside `--free`, which has none."""
+    from bnn.errors import ConfigError
+
+    said = {"--student": student, "--targets": targets != "paired", "--noise": noise, "--mixup": mixup}
+    for flag, given in said.items():
+        if given:
+            raise ConfigError(flag, want="no --free beside it: it is about a student", got="both", fix="leave one out")
+
+
+def make_factories(
+    name: str, lr: float, num_epochs: int
+) -> tuple[Callable[[list[Any]], Any] | None, Callable[[Any], Any] | None]:
+    """The optimiser that `--optimizer` names, and its fall to a hundredth; None for the default, Adam."""
+    import torch
+
+    from bnn.errors import choose
+
+    choose("--optimizer", name, ("adam", "adamw", "sgd"))
+    if name == "adam":
+        return None, None
+
+    def make_optimizer(values: list[Any]) -> Any:
+        return torch.optim.AdamW(values, lr) if name == "adamw" else torch.optim.SGD(values, lr, momentum=0.9)
+
+    def make_scheduler(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / num_epochs))
+
+    return make_optimizer, make_scheduler

@@ -64,7 +64,7 @@ def test_digits_from_fit_to_student(bnn: Callable[..., tuple[int, str, str]], tm
     }  # fmt: skip
     code, out, err = bnn("train --bank banks/mf --student mlp:12,relu --num-epochs 200 --out student")
     assert (code, err) == (0, "")
-    assert {"model.safetensors", "curve.json", "bank.json"} <= {p.name for p in (tmp_path / "student").iterdir()}
+    assert {"model.safetensors", "curve.csv", "bank.json"} <= {p.name for p in (tmp_path / "student").iterdir()}
     code, out, err = bnn("evaluate --bank student")
     assert code == 0
     assert float(re.search(r"student\s+(\S+)", out)[1]) > 0.85  # type: ignore[index]
@@ -110,7 +110,7 @@ def test_csv_npz_and_partial_banks(bnn: Callable[..., tuple[int, str, str]], tmp
     assert Bank.open("bank").layout.names == ("1.bias", "3.weight", "3.bias")
     assert set(Bank.open("bank").base()) == {"1.weight"}
     nats, bits = (
-        float(bnn(f"evaluate --bank bank --base {base}")[1].split("bank")[1].split()[1]) for base in ("e", "2")
+        float(bnn(f"evaluate --bank bank --unit {unit}")[1].split("bank")[1].split()[1]) for unit in ("nats", "bits")
     )
     assert bits == pytest.approx(nats / math.log(2), abs=2e-4)
     assert bnn("train --bank bank --num-epochs 2 --out student")[0] == 0
@@ -229,6 +229,316 @@ def test_bench_apply_agrees_with_its_rivals(bnn: Callable[..., tuple[int, str, s
     assert {"param.data", "load_state_dict"} <= set(out.split())
 
 
+# Balance, free parameters, teachers and optimisers
+
+
+def write_table(folder: Path) -> None:
+    """240 rows of three kinds, two of them rare, that two numbers tell apart in part."""
+    import numpy as np
+
+    source = np.random.default_rng(0)
+    kinds = source.choice(["ash", "elm", "oak"], size=240, p=[0.8, 0.12, 0.08])
+    centre = {"ash": (0, 0), "elm": (1.5, 0), "oak": (0, 1.5)}
+    rows = [
+        f"{centre[kind][0] + a},{centre[kind][1] + b},{kind}"
+        for kind, a, b in zip(kinds, *source.normal(size=(2, 240)), strict=True)
+    ]
+    (folder / "t.csv").write_text("p,q,kind\n" + "\n".join(rows))
+
+
+TABLE = (
+    "fit --data t.csv:kind --model mlp:6 --method mean-field --num-steps 60 --batch-size 64 --num-samples 5 --out bank"
+)
+HEAD = "fit --data t.csv:kind --model mlp:6 --method prior --bayesian 3 --num-samples 5 --out bank"
+
+
+@pytest.mark.parametrize(
+    ("balance", "sampler", "identity"),
+    [
+        ("skew=1.0", "ClassBalancedSampler", None),
+        ("skew=0.5", "ClassBalancedSampler", None),
+        # 60 steps of 64 rows are 20 epochs of 192.
+        ("skew=1.0,schedule=linear:0.5", "DynamicClassSampler", "Linear(start=1.0, stop=0.5, num_epochs=20)"),
+        ("skew=1.5,schedule=exponential:0.9", "DynamicClassSampler", "Exponential(start=1.5, rate=0.9)"),
+    ],
+)
+def test_fit_balances_classes_and_says_so(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path, balance: str, sampler: str, identity: str | None
+) -> None:
+    write_table(tmp_path)
+    with pytest.warns(UserWarning, match="this is a balanced posterior") as heard:
+        assert bnn(f"{TABLE} --balance {balance}")[0] == 0
+    assert len(heard) == 1
+    record = Bank.open("bank").info["sampling"]
+    assert (record["sampler"], record["posterior"]) == (sampler, "balanced")
+    if identity is None:
+        skew = float(balance.removeprefix("skew="))
+        mass = [share ** (1 - skew) for share in record["natural_shares"]]
+        assert record["class_shares"] == pytest.approx([one / sum(mass) for one in mass])
+    else:
+        assert record["identity"]["schedule"] == identity
+    code, _, err = bnn(f"{TABLE} --balance {balance},importance --overwrite")
+    assert (code, err) == (0, "")
+    assert Bank.open("bank").info["sampling"]["posterior"] == "natural"
+    plain = Bank.open("bank").block(slice(None)).params["1.weight"].clone()
+    assert bnn(f"{TABLE} --overwrite")[0] == 0
+    assert Bank.open("bank").info["sampling"] == {"sampler": None, "posterior": "natural"}
+    assert not torch.equal(Bank.open("bank").block(slice(None)).params["1.weight"], plain)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{TABLE} --balance 1.0", "--balance 1.0: want skew=NUMBER[,schedule=linear:STOP|"),
+        (f"{TABLE} --balance skew", "write for example skew=1.0,schedule=linear:0.5"),
+        (f"{TABLE} --balance skew=much", "--balance skew=much: want skew=NUMBER"),
+        (f"{TABLE} --balance schedule=linear:0.5", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,schedule=cosine:0.5", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,schedule=linear", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,schedule=", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,schedule=:0.5", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,importance=yes", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,strength=2", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=1,skew=2", "want skew=NUMBER"),
+        (f"{TABLE} --balance skew=nan", "finite"),
+        (f"{TABLE} --balance skew=1,schedule=exponential:2", "Exponential(rate=): want above 0, at most 1, got 2.0"),
+        (f"{TABLE} --balance skew=1,schedule=recall:1", "sampler: want a schedule by epoch, got one by metric"),
+        (f"{TABLE} --balance skew=1,schedule=loss:-1", "ByMetric(strength=): want at least 0, got -1.0"),
+        ("fit --data t.csv:kind --model mlp:6 --method hmc --num-samples 8 --balance skew=1,schedule=linear:0 --out bank",
+         "chances that do not change from epoch to epoch"),
+        ("fit --data diabetes --model mlp:4 --method map --balance skew=1 --out bank", "--balance: want classes, got a regression"),
+        (f"{TABLE} --draws halton", "Guide(draws=): want one of random, antithetic, sobol, mean, got 'halton'"),
+        (f"{TABLE} --draws mean", "num_samples: want 1 for Guide(draws='mean'), which is one point, got 5"),
+        (f"{HEAD} --draws sobol", "--draws: want an option of the method, got method prior, which has none"),
+        ("fit --data t.csv:kind --method map --draws mean --out bank", "Guide(draws=): want none for 'map', a point"),
+    ],
+)  # fmt: skip
+def test_balances_and_draws_that_mean_nothing_get_one_line(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path, words: str, message: str
+) -> None:
+    write_table(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code, out, err = bnn(words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "bank").exists()
+
+
+def test_fit_draws_as_it_is_told(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    write_table(tmp_path)
+    assert bnn(f"{TABLE.replace('--num-samples 5', '')} --draws mean")[0] == 0
+    mean = Bank.open("bank").block(slice(None)).params["1.weight"]
+    assert len(mean) == 1
+    assert bnn(f"{TABLE.replace('--num-samples 5', '--num-samples 6')} --draws antithetic --overwrite")[0] == 0
+    bank = Bank.open("bank")
+    pairs = bank.block(slice(None)).params["1.weight"].unflatten(0, (3, 2)).mean(dim=1)
+    torch.testing.assert_close(pairs, mean.expand_as(pairs))
+    assert bank.info["method"]["options"]["draws"] == "antithetic"
+
+
+def test_free_parameters_are_trained_and_evaluated_as_the_base(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """Of a head drawn from its prior, which only a trunk that fits it makes good."""
+    from safetensors.torch import load_file
+
+    from bnn.data import load_data
+    from bnn.evaluation import evaluate
+    from bnn.functional import FunctionalModel
+    from bnn.modules import build
+
+    write_table(tmp_path)
+    assert bnn(HEAD)[0] == 0
+    words = "train --bank bank --free * --num-epochs 60 --batch-size 32 --lr 0.02 --num-indices 2 --clip-norm 5"
+    code, out, err = bnn(f"{words} --out trunk")
+    assert (code, err) == (0, "")
+    assert "1 samples of 18 values" in out
+    files = {path.name for path in (tmp_path / "trunk").iterdir()}
+    assert {"bank.json", "free.safetensors", "curve.csv"} <= files
+    assert "model.safetensors" not in files
+    trained = {name: tensor for name, tensor in load_file("trunk/free.safetensors").items() if name[0] != "@"}
+    assert trained.keys() == {"1.weight", "1.bias"}
+    module = build("mlp:6", input_shape=[2], num_outputs=3, seed=0)
+    module.load_state_dict(trained, strict=False)
+    expected = evaluate(FunctionalModel(module, Bank.open("bank")), load_data("t.csv:kind").test).metrics["nll"].value
+    found = {}
+    for name, base in (("plain", ""), ("folder", "--base trunk"), ("file", "--base trunk/free.safetensors")):
+        assert bnn(f"evaluate --bank bank {base} --report {name}")[0] == 0
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())["bank"]["metrics"]["nll"]["value"]
+    assert found["folder"] == found["file"] == pytest.approx(expected, rel=1e-5)
+    assert found["folder"] < found["plain"] - 0.1
+    assert bnn(f"{words.replace('--free *', '--free 1.bias')} --out bias")[0] == 0
+    assert Bank.open("bias").layout.names == ("1.bias",)
+    assert bnn("evaluate --bank bank --base bias")[0] == 0
+
+
+def test_bases_that_fit_no_bank_are_refused(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write_table(tmp_path)
+    assert bnn(HEAD)[0] == 0
+    for name, tensors in (
+        ("inside", {"3.bias": torch.zeros(3)}),
+        ("shape", {"1.bias": torch.zeros(7)}),
+        ("unknown", {"9.bias": torch.zeros(3)}),
+    ):
+        save_file(tensors, f"{name}.safetensors")
+    (tmp_path / "garbage.safetensors").write_bytes(b"no such thing")
+    (tmp_path / "empty").mkdir()
+    for base, message in (
+        ("inside.safetensors", "--base inside.safetensors '3.bias': want parameters of the module outside the bank"),
+        ("shape.safetensors", "got [7] where the module has another shape"),
+        ("unknown.safetensors", "got [3] of no such name"),
+        ("garbage.safetensors", "garbage.safetensors: want a safetensors file"),
+        ("empty", "empty/free.safetensors: want a safetensors file, got none"),
+        ("nowhere", "nowhere: want a safetensors file, got none"),
+    ):
+        code, out, err = bnn(f"evaluate --bank bank --base {base}")
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_targets_optimisers_and_patience_of_a_student(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Each flag reaches the run: its record, its curve, its values."""
+    write_table(tmp_path)
+    assert bnn(TABLE)[0] == 0
+    words = "train --bank bank --num-epochs 4 --batch-size 50"
+    values, curves = {}, {}
+    for name, flags in {
+        "plain": "",
+        "predictive": "--targets predictive",
+        "sgd": "--optimizer sgd",
+        "adamw": "--optimizer adamw",
+        "noise": "--noise 0.2",
+        "mixup": "--mixup 0.4",
+        "several": "--num-indices 3",
+        "half": "--precision bfloat16",
+        "balanced": "--balance skew=1.0",
+        "by recall": "--balance skew=1.0,schedule=recall:1.0",
+    }.items():
+        out = name.replace(" ", "-")
+        code, _, err = bnn(f"{words} {flags} --out {out}")
+        assert (code, err) == (0, ""), name
+        values[name] = Bank.open(out)[0]["1.weight"]
+        curves[name] = (tmp_path / out / "curve.csv").read_text().splitlines()
+        assert len(curves[name]) == 5
+        assert curves[name][0] == "epoch,loss,lr,held_out_nll,held_out_accuracy,held_out_kl"
+    for name, value in values.items():
+        assert sum(torch.equal(value, other) for other in values.values()) == 1, name
+    assert Bank.open("predictive").info["method"]["options"]["targets"] == "predictive"
+    assert Bank.open("sgd").info["optimizer"] == "sgd"
+    assert float(curves["sgd"][-1].split(",")[2]) == pytest.approx(3e-3 * 0.01 ** (3 / 4))  # in its last epoch
+    assert float(curves["plain"][-1].split(",")[2]) == pytest.approx(3e-3 * 0.01 ** (15 / 16))  # in its last step
+    assert Bank.open("balanced").info["sampling"]["sampler"] == "ClassBalancedSampler"
+    # Where held-out rows decide something they are a tenth of the training rows, set apart; 192 of the 240 are those.
+    assert Bank.open("balanced").info["provenance"]["rows"] == 192
+    assert Bank.open("by-recall").info["provenance"]["rows"] == 173
+    assert bnn("train --bank bank --num-epochs 200 --batch-size 16 --lr 0.1 --patience 2 --out stopped")[0] == 0
+    stopped = Bank.open("stopped")
+    assert stopped.info["provenance"]["rows"] == 173
+    scores = [float(line.split(",")[3]) for line in (tmp_path / "stopped" / "curve.csv").read_text().splitlines()[1:]]
+    assert len(scores) < 200
+    assert scores.index(min(scores)) == len(scores) - 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--free * --student mlp:4", "--student: want no --free beside it"),
+        ("--free * --targets predictive", "--targets: want no --free beside it"),
+        ("--free * --noise 0.1", "--noise: want no --free beside it"),
+        ("--free * --mixup 0.1", "--mixup: want no --free beside it"),
+        ("--free 3", "free: want patterns that match parameters outside the bank: 1.weight, 1.bias, got '3'"),
+        ("--targets mean", "targets: want one of paired, predictive, got 'mean'"),
+        ("--targets predictive --noise 0.1", "targets='predictive': want neither noise, mixup nor num_indices"),
+        ("--optimizer adagrad", "--optimizer: want one of adam, adamw, sgd, got 'adagrad'"),
+        ("--precision int8", "precision: want one of float32, bfloat16, float16"),
+        ("--patience 0", "patience: want at least 1 epoch"),
+        ("--clip-norm 0", "clip_norm: want a number above 0"),
+        ("--num-indices 0", "num_indices: want at least 1"),
+        ("--log wandb", "log: want one of csv, tensorboard"),
+        ("--balance skew=a", "--balance skew=a: want skew=NUMBER"),
+        ("--lr 0", "lr: want a number above 0"),
+        ("--lr 0 --optimizer sgd", "lr: want a number above 0"),
+        ("--num-workers -1", "num_workers: want at least 0"),
+    ],
+)
+def test_bad_flags_of_train_get_one_line_and_leave_nothing(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path, flags: str, message: str
+) -> None:
+    write_table(tmp_path)
+    assert bnn(HEAD)[0] == 0
+    code, out, err = bnn(f"train --bank bank {flags} --out s")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_bank_that_holds_everything_leaves_nothing_to_train(
+    bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    write_table(tmp_path)
+    assert bnn(TABLE)[0] == 0
+    code, _, err = bnn("train --bank bank --free * --out s")
+    assert code == 2
+    assert "free: want parameters outside the bank, got a bank that holds all of them" in err
+
+
+def test_a_balanced_bank_is_judged_at_natural_shares(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """As `evaluate` says of it in Python, with the shares that the bank keeps; other banks have none to correct."""
+    from bnn.data import load_data
+    from bnn.evaluation import evaluate
+    from bnn.functional import FunctionalModel
+    from bnn.modules import build
+
+    write_table(tmp_path)
+    with pytest.warns(UserWarning, match="balanced posterior"):
+        assert bnn(f"{TABLE.replace('60', '400')} --balance skew=1.0")[0] == 0
+    bank, data = Bank.open("bank"), load_data("t.csv:kind")
+    net = FunctionalModel(build("mlp:6", input_shape=[2], num_outputs=3, seed=0), bank)
+    counts = torch.bincount(data.train.y)
+    shift = [1 / 3] * 3, (counts / counts.sum()).tolist()
+    figures = {}
+    for name, flag in (("plain", ""), ("shifted", "--prior-shift")):
+        assert bnn(f"evaluate --bank bank {flag} --report {name}")[0] == 0
+        figures[name] = json.loads((tmp_path / name / "report.json").read_text())["bank"]["metrics"]["nll"]["value"]
+    assert figures["shifted"] == pytest.approx(evaluate(net, data.test, prior_shift=shift).metrics["nll"].value)
+    assert figures["plain"] == pytest.approx(evaluate(net, data.test).metrics["nll"].value)
+    assert figures["shifted"] < figures["plain"] - 0.05
+    for flags, got in (("", "natural"), ("--balance skew=1.0,importance", "natural")):
+        assert bnn(f"{TABLE} {flags} --overwrite")[0] == 0
+        code, _, err = bnn("evaluate --bank bank --prior-shift")
+        assert code == 2
+        assert f"--prior-shift: want a bank fitted with --balance, without importance weights, got a {got}" in err
+
+
+def test_units_of_information(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Tables are in bits where that is said, reports always in nats."""
+    write_table(tmp_path)
+    assert bnn(TABLE)[0] == 0
+    shown, kept = {}, {}
+    for unit in ("nats", "bits"):
+        code, out, _ = bnn(f"evaluate --bank bank --unit {unit} --report {unit}")
+        assert code == 0
+        header, row = out.splitlines()[0].split("  "), out.splitlines()[1].split()
+        names = [name.strip().replace(" ", "_") for name in header if name.strip()]
+        shown[unit] = dict(zip(names, map(float, row[1:]), strict=True))
+        kept[unit] = json.loads((tmp_path / unit / "report.json").read_text())["bank"]["metrics"]
+    assert {name: figure["value"] for name, figure in kept["bits"].items()} == {
+        name: figure["value"] for name, figure in kept["nats"].items()
+    }
+    for name, value in shown["nats"].items():
+        factor = 1.0 if name in ("accuracy", "brier", "ece") else math.log(2)
+        assert shown["bits"][name] * factor == pytest.approx(value, abs=2e-4), name
+    code, _, err = bnn("evaluate --bank bank --unit hartley")
+    assert code == 2
+    assert "--unit: want one of nats, bits, got 'hartley'" in err
+
+
 # Bad input: one line on stderr, exit code 2, nothing half-written
 
 FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
@@ -264,7 +574,7 @@ FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
         ("bank info nowhere", "nowhere: want a bank"),
         ("bank verify nowhere", "nowhere: want a bank"),
         ("train --bank nowhere --out s", "nowhere: want a bank"),
-        ("bench fly", "bench: want one of write, read, select, apply, got 'fly'"),
+        ("bench fly", "bench: want one of write, read, select, apply, train, got 'fly'"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_leaves_nothing(

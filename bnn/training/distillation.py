@@ -1,0 +1,313 @@
+"""Distil a bank into one module: it is taught the predictive of the whole bank, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from bnn.bank import Bank
+from bnn.batches import full_batch, moved
+from bnn.errors import ConfigError, choose
+from bnn.fitting import provenance, sampling_record, versions
+from bnn.functional import FunctionalModel, Skeleton
+from bnn.layout import Entry, layout_of
+from bnn.likelihoods import SCALE, Gaussian, Likelihood, as_columns, likelihood_from_config
+from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.samplers import EpochSampler, PairedLoader
+from bnn.seeding import derive, generator
+from bnn.training.files import keep
+from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, weighted_mean
+from bnn.training.logs import Log, check_log
+from bnn.training.loop import HeldOut, OptimizerFactory, Precision, Problem, Recipe, SchedulerFactory, run
+from bnn.types import Block, Data, Params, State
+
+Targets: TypeAlias = Literal["paired", "predictive"]
+TARGETS: tuple[str, ...] = ("paired", "predictive")
+
+CACHE_ROWS = 512  # rows whose predictive is computed at once
+
+
+class Lesson(NamedTuple):
+    """Everything that does not change while a student is taught."""
+
+    net: FunctionalModel
+    student: Skeleton
+    likelihood: Likelihood
+    weights: Tensor  # [S] of the samples, with mean 1
+    loader: PairedLoader
+    importance: bool
+    cache: tuple[Tensor, Tensor] | None  # outputs [N, C] and scales of the whole predictive
+    noise: float
+    mixup: float
+    seed: int
+
+
+def distil(
+    student: nn.Module,
+    net: FunctionalModel,
+    data: Data,
+    *,
+    out: str | Path,
+    targets: Targets = "paired",
+    num_indices: int | None = None,
+    noise: float = 0.0,
+    mixup: float = 0.0,
+    likelihood: Likelihood | None = None,
+    held_out: Data | None = None,
+    sampler: EpochSampler[Any] | None = None,
+    importance_weights: bool = False,
+    num_epochs: int = 100,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    scheduler_interval: Literal["step", "epoch"] = "epoch",
+    clip_norm: float | None = None,
+    precision: Precision = "float32",
+    patience: int | None = None,
+    monitor: str = "held_out_nll",
+    log: Log = "csv",
+    num_workers: int = 0,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Bank:
+    """Distil a bank into one module, by stochastic steps in both data and samples.
+
+    minimise over phi: E_{x, i} KL(p(y | x, theta_i) || q(y | x, phi))
+
+    Each batch of data meets one bank index, so that a step costs one pass of one sample, and over
+    many steps the student learns the predictive of the whole bank, sample weights included: its minimum is the mean
+    probability for classes, mean and standard deviation of the mixture for a Gaussian. With
+    `num_indices` a step averages over K samples; with `targets="predictive"` the predictive of the whole
+    bank is computed once for every row and kept, which has the same minimum and no noise from samples.
+
+    Args:
+        student: gives structure and initial values; not changed.
+        net: the module under the bank that teaches.
+        data: training rows, a pair of tensors or a data set; targets are not looked at.
+        out: a folder for the result: a bank of one sample, `model.safetensors` with the same values
+            as an ordinary state dict, and `curve.csv`, a row an epoch.
+        targets: `"paired"` with the samples that a batch meets, or `"predictive"`, for data that give the
+            same inputs whenever a row is asked for.
+        num_indices: samples a batch meets; None is one.
+        noise: standard deviation of normal noise added to inputs of teacher and student, at least 0.
+        mixup: alpha of Beta(alpha, alpha), by which inputs are mixed with those of another row; 0 is off.
+            Teacher and student see the mixed inputs, so that the teacher says what they are.
+        likelihood: what outputs mean; the one that the bank was made with by default. The student
+            of a Gaussian has one noise scale of its own, `@likelihood.scale`.
+        held_out: rows judged after every epoch.
+        sampler, importance_weights, num_epochs, batch_size, lr, optimizer, scheduler, scheduler_interval,
+            clip_norm, precision, patience, monitor, log, num_workers, seed, resume, overwrite, progress,
+            record: as for `train`.
+
+    Returns:
+        The student as a bank of one sample.
+
+    Raises:
+        ConfigError: an option out of range.
+        BankExists, BankMismatch: as for `fit`.
+        FitError: the loss is not finite.
+
+    Source: Balan et al. (2015), arXiv:1506.04416; Hinton et al. (2015), arXiv:1503.02531; of mixed
+    inputs, Zhang et al. (2018), arXiv:1710.09412.
+    """
+    recipe = Recipe(num_epochs, lr, optimizer, scheduler, scheduler_interval, clip_norm, precision, patience, monitor)
+    check_log(log)
+    _check_inputs(targets, num_indices, noise, mixup)
+    likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
+    is_normal = isinstance(likelihood, Gaussian)
+    layout = layout_of(student, extra=[Entry(SCALE, (), torch.float32)] if is_normal else [])
+    loader = paired(
+        data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, seed=seed,
+        sampler=sampler, importance=importance_weights, judged=held_out is not None,
+    )  # fmt: skip
+    cache = whole_predictive(net, data, likelihood) if targets == "predictive" else None
+    lesson = Lesson(
+        net, Skeleton(student, layout, detach=True), likelihood, relative_weights(net.bank), loader,
+        importance_weights, cache, noise, mixup, seed,
+    )  # fmt: skip
+    named = dict(student.named_parameters())
+    start = {entry.name: named[entry.name].detach() for entry in layout.entries if entry.name != SCALE}
+    if is_normal:
+        start[SCALE] = torch.zeros(())  # the logarithm of the scale moves
+    judged = None if held_out is None else _judge(lesson, held_out)
+    problem = Problem("distil", layout, start, _loss(lesson), _from_log, judged)
+    options = {
+        **recipe.to_config(),
+        "targets": targets,
+        "num_indices": num_indices,
+        "noise": noise,
+        "mixup": mixup,
+        "batch_size": batch_size,
+        "teacher": net.bank.digest,
+    }
+    config = {
+        "likelihood": likelihood.to_config(),
+        "task": likelihood.task,
+        "method": {"name": "distil", "options": options},
+        "sampling": sampling_record(data, sampler, importance=importance_weights),
+        "seed": seed,
+        "provenance": provenance(student, data),
+        "versions": versions(),
+        **(record or {}),
+    }
+    buffers = {n: t for n, t in student.state_dict().items() if n not in layout.names and n not in layout.aliases}
+
+    def steps(state: State | None) -> Iterator[tuple[Block, State]]:
+        return run(problem, recipe, loader, net.device, state)
+
+    return keep(
+        out, steps, title="distil", layout=layout, config=config, base=buffers, export="model.safetensors", log=log,
+        resume=resume, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def divergence(
+    likelihood: Likelihood, teacher: Tensor, student: Tensor, teacher_scale: Tensor, scale: Tensor
+) -> Tensor:
+    """KL(teacher || student) of each row [B], in nats.
+
+    Classes: sum_c p_c (log p_c - log q_c). Normals, summed over outputs:
+    log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2
+
+    Args:
+        likelihood: what outputs mean.
+        teacher: logits or means of a sample [B, C].
+        student: logits or means of the student [B, C].
+        teacher_scale: sigma, a scalar or [B, C]; unused for classes.
+        scale: s, a scalar; unused for classes.
+    """
+    if isinstance(likelihood, Gaussian):
+        mu, m = as_columns(teacher), as_columns(student)
+        each = (scale / teacher_scale).log() + (teacher_scale**2 + (mu - m).square()) / (2 * scale**2) - 0.5
+        return each.sum(dim=-1)
+    log_p, log_q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    """What the whole bank says of every row: log probabilities [N, C], or mean and standard deviation [N, C]."""
+    if isinstance(data, Dataset):
+        parts: Iterator[Any] = iter(DataLoader(data, batch_size=CACHE_ROWS, generator=torch.Generator().manual_seed(0)))
+    else:
+        x, y, _ = full_batch(data)
+        parts = (
+            (pytree.tree_map(lambda leaf: leaf[start : start + CACHE_ROWS], x), y[start : start + CACHE_ROWS])  # noqa: B023
+            for start in range(0, len(y), CACHE_ROWS)
+        )
+    outputs, scales = [], []
+    for part in parts:
+        predictive = predict(net, inputs_and_targets(part).x, likelihood=likelihood)
+        if isinstance(predictive, NormalPredictive):
+            outputs.append(predictive.mean.float())
+            scales.append((predictive.aleatoric + predictive.epistemic).sqrt().float())
+        else:
+            outputs.append(predictive.log_probs.float())
+    return torch.cat(outputs), torch.cat(scales) if scales else torch.ones(())
+
+
+def _check_inputs(targets: str, num_indices: int | None, noise: float, mixup: float) -> None:
+    choose("targets", targets, TARGETS)
+    if not (0 <= noise < float("inf") and 0 <= mixup < float("inf")):
+        raise ConfigError("distil", want="noise and mixup of at least 0", got=f"{noise}, {mixup}", fix="0 is off")
+    if targets == "predictive" and (noise or mixup or num_indices is not None):
+        raise ConfigError(
+            "targets='predictive'",
+            want="neither noise, mixup nor num_indices beside it",
+            got="one of them",
+            fix="the predictive is computed once, of the rows as they are: use targets='paired'",
+        )
+
+
+def _loss(lesson: Lesson) -> Callable[[Params, Any, int | Tensor, Any, int], Tensor]:
+    """The mean divergence of the student from what teaches it, over the rows of a batch."""
+
+    def mean_divergence(values: Params, data: Any, index: int | Tensor, rows: Any, step: int) -> Tensor:
+        x = _changed(moved(inputs_and_targets(data, lesson.loader).x, lesson.net.device), lesson, step)
+        params = _from_log(values)
+        scale = params.get(SCALE, torch.ones(()))
+        student = lesson.student(params, x, device=lesson.net.device)
+        weights = lesson.loader.sampler.importance_weights(rows) if lesson.importance else None
+        total = torch.zeros((), device=lesson.net.device)
+        taught = list(_teachers(lesson, x, index, rows))
+        for weight, teacher, teacher_scale in taught:
+            each = divergence(lesson.likelihood, teacher, student, teacher_scale, scale)
+            total = total + weight * weighted_mean(each, weights)
+        return total / len(taught)
+
+    return mean_divergence
+
+
+def _teachers(lesson: Lesson, x: Any, index: int | Tensor, rows: Any) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """(weight, outputs [B, C], scale) of what teaches a batch: its samples, or the whole predictive."""
+    if lesson.cache is not None:
+        outputs, scales = lesson.cache
+        chosen = torch.as_tensor(np.asarray(rows))
+        scale = scales[chosen] if scales.dim() else scales
+        yield 1.0, outputs[chosen].to(lesson.net.device), scale.to(lesson.net.device)
+        return
+    for one in [index] if isinstance(index, int) else index.tolist():
+        with torch.no_grad():
+            teacher = lesson.net(x, one)
+            scale = torch.ones(())
+            if isinstance(lesson.likelihood, Gaussian):
+                scale = lesson.likelihood.scale_of(lesson.net.params(one))
+        yield float(lesson.weights[one]), teacher, scale
+
+
+def _changed(x: Any, lesson: Lesson, step: int) -> Any:
+    """Inputs with noise, or mixed with those of another row; the same at the same step whenever it is taken."""
+    if not (lesson.noise or lesson.mixup):
+        return x
+    leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    if not all(leaf.is_floating_point() for leaf in leaves):
+        raise ConfigError("noise, mixup", want="inputs of real numbers", got="whole numbers", fix="leave both at 0")
+    source = generator(lesson.seed, "inputs", step)
+    if lesson.mixup:
+        share = float(np.random.default_rng(derive(lesson.seed, "mixup", step)).beta(lesson.mixup, lesson.mixup))
+        partner = torch.randperm(len(leaves[0]), generator=source).to(lesson.net.device)
+        x = pytree.tree_map(lambda leaf: share * leaf + (1 - share) * leaf[partner], x)
+    if lesson.noise:
+
+        def noisy(leaf: Tensor) -> Tensor:
+            normals = torch.randn(leaf.shape, generator=source, dtype=leaf.dtype)
+            return leaf + lesson.noise * normals.to(leaf.device)
+
+        x = pytree.tree_map(noisy, x)
+    return x
+
+
+def _judge(lesson: Lesson, held_out: Data) -> Callable[[Params], HeldOut]:
+    """The student on held-out rows: NLL of the targets, and for classes its divergence from the bank."""
+    x, y, _ = full_batch(held_out)
+    predictive = predict(lesson.net, x, likelihood=lesson.likelihood)
+    x = moved(x, lesson.net.device)
+
+    def judge(values: Params) -> HeldOut:
+        params = _from_log(values)
+        outputs = lesson.student(params, x, device=lesson.net.device).cpu()
+        if isinstance(predictive, ClassPredictive):
+            log_q = outputs.double().log_softmax(dim=-1)
+            gap = (predictive.probs * (predictive.log_probs - log_q)).sum(dim=-1)
+            found = class_figures(log_q, y.cpu())
+            return HeldOut({**found.figures, "held_out_kl": float(gap.mean())}, found.per_class)
+        # The student's scale is an entry of its params, under whatever prior the likelihood has it learnt with.
+        nll = -float(Gaussian(float(params[SCALE])).log_prob(outputs, y.cpu(), params).mean())
+        return HeldOut({"held_out_nll": nll}, {})
+
+    return judge
+
+
+def _from_log(values: Params) -> Params:
+    """Values as they move -> params as a bank keeps them: the noise scale is the exponential of one."""
+    return values | ({SCALE: values[SCALE].exp()} if SCALE in values else {})

@@ -1,0 +1,98 @@
+"""What training with a bank and distilling one share: rows with their order, held-out figures, sample weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bnn.batches import full_batch, sampled
+from bnn.errors import ConfigError, DataError
+from bnn.functional import SampleSource
+from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler, PairedLoader, SampleIndexSampler, TensorRows
+from bnn.training.loop import HeldOut
+from bnn.types import Batch, Data
+
+
+def paired(
+    data: Data,
+    bank: SampleSource,
+    *,
+    batch_size: int,
+    num_indices: int | None,
+    num_workers: int,
+    seed: int,
+    sampler: EpochSampler[Any] | None,
+    importance: bool,
+    judged: bool,
+) -> PairedLoader:
+    """Batches of the data, each with the bank indices it meets.
+
+    Raises:
+        ConfigError: a `DataLoader`, which has an order of its own; a sampler that waits for held-out figures
+            where none are measured.
+    """
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise ConfigError(
+            "data",
+            want="a pair of tensors or a data set, which are paired with the bank here",
+            got="a DataLoader",
+            fix="pass its data set, and batch_size=, num_workers=, sampler=",
+        )
+    if importance and sampler is None:
+        raise ConfigError(
+            "importance_weights", want="sampler=, whose chances they make up for", got="none", fix="pass sampler="
+        )
+    if sampler is not None:
+        sampled(data, sampler, importance=importance)  # refuses what does not fit the data
+        by_metric = isinstance(sampler, DynamicClassSampler) and isinstance(sampler.schedule, ByMetric)
+        if by_metric and not judged:
+            raise ConfigError(
+                "sampler", want="held_out= rows for a schedule by metric", got="none", fix="pass held_out"
+            )
+    indices = SampleIndexSampler(bank, seed=seed)
+    rows = data if isinstance(data, Dataset) else TensorRows(tuple(full_batch(data)[:2]))
+    options: dict[str, Any] = {"num_indices": num_indices, "num_workers": num_workers}
+    if sampler is not None and sampler.of_batches:
+        return PairedLoader(rows, indices, batch_sampler=sampler, **options)
+    return PairedLoader(rows, indices, batch_size=batch_size, shuffle=sampler is None, sampler=sampler, **options)
+
+
+def inputs_and_targets(data: Any, loader: PairedLoader | None = None) -> Batch:
+    """The batch that a loader gave; rows that were not looked at as a whole are checked here.
+
+    Raises:
+        DataError: anything but rows (x, y), or NaN or Inf.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise DataError("data", want="rows (x, y)", got=type(data).__name__, fix="pass a data set of such pairs")
+    if loader is not None and isinstance(loader.dataset, TensorRows):
+        return Batch(data[0], data[1])
+    return full_batch((data[0], data[1]))
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over rows [B] of what each costs, times its importance weight where there are any; a scalar."""
+    return values.mean() if weights is None else (weights.to(values) * values).mean()
+
+
+def class_figures(log_probs: Tensor, y: Tensor) -> HeldOut:
+    """NLL and accuracy of log probabilities [B, C] at classes y [B], and loss and recall of each class."""
+    nll = -log_probs.gather(1, y.unsqueeze(1)).squeeze(1)  # [B]
+    correct = (log_probs.argmax(dim=1) == y).double()
+    count = torch.bincount(y, minlength=log_probs.shape[1]).double()
+
+    def of_classes(values: Tensor) -> list[float]:
+        sums = torch.zeros_like(count).index_add_(0, y, values.double())
+        # A class that no held-out row has counts as the mean: nothing is known of it.
+        return torch.where(count > 0, sums / count.clamp_min(1), values.double().mean()).tolist()
+
+    figures = {"held_out_nll": float(nll.mean()), "held_out_accuracy": float(correct.mean())}
+    return HeldOut(figures, {"recall": of_classes(correct), "loss": of_classes(nll)})
+
+
+def relative_weights(bank: SampleSource) -> Tensor:
+    """S w_i of each sample [S], with mean 1: what a step under sample i counts for."""
+    return len(bank) * bank.log_weight.softmax(dim=0)
