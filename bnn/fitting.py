@@ -194,16 +194,21 @@ def provenance(module: nn.Module, data: Data) -> dict[str, Any]:
     Of the module its structure as it prints; of tensors the first 1,000 rows. Other data sets may
     draw at random what they return, so that only their length is kept.
     """
-    digest = hashlib.sha256()
+    structure = hashlib.sha256(repr(module).encode()).hexdigest()
+    return {"module": structure, "rows": num_rows(data), "data": digest_of(data)}
+
+
+def digest_of(data: Data) -> str | None:
+    """Of the first 1,000 rows of tensors, and their shapes; None for data sets that are no tensors."""
     tensors = data.tensors if isinstance(data, TensorDataset) else data if isinstance(data, (tuple, list)) else ()
+    digest = hashlib.sha256()
     for leaf in pytree.tree_leaves(list(tensors)):
         if isinstance(leaf, torch.Tensor):
             rows = leaf[:1000].detach().cpu().contiguous()
             digest.update(
                 str((rows.dtype, tuple(leaf.shape))).encode() + rows.flatten().view(torch.uint8).numpy().tobytes()
             )
-    structure = hashlib.sha256(repr(module).encode()).hexdigest()
-    return {"module": structure, "rows": num_rows(data), "data": digest.hexdigest() if len(tensors) else None}
+    return digest.hexdigest() if len(tensors) else None
 
 
 def _with_progress(

@@ -103,7 +103,9 @@ def test_no_block_escapes(page: Path) -> None:
     assert not set(opened) & set(UNSEEN)
 
 
-@pytest.mark.parametrize("name", ["index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "throughput", "pitfalls", "cli"])
+@pytest.mark.parametrize(
+    "name", ["index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "throughput", "pitfalls", "cli"]
+)
 def test_guides_have_blocks_that_run(name: str) -> None:
     assert {"python", "bash"} & {snippet.language for snippet in snippets(ROOT / "docs" / f"{name}.md")}
 

@@ -199,6 +199,10 @@ class DynamicClassSampler(EpochSampler[int]):
         self._weights(self.epoch, found)
         self._metrics = found
 
+    def reset(self) -> None:
+        """Forget every `update`: the next iteration begins as that of a new sampler."""
+        self._metrics, self._in_force = {}, {}
+
     def class_shares(self, epoch: int | None = None) -> Tensor:
         """Chance of each class at a draw of an epoch, the present one by default, after the last update; [C]."""
         metrics = self._in_force if epoch is None else self._metrics

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from bnn.bank import Bank
 from bnn.batches import full_batch, moved
 from bnn.errors import ConfigError, choose
-from bnn.fitting import provenance, sampling_record, versions
+from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
 from bnn.layout import Entry, layout_of
 from bnn.likelihoods import SCALE, Gaussian, Likelihood, as_columns, likelihood_from_config
@@ -157,7 +157,10 @@ def distil(
         "method": {"name": "distil", "options": options},
         "sampling": sampling_record(data, sampler, importance=importance_weights),
         "seed": seed,
-        "provenance": provenance(student, data),
+        "provenance": {
+            **provenance(student, data),
+            "held_out": None if held_out is None else digest_of(held_out),
+        },
         "versions": versions(),
         **(record or {}),
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnn.bank import Bank
 from bnn.batches import full_batch, moved
 from bnn.errors import ConfigError
-from bnn.fitting import provenance, sampling_record, versions
+from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
 from bnn.layout import Layout, as_patterns, layout_of, matches
 from bnn.likelihoods import Likelihood, likelihood_from_config
@@ -105,7 +105,7 @@ def train(
         precision: `"bfloat16"` or `"float16"` computes forward passes in mixed precision; values stay as they are.
         patience: stop after so many epochs in which `monitor` got no better, and keep the best values.
         monitor: figure of the held-out rows that is to fall.
-        log: `"tensorboard"` writes events into `out/tensorboard` beside the CSV file.
+        log: `"tensorboard"` writes events beside the CSV file.
         num_workers: processes that load data.
         device: where to compute; the module's own by default.
         seed: of the order of data and bank indices.
@@ -165,7 +165,11 @@ def train(
         },
         "sampling": sampling_record(data, sampler, importance=importance_weights),
         "seed": seed,
-        "provenance": {**provenance(module, data), "frozen": frozen_digest(module, together)},
+        "provenance": {
+            **provenance(module, data),
+            "frozen": frozen_digest(module, together),
+            "held_out": None if held_out is None else digest_of(held_out),
+        },
         "versions": versions(),
         **(record or {}),
     }

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -120,6 +121,8 @@ def run(
     machine, progress = _start(problem, recipe, device), Progress()
     if state is not None:
         progress = _restore(state, machine, loader)
+    elif isinstance(loader.sampler, DynamicClassSampler):
+        loader.sampler.reset()  # what it was told in another run is not this one's
     yielded_at = time.monotonic()
     while progress.step < total and not progress.stopped:
         for data, index in loader:
@@ -168,11 +171,10 @@ def _step(
     machine.optimizer.zero_grad()
     if recipe.scheduler is None and recipe.optimizer is None:  # Adam falls to a hundredth over the run
         machine.optimizer.param_groups[0]["lr"] = recipe.lr * 0.01 ** (progress.step / total)
-    if recipe.precision == "float32":
+    mixed = recipe.precision != "float32"
+    autocast = torch.autocast(device.type, dtype=getattr(torch, recipe.precision)) if mixed else nullcontext()
+    with torch.enable_grad(), autocast:
         loss = problem.loss(machine.values, *pair, progress.step)
-    else:
-        with torch.autocast(device.type, dtype=getattr(torch, recipe.precision)):
-            loss = problem.loss(machine.values, *pair, progress.step)
     found = float(loss.detach())
     if not math.isfinite(found):
         raise FitError(

@@ -277,6 +277,20 @@ def test_the_first_point_of_a_sobol_sequence_is_a_sample_like_any() -> None:
     assert bool(flat.isfinite().all())
 
 
+@pytest.mark.parametrize("edge", [0.0, 1 - 2.0**-30, 1.0])
+def test_points_at_the_ends_of_the_unit_interval_are_finite_draws(edge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the normal's quantiles are infinite: such points are rare, and a bank takes no sample that is not finite."""
+
+    def at_the_edge(engine: Any, n: int, *, dtype: torch.dtype) -> Tensor:
+        return torch.full((n, engine.dimension), edge, dtype=dtype)
+
+    monkeypatch.setattr(torch.quasirandom.SobolEngine, "draw", at_the_edge)
+    flat = draw("low-rank", "sobol", 3)
+    assert bool(flat.isfinite().all())
+    mean = draw("low-rank", "mean", 1)
+    assert bool(((flat > mean) == (edge > 0.5))[:, -1].all())
+
+
 def wide(num_values: int) -> tuple[BayesianModel, tuple[Tensor, Tensor]]:
     module = nn.Linear(num_values, 1, bias=False)
     model = BayesianModel(module, prior=priors.Normal(), likelihood=likelihoods.Gaussian(1.0), num_data=3)

@@ -611,6 +611,26 @@ def test_a_resume_beside_other_frozen_values_is_refused(tmp_path: Path, state_ev
         train(module, bank, data, out=tmp_path / "t", free="1.bias", num_epochs=2, batch_size=5, resume=True)
 
 
+def test_a_resume_with_other_held_out_rows_is_refused(tmp_path: Path, state_every_step: None) -> None:
+    """They decide when a run stops, and what schedulers and samplers are told."""
+    module, bank, data, (x_out, y_out) = case()
+    options: dict[str, Any] = {"num_epochs": 2, "batch_size": 5, "patience": 2}
+    with cut_after(3):
+        train(module, bank, data, out=tmp_path / "t", held_out=(x_out, y_out), **options)
+    for other in ((x_out + 1, y_out), (x_out[:9], y_out[:9]), (x_out, y_out.flip(0))):
+        with pytest.raises(BankMismatch, match=r"bank\.json: want"):
+            train(module, bank, data, out=tmp_path / "t", held_out=other, resume=True, **options)
+
+
+def test_a_sampler_that_has_served_serves_a_new_run_like_a_new_one(tmp_path: Path) -> None:
+    """What it was told in another run is of that run."""
+    module, bank, data, held_out = case()
+    sampler = DynamicClassSampler(labels(), ByMetric("recall", strength=2.0), seed=4)
+    options: dict[str, Any] = {"sampler": sampler, "held_out": held_out, "num_epochs": 3, "batch_size": 5}
+    first, second = (train(module, bank, data, out=tmp_path / out, **options)[0]["1.weight"] for out in ("a", "b"))
+    assert torch.equal(first, second)
+
+
 KILLED = """
 import sys
 from bnn.bank import writer
