@@ -34,7 +34,9 @@ def read_array(spec: str | Path) -> np.ndarray:
     try:
         return _READERS[suffix](Path(path), name or None)
     except (ValueError, TypeError, MemoryError, SafetensorError, csv.Error, EOFError) as error:
-        raise DataError(text, want=f"a {suffix} file of numbers", got=str(error)[:200], fix="mend the file") from error
+        raise DataError(
+            text, want=f"a {suffix} file of numbers", got=str(error)[:200], fix="mend the file, or name one array of it"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -69,6 +71,8 @@ def _read_csv(path: Path, name: str | None) -> np.ndarray:
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin theirs with a mark
         rows = csv.reader(file)
         header = [column.strip() for column in next(rows, [])]
+        if header and all(_is_number(column) for column in header):
+            raise ValueError("its first line holds numbers, where the names of the columns belong")
         column = header.index(_choose(header, name))
         values = []
         for line, row in enumerate(rows, start=2):
@@ -77,6 +81,14 @@ def _read_csv(path: Path, name: str | None) -> np.ndarray:
             except (ValueError, IndexError) as error:
                 raise ValueError(f"line {line} has no number in column {header[column]!r}") from error
     return np.array(values, dtype=np.float64)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _choose(names: list[str], name: str | None) -> str:

@@ -210,7 +210,7 @@ def _as_batch(data: Any) -> Batch:
 def _requests(data: Data, batch_size: int, seed: int) -> Requests:
     """The batches of an epoch: by the data's sampler, or each row once in a shuffled order."""
     sampler = data.sampler if isinstance(data, Sampled) else ShuffledSampler(num_rows(data), seed=seed)
-    return Requests(sampler, None if sampler.of_batches else min(batch_size, len(sampler)), drop_last=False)
+    return Requests(sampler, None if sampler.of_batches else min(batch_size, len(sampler)), drop_last=False, seed=seed)
 
 
 def _weighed(data: Sampled) -> Batch:

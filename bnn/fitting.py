@@ -7,6 +7,7 @@ import hashlib
 import platform
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str,
         writer.abandon()
         raise
     except BaseException:
+        if writer.has_news:  # a worker that died, memory that ran out: what has come is still right
+            with suppress(OSError, BnnError):
+                writer.commit()
         writer.release()
         raise
 

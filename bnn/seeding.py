@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,24 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from bnn.errors import ConfigError
+
+
+def as_seed(seed: int) -> int:
+    """The seed as a plain int.
+
+    Raises:
+        ConfigError: anything but a whole number: other things have no value that is the same everywhere.
+    """
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise ConfigError("seed", want="a whole number", got=repr(seed), fix="pass seed=0, or another") from error
+
 
 def derive(seed: int, *keys: int | str) -> int:
     """A seed in [0, 2^63) for the place named by `keys`; different keys give unrelated seeds."""
-    text = "/".join(str(key) for key in (seed, *keys))
+    text = "/".join(str(key) for key in (as_seed(seed), *keys))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -30,8 +45,8 @@ GLOBAL_STATE = threading.RLock()
 def seed_streams(start: int) -> None:
     """Start the global streams of torch (on the CPU), NumPy and Python from a number: for processes of our own."""
     torch.default_generator.manual_seed(start)
-    np.random.set_state(np.random.RandomState(start % 2**32).get_state())  # noqa: NPY002
-    random.setstate(random.Random(start).getstate())
+    np.random.seed(start % 2**32)  # noqa: NPY002
+    random.seed(start)
 
 
 @contextmanager

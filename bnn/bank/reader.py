@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -319,7 +320,7 @@ class Bank(Sequence[Params]):
         # A process that gets the bank opens it anew: maps do not travel.
         if self.path is not None:
             return _reopen, (self.path, self._verify)
-        return super().__reduce_ex__(2)  # type: ignore[return-value]
+        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)

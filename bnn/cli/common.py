@@ -61,8 +61,8 @@ Config = Annotated[
 Balance = Annotated[
     str | None,
     typer.Option(
-        help="Draw classes as balanced as skew=1.0 says; also ,schedule=linear:0.5 or exponential:0.9, and "
-        ",importance to keep the target.",
+        help="Draw classes as balanced as skew=1.0 says; also ,schedule=linear:0.5 or exponential:0.9 (for train "
+        "recall:1 or loss:1), and ,importance to keep the target.",
         show_default=False,
     ),
 ]
@@ -191,6 +191,13 @@ def module_of(bank: Bank, *, model: str | None = None, base: Path | None = None,
     return module
 
 
+def _why_not(name: str, bank: Bank, state: dict[str, Any]) -> str:
+    if name not in state:
+        return "which the module has not"
+    inside = name in bank.layout.names or name in bank.layout.aliases
+    return "which the bank holds" if inside else f"where the module has {list(state[name].shape)}"
+
+
 def _load_base(path: Path, bank: Bank, state: dict[str, Any]) -> None:
     """Put the values of a safetensors file into a module's state dict, if all of them lie outside the sample."""
     from bnn.arrays import read_tensors
@@ -202,7 +209,7 @@ def _load_base(path: Path, bank: Bank, state: dict[str, Any]) -> None:
             raise BankMismatch(
                 f"--base {file} '{name}'",
                 want="parameters of the module outside the bank, in their shapes",
-                got=f"{list(tensor.shape)} " + ("where the module has another shape" if outside else "of no such name"),
+                got=f"{list(tensor.shape)}, " + _why_not(name, bank, state),
                 fix="pass the file that 'bnn train --free' made with this bank",
             )
         state[name].copy_(tensor)

@@ -96,8 +96,9 @@ def _shares(bank: Bank) -> tuple[list[float], list[float]]:
     if "class_shares" not in record or record.get("posterior") != "balanced":
         raise BankMismatch(
             f"{bank.path} --prior-shift",
-            want="a bank fitted with --balance, without importance weights",
-            got=f"a {record.get('posterior', 'natural')} posterior",
+            want="a bank fitted with --balance of one skew, without importance",
+            got=f"a {record.get('posterior', 'natural')} posterior"
+            + (", whose shares changed over epochs" if record.get("posterior") == "balanced" else ""),
             fix="leave --prior-shift out",
         )
     return record["class_shares"], record["natural_shares"]

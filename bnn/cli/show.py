@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,12 +23,20 @@ def show_bank(bank: Bank) -> None:
         f"model       {model.get('spec', 'not recorded')}",
         f"data        {data['spec'] + ', split ' + str(data.get('split')) if 'spec' in data else 'not recorded'}",
         f"likelihood  {likelihood.get('name', 'not recorded')}",
+        *_posterior(bank.info.get("sampling") or {}),
         f"complete    {'yes' if bank.info.get('complete') else 'no: go on with --resume'}",
     ]
     for writer, found in bank.info.get("diagnostics", {}).items():
         if found:
             lines.append(f"{writer:11} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
     Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+
+
+def _posterior(sampling: Mapping[str, Any]) -> list[str]:
+    """A line where rows were drawn unlike, and nothing where they were not."""
+    if sampling.get("posterior") == "balanced":
+        return ["posterior   balanced: of reweighted rows, not of the data as they are"]
+    return ["posterior   of the data, by importance weights"] if sampling.get("importance_weights") else []
 
 
 def show_reports(

@@ -25,7 +25,7 @@ class ClassBalancedSampler(EpochSampler[int]):
 
     Args:
         labels: class of each row [N], whole numbers from 0, or a data set of such rows.
-        skew: 0 natural, 0.5 by the square root of counts, 1 all classes alike, above 1 rare ones most.
+        skew: 0 natural, 0.5 by the square root of counts, 1 all classes alike (the default), above 1 rare ones most.
         weights: of a row of each class [C], in place of the skew; see `class_weights`.
         num_samples, seed, rank, world_size, drop_last, auto_epoch: as for `WeightedIndexSampler`.
 
@@ -41,7 +41,7 @@ class ClassBalancedSampler(EpochSampler[int]):
     def __init__(
         self,
         labels: Any,
-        skew: float = 1.0,
+        skew: float | None = None,
         *,
         weights: Any = None,
         num_samples: int | None = None,
@@ -52,9 +52,13 @@ class ClassBalancedSampler(EpochSampler[int]):
         auto_epoch: bool = False,
     ) -> None:
         self._rows = ClassRows(labels_of(labels))
+        if skew is not None and weights is not None:
+            raise ConfigError("weights", want="no skew beside them", got=f"skew={skew}", fix="leave one out")
         counts = self._rows.counts
         self._weights = (
-            class_weights(self._rows.labels, skew).numpy() if weights is None else weights_of(weights, rows=len(counts))
+            class_weights(self._rows.labels, 1.0 if skew is None else skew).numpy()
+            if weights is None
+            else weights_of(weights, rows=len(counts))
         )
         self._shares = shares(counts, self._weights)
         items = len(self._rows.labels) if num_samples is None else num_samples

@@ -199,6 +199,11 @@ class DynamicClassSampler(EpochSampler[int]):
         self._weights(self.epoch, found)
         self._metrics = found
 
+    @property
+    def wants_metrics(self) -> bool:
+        """Whether the schedule may look at what `update` is told."""
+        return not isinstance(self.schedule, (Constant, Linear, Exponential, Table))
+
     def reset(self) -> None:
         """Forget every `update`: the next iteration begins as that of a new sampler."""
         self._metrics, self._in_force = {}, {}

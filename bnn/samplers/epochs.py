@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from bnn.errors import ConfigError, DataError
+from bnn.seeding import as_seed
 
 Item = TypeVar("Item")
 
@@ -41,6 +42,9 @@ class EpochSampler(Sampler[Item], ABC, Generic[Item]):
         self, num_items: int, *, seed: int, rank: int, world_size: int, drop_last: bool, auto_epoch: bool
     ) -> None:
         name = type(self).__name__
+        seed = as_seed(seed)
+        if not isinstance(num_items, (int, np.integer)):
+            raise ConfigError(name, want="a whole number of items", got=repr(num_items), fix="round it")
         if num_items < 1:
             raise ConfigError(name, want="at least one item an epoch", got=str(num_items), fix="check its options")
         if not 0 <= rank < world_size:
@@ -53,7 +57,7 @@ class EpochSampler(Sampler[Item], ABC, Generic[Item]):
         if drop_last and num_items < world_size:
             raise ConfigError(name, want=f"{world_size} items, one a rank", got=str(num_items), fix="drop_last=False")
         self.seed, self.rank, self.world_size, self.drop_last = seed, rank, world_size, drop_last
-        self.num_items = num_items  # of all ranks together
+        self.num_items = int(num_items)  # of all ranks together
         self._auto_epoch = auto_epoch
         self._epoch = self._start = self._yielded = 0
         self._finished: int | None = None  # the epoch that was iterated to its end last

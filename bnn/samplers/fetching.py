@@ -65,6 +65,11 @@ class TensorRows(Dataset[Any]):
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in the order of the nesting."""
+        return list(pytree.tree_leaves(self._data))
+
     def __getitem__(self, row: int) -> Any:
         return pytree.tree_map(lambda leaf: leaf[row], self._data)
 
@@ -177,10 +182,11 @@ class Requests(Sampler[Request]):
         sampler: of rows, to be cut into batches, or of batches where `batch_size` is None.
         batch_size: B.
         drop_last: leave out a short last batch.
+        seed: of what samplers that are not ours draw from the global streams.
     """
 
-    def __init__(self, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
-        self.sampler, self.batch_size, self._drop_last = sampler, batch_size, drop_last
+    def __init__(self, sampler: Any, batch_size: int | None, drop_last: bool, seed: int) -> None:
+        self.sampler, self.batch_size, self._drop_last, self._seed = sampler, batch_size, drop_last, seed
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -209,7 +215,10 @@ class Requests(Sampler[Request]):
                 owner.set_epoch(epoch)
         if self.batch_size is not None:
             sampler = BatchSampler(cast("Sampler[int]", sampler), self.batch_size, self._drop_last)
-        return islice(iter(sampler), start, None)
+        # Whole and at once: samplers of others draw from the global streams, where they begin and as they go on.
+        with isolated(self._seed, "sampler", epoch, cuda=False):
+            batches = list(islice(iter(sampler), len(self)))
+        return islice(batches, start, None)
 
 
 def _cut(blocks: Iterator[np.ndarray], size: int, drop_last: bool) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import Sampler
 
 from bnn.errors import BankMismatch, ConfigError, choose
 from bnn.samplers.hashing import hash64, keyed
+from bnn.seeding import as_seed
 
 Strategy: TypeAlias = Literal["sequential", "shuffle", "random", "stratified", "weighted", "antithetic", "fixed"]
 
@@ -94,11 +96,11 @@ class SampleIndexSampler(Sampler[int]):
             raise ConfigError(
                 "rank", want=f"at least 0 and below world_size={world_size}", got=str(rank), fix="count ranks from 0"
             )
-        self.length, self.strategy, self.seed = length, strategy, seed
+        self.length, self.strategy, self.seed = length, strategy, as_seed(seed)
         self.rank, self.world_size, self.shared = rank, world_size, shared
         self._bank = None if isinstance(bank_or_length, int) else bank_or_length
         self._index: int = _check_index(index, strategy, length)
-        self._seed_key = np.uint64(hash64(np.uint64(seed % 2**64)))
+        self._seed_key = np.uint64(hash64(np.uint64(self.seed % 2**64)))
         self._order_of: Callable[[np.uint64, int], np.ndarray] | None = self._orders()
         self._position = 0
         self._order: tuple[int, np.ndarray] | None = None  # the pass that was asked for last
@@ -195,11 +197,11 @@ class SampleIndexSampler(Sampler[int]):
                 fix="pass the bank",
             )
         if self.strategy == "stratified":
-            place_in_chain, chain_length = _ranks_in_chains(self._bank.chain.numpy())
-            return lambda key, size: _stratified(key, size, place_in_chain, chain_length)
+            number, length = _chains(self._bank.chain.numpy())
+            return partial(_stratified, chain=number, length=length)
         if self.strategy == "weighted":
             share = self._bank.log_weight.double().softmax(dim=0).numpy().cumsum()
-            return lambda key, size: _systematic(key, size, share / share[-1])
+            return partial(_systematic, cumulative=share / share[-1])
         draws = (self._bank.info.get("method") or {}).get("options", {}).get("draws")
         if draws != "antithetic":
             raise ConfigError(
@@ -227,7 +229,7 @@ def _shuffled(key: np.uint64, size: int) -> np.ndarray:
     return np.argsort(keyed(key, np.arange(size, dtype=np.int64)), kind="stable")
 
 
-def _ranks_in_chains(chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _chains(chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The chain of each sample as a number from 0, and the length of each chain."""
     _, number, length = np.unique(chain, return_inverse=True, return_counts=True)
     return number.astype(np.int64), length.astype(np.int64)

@@ -41,7 +41,7 @@ class PairedLoader:
     order is the data set's, and promised for one number of workers only.
 
     Args:
-        dataset: a map-style or iterable data set, or a tuple of tensors such as `(x, y)`.
+        dataset: a map-style or iterable data set, or a tuple or dict of tensors such as `(x, y)`.
         index_sampler: gives the bank indices.
         batch_size: rows a batch.
         shuffle: whether to draw a new order of the data each epoch.
@@ -66,7 +66,7 @@ class PairedLoader:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | tuple[Any, ...],
+        dataset: Dataset[Any] | tuple[Any, ...] | dict[str, Any],
         index_sampler: SampleIndexSampler,
         *,
         batch_size: int = 1,
@@ -88,7 +88,7 @@ class PairedLoader:
         seed: int | None = None,
     ) -> None:
         self._iterable = isinstance(dataset, IterableDataset)
-        self.dataset: Any = TensorRows(dataset) if isinstance(dataset, (tuple, list)) else dataset
+        self.dataset: Any = TensorRows(dataset) if isinstance(dataset, (tuple, dict)) else dataset
         _check_options(self._iterable, batch_size, shuffle, sampler, batch_sampler, num_indices, per_row, drop_last)
         if num_workers < 0:
             raise ConfigError(
@@ -128,7 +128,7 @@ class PairedLoader:
                 sampler = ShuffledSampler(len(cast(Sized, rows)), shuffle=shuffle, seed=self.seed)
             order = sampler if batch_sampler is None else batch_sampler
             check_order(order, len(cast(Sized, rows)), of_batches=batch_sampler is not None)
-            self._requests = Requests(order, batch_size if batch_sampler is None else None, drop_last)
+            self._requests = Requests(order, batch_size if batch_sampler is None else None, drop_last, self.seed)
             fetcher = Fetcher(rows, collate_fn, self.seed)
             self._loader = DataLoader(
                 fetcher, batch_sampler=cast("Sampler[list[int]]", self._requests), collate_fn=as_fetched, **shared

@@ -12,7 +12,7 @@ from bnn.errors import ConfigError, DataError
 from bnn.samplers.balanced import ClassRows, shares
 from bnn.samplers.epochs import EpochSampler, Plan
 from bnn.samplers.hashing import key_of, keyed, permutation
-from bnn.samplers.weights import labels_of, weights_of
+from bnn.samplers.weights import check_skew, labels_of, weights_of
 
 
 class StratifiedBatchSampler(EpochSampler[list[int]]):
@@ -69,8 +69,8 @@ class StratifiedBatchSampler(EpochSampler[list[int]]):
                 got=f"{batch_size}, {num_batches}",
                 fix="raise them",
             )
-        if skew is not None and not np.isfinite(skew):
-            raise ConfigError("skew", want="a finite number", got=str(skew), fix="0 is natural, 1 balanced")
+        if skew is not None:
+            check_skew(skew)
         if per_class is not None and skew is not None:
             raise ConfigError("per_class", want="no skew beside it", got=f"skew={skew}", fix="leave one out")
         self._rows, self.batch_size = ClassRows(labels_of(labels)), batch_size

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from bnn.arrays import read_array
 from bnn.errors import ConfigError, DataError, choose
@@ -49,11 +50,16 @@ def class_weights(labels: Any, skew: float = 1.0, *, max_ratio: float | None = N
         >>> class_weights([0, 0, 0, 1]).tolist()  # a row of class 1 is drawn three times as often
         [0.25, 0.75]
     """
-    if not np.isfinite(skew):
-        raise ConfigError("skew", want="a finite number", got=str(skew), fix="0 is natural, 1 balanced")
+    check_skew(skew)
     if max_ratio is not None and not max_ratio >= 1:
         raise ConfigError("max_ratio", want="at least 1", got=str(max_ratio), fix="leave it out")
     return torch.from_numpy(weights_of_counts(np.bincount(labels_of(labels)), skew, max_ratio))
+
+
+def check_skew(skew: float) -> None:
+    """Raise ConfigError unless the skew is a finite number."""
+    if not isinstance(skew, (int, float, np.number)) or not np.isfinite(skew):
+        raise ConfigError("skew", want="a finite number", got=repr(skew), fix="0 is natural, 1 balanced")
 
 
 def weights_of_counts(counts: np.ndarray, skew: float, max_ratio: float | None = None) -> np.ndarray:
@@ -73,12 +79,7 @@ def labels_of(source: Any) -> np.ndarray:
     Raises:
         DataError: none of these, or anything but whole numbers from 0.
     """
-    found = source
-    for name in ("targets", "labels", "y"):
-        found = getattr(found, name, found)
-    tensors = getattr(found, "tensors", None)
-    found = tensors[-1] if tensors is not None else found
-    labels = as_array(found)
+    labels = as_array(_labels_in(source))
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
         raise DataError(
             "labels",
@@ -88,7 +89,40 @@ def labels_of(source: Any) -> np.ndarray:
         )
     if labels.min() < 0:
         raise DataError("labels", want="classes from 0", got=str(labels.min()), fix="number the classes from 0")
+    if labels.max() > 10 * len(labels) + 2**16:
+        raise DataError(
+            "labels",
+            want="classes numbered from 0 without wide gaps",
+            got=f"class {labels.max()} among {len(labels)} rows",
+            fix="number them with numpy.unique(..., return_inverse=True)",
+        )
     return copied(labels, np.int64)
+
+
+def _labels_in(source: Any) -> Any:
+    """What a data set calls its labels, also through `Subset` and `ConcatDataset`; other things as they are."""
+    if isinstance(source, Subset):
+        return as_array(_labels_in(source.dataset))[np.asarray(source.indices)]
+    if isinstance(source, ConcatDataset):
+        return np.concatenate([as_array(_labels_in(part)) for part in source.datasets])
+    for name in ("targets", "labels", "y"):
+        if hasattr(source, name):
+            return getattr(source, name)
+    if getattr(source, "tensors", None):  # a TensorDataset, or tensors in memory
+        return source.tensors[-1]
+    return _no_data_set(source, "labels")
+
+
+def _no_data_set(source: Any, what: str) -> Any:
+    """The source, unless it is a data set, which would be read row by row only to be refused."""
+    if isinstance(source, Dataset):
+        raise DataError(
+            what,
+            want=f"an array, or a data set that has {what} as an attribute",
+            got=f"a {type(source).__name__} without",
+            fix=f"collect them once, and pass the array [N] of {what}",
+        )
+    return source
 
 
 def weights_of(source: Any, *, rows: int | None = None) -> np.ndarray:
@@ -100,7 +134,7 @@ def weights_of(source: Any, *, rows: int | None = None) -> np.ndarray:
     if isinstance(source, (str, Path)):
         place, found = f"weights '{source}'", read_array(source)
     else:
-        place, found = "weights", source.weights if isinstance(source, HasWeights) else source
+        place, found = "weights", source.weights if isinstance(source, HasWeights) else _no_data_set(source, "weights")
     found = as_array(found)
     if found.dtype.kind not in "iuf" or found.ndim != 1 or not found.size:
         raise DataError(

@@ -20,10 +20,11 @@ from bnn.functional import FunctionalModel, Skeleton
 from bnn.layout import Entry, layout_of
 from bnn.likelihoods import SCALE, Gaussian, Likelihood, as_columns, likelihood_from_config
 from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.priors import HalfCauchy
 from bnn.samplers import EpochSampler, PairedLoader
 from bnn.seeding import derive, generator
 from bnn.training.files import keep
-from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, weighted_mean
+from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, row_weights, weighted_mean
 from bnn.training.logs import Log, check_log
 from bnn.training.loop import HeldOut, OptimizerFactory, Precision, Problem, Recipe, SchedulerFactory, run
 from bnn.types import Block, Data, Params, State
@@ -75,6 +76,7 @@ def distil(
     monitor: str = "held_out_nll",
     log: Log = "csv",
     num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -107,7 +109,7 @@ def distil(
             of a Gaussian has one noise scale of its own, `@likelihood.scale`.
         held_out: rows judged after every epoch.
         sampler, importance_weights, num_epochs, batch_size, lr, optimizer, scheduler, scheduler_interval,
-            clip_norm, precision, patience, monitor, log, num_workers, seed, resume, overwrite, progress,
+            clip_norm, precision, patience, monitor, log, num_workers, collate_fn, seed, resume, overwrite, progress,
             record: as for `train`.
 
     Returns:
@@ -128,7 +130,7 @@ def distil(
     is_normal = isinstance(likelihood, Gaussian)
     layout = layout_of(student, extra=[Entry(SCALE, (), torch.float32)] if is_normal else [])
     loader = paired(
-        data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, seed=seed,
+        data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
         sampler=sampler, importance=importance_weights, judged=held_out is not None,
     )  # fmt: skip
     cache = whole_predictive(net, data, likelihood) if targets == "predictive" else None
@@ -152,10 +154,10 @@ def distil(
         "teacher": net.bank.digest,
     }
     config = {
-        "likelihood": likelihood.to_config(),
+        "likelihood": _of_student(likelihood).to_config(),
         "task": likelihood.task,
         "method": {"name": "distil", "options": options},
-        "sampling": sampling_record(data, sampler, importance=importance_weights),
+        "sampling": _sampling(net, data, sampler, importance=importance_weights),
         "seed": seed,
         "provenance": {
             **provenance(student, data),
@@ -195,7 +197,8 @@ def divergence(
         each = (scale / teacher_scale).log() + (teacher_scale**2 + (mu - m).square()) / (2 * scale**2) - 0.5
         return each.sum(dim=-1)
     log_p, log_q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)  # 0 log 0 = 0
 
 
 def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
@@ -219,6 +222,20 @@ def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -
     return torch.cat(outputs), torch.cat(scales) if scales else torch.ones(())
 
 
+def _of_student(likelihood: Likelihood) -> Likelihood:
+    """The likelihood of the student: of a Gaussian one whose scale is learnt, as the student's is."""
+    if isinstance(likelihood, Gaussian) and not likelihood.unknowns:
+        return Gaussian(HalfCauchy(1.0))
+    return likelihood
+
+
+def _sampling(net: FunctionalModel, data: Data, sampler: Any, *, importance: bool) -> dict[str, Any]:
+    """How rows were drawn: a student of a balanced posterior is balanced, whatever the order of its own rows."""
+    taught = dict(net.bank.info.get("sampling") or {})
+    own = sampling_record(data, sampler, importance=importance)
+    return taught if taught.get("posterior") == "balanced" else own
+
+
 def _check_inputs(targets: str, num_indices: int | None, noise: float, mixup: float) -> None:
     choose("targets", targets, TARGETS)
     if not (0 <= noise < float("inf") and 0 <= mixup < float("inf")):
@@ -240,7 +257,7 @@ def _loss(lesson: Lesson) -> Callable[[Params, Any, int | Tensor, Any, int], Ten
         params = _from_log(values)
         scale = params.get(SCALE, torch.ones(()))
         student = lesson.student(params, x, device=lesson.net.device)
-        weights = lesson.loader.sampler.importance_weights(rows) if lesson.importance else None
+        weights = row_weights(lesson.loader, rows) if lesson.importance else None
         total = torch.zeros((), device=lesson.net.device)
         taught = list(_teachers(lesson, x, index, rows))
         for weight, teacher, teacher_scale in taught:

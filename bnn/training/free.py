@@ -20,7 +20,7 @@ from bnn.layout import Layout, as_patterns, layout_of, matches
 from bnn.likelihoods import Likelihood, likelihood_from_config
 from bnn.samplers import EpochSampler, PairedLoader, TensorRows
 from bnn.training.files import keep
-from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, weighted_mean
+from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, row_weights, weighted_mean
 from bnn.training.logs import Log, check_log
 from bnn.training.loop import HeldOut, OptimizerFactory, Precision, Problem, Recipe, SchedulerFactory, run
 from bnn.types import Batch, Block, Data, Params, State
@@ -65,6 +65,7 @@ def train(
     monitor: str = "held_out_nll",
     log: Log = "csv",
     num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -87,7 +88,8 @@ def train(
         data: a pair of tensors or a data set of rows (x, y).
         out: a folder for the result: a bank of one sample, `free.safetensors` with the same values as a
             state dict, and `curve.csv`, a row an epoch.
-        free: globs of the parameters to train among those outside the bank, `!` negates.
+        free: globs of the parameters to train among those outside the bank, `!` negates; by default all that
+            require gradients.
         likelihood: what outputs mean; the one that the bank was made with by default.
         loss: outputs [B, C], targets [B] -> loss of each row [B], in place of the likelihood.
         held_out: rows judged after every epoch, under at most 32 samples evenly spaced in the bank.
@@ -107,6 +109,7 @@ def train(
         monitor: figure of the held-out rows that is to fall.
         log: `"tensorboard"` writes events beside the CSV file.
         num_workers: processes that load data.
+        collate_fn: makes a batch (x, y) of a list of rows, such as one that pads text.
         device: where to compute; the module's own by default.
         seed: of the order of data and bank indices.
         resume: go on with an unfinished run at `out`; it ends with the same bits as one that was not interrupted.
@@ -140,7 +143,7 @@ def train(
     net = FunctionalModel(module, bank, device=device)
     layout = free_layout(module, bank.layout, free)
     loader = paired(
-        data, bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, seed=seed,
+        data, bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
         sampler=sampler, importance=importance_weights, judged=held_out is not None,
     )  # fmt: skip
     together = Layout((*bank.layout.entries, *layout.entries), {**bank.layout.aliases, **layout.aliases})
@@ -201,7 +204,8 @@ def free_layout(module: nn.Module, held: Layout, free: str | Sequence[str]) -> L
         ConfigError: the bank holds all parameters, or those that a glob names.
     """
     kept = {*held.names, *held.aliases}
-    outside = [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in kept]
+    named = dict(module.named_parameters(remove_duplicate=False))
+    outside = [name for name in named if name not in kept]
     if not outside:
         raise ConfigError(
             "free",
@@ -220,6 +224,16 @@ def free_layout(module: nn.Module, held: Layout, free: str | Sequence[str]) -> L
                 fix="change the pattern",
             )
     held_back = [f"!{glob.escape(name)}" for name in kept if not name.startswith("@")]
+    if as_patterns(free) == ("*",):  # frozen parameters are trained where they are named, not by default
+        frozen = [name for name in outside if not named[name].requires_grad]
+        held_back += [f"!{glob.escape(name)}" for name in frozen]
+        if frozen == outside:
+            raise ConfigError(
+                "free",
+                want="parameters outside the bank that require gradients",
+                got="none",
+                fix=f"name those to train, such as free={outside[0]!r}",
+            )
     return layout_of(module, [*as_patterns(free), *held_back])
 
 
@@ -231,7 +245,7 @@ def _loss(setting: _Setting) -> Callable[[Params, Any, int | Tensor, Any, int], 
         nonlocal checked
         del step
         batch = moved(inputs_and_targets(data, setting.loader), setting.net.device)
-        weights = setting.loader.sampler.importance_weights(rows) if setting.importance else None
+        weights = row_weights(setting.loader, rows) if setting.importance else None
         indices = [index] if isinstance(index, int) else index.tolist()
         total = torch.zeros((), device=setting.net.device)
         for one in indices:
@@ -251,7 +265,7 @@ def _check_targets(setting: _Setting, outputs: Any, batch: Batch) -> None:
     """Raise DataError unless outputs fit the targets: all of them where they are in memory."""
     if setting.loss is None:
         rows = setting.loader.dataset
-        y = rows.batch(torch.arange(len(rows)))[1] if isinstance(rows, TensorRows) else batch.y
+        y = rows.tensors[-1] if isinstance(rows, TensorRows) else batch.y
         setting.likelihood.check(outputs[:1] if isinstance(outputs, Tensor) else outputs, y.to(batch.y.device))
 
 
@@ -272,8 +286,9 @@ def _row_losses(setting: _Setting, outputs: Any, params: Params, batch: Batch) -
 
 def _judge(setting: _Setting, batch: Batch) -> Callable[[Params], HeldOut]:
     """Held-out rows under evenly spaced samples: the mean predictive's NLL, and what classes have come to."""
-    bank = setting.net.bank
-    chosen = torch.linspace(0, len(bank) - 1, min(HELD_OUT_SAMPLES, len(bank))).round().long().tolist()
+    weighty = setting.weights.nonzero().squeeze(1)  # samples of weight 0 would leave no judge
+    places = torch.linspace(0, len(weighty) - 1, min(HELD_OUT_SAMPLES, len(weighty))).round().long()
+    chosen = weighty[places].tolist()
     log_weight = setting.weights[chosen].log().log_softmax(dim=0).tolist()
 
     def judge(values: Params) -> HeldOut:

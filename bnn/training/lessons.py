@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def paired(
     batch_size: int,
     num_indices: int | None,
     num_workers: int,
+    collate_fn: Callable[[list[Any]], Any] | None,
     seed: int,
     sampler: EpochSampler[Any] | None,
     importance: bool,
@@ -54,7 +56,12 @@ def paired(
             )
     indices = SampleIndexSampler(bank, seed=seed)
     rows = data if isinstance(data, Dataset) else TensorRows(tuple(full_batch(data)[:2]))
-    options: dict[str, Any] = {"num_indices": num_indices, "num_workers": num_workers}
+    options: dict[str, Any] = {
+        "num_indices": num_indices,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "collate_fn": collate_fn,
+    }
     if sampler is not None and sampler.of_batches:
         return PairedLoader(rows, indices, batch_sampler=sampler, **options)
     return PairedLoader(rows, indices, batch_size=batch_size, shuffle=sampler is None, sampler=sampler, **options)
@@ -96,3 +103,11 @@ def class_figures(log_probs: Tensor, y: Tensor) -> HeldOut:
 def relative_weights(bank: SampleSource) -> Tensor:
     """S w_i of each sample [S], with mean 1: what a step under sample i counts for."""
     return len(bank) * bank.log_weight.softmax(dim=0)
+
+
+def row_weights(loader: PairedLoader, rows: Any) -> Tensor:
+    """Importance weights of the rows of a batch, times B / mean B: steps take a short batch for a whole one."""
+    sampler = loader.sampler
+    total = int(sampler.batch_sizes().sum()) if sampler.of_batches else len(sampler)
+    weights: Tensor = sampler.importance_weights(rows) * (len(rows) * len(loader) / total)
+    return weights

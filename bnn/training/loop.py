@@ -29,6 +29,7 @@ SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16", "float16")
+HIGHER_IS_BETTER = ("held_out_accuracy",)
 INTERVALS: tuple[str, ...] = ("step", "epoch")
 
 
@@ -63,10 +64,37 @@ class Recipe:
                 raise ConfigError(name, want=want, got=str(getattr(self, name)), fix="change it")
 
     def to_config(self) -> dict[str, Any]:
-        """What a record keeps; of factories, that there was one."""
+        """What a record keeps; of optimiser and scheduler, their kind."""
+        optimizer, scheduler = self.make([torch.zeros(1, requires_grad=True)])
         plain = {key: value for key, value in vars(self).items() if key not in ("optimizer", "scheduler")}
-        named = {"optimizer": self.optimizer is not None, "scheduler": self.scheduler is not None}
-        return {**plain, **{key: "given" if given else "default" for key, given in named.items()}}
+        made = {"optimizer": optimizer, "scheduler": scheduler}
+        return {**plain, **{key: None if one is None else type(one).__name__ for key, one in made.items()}}
+
+    def make(self, values: list[Tensor]) -> tuple[Optimizer, Any]:
+        """Optimiser and scheduler of these values.
+
+        Raises:
+            ConfigError: what should make them does not, or an optimiser that wants to run the loss itself.
+        """
+        if self.optimizer is None:
+            optimizer: Any = torch.optim.Adam(values, lr=self.lr)
+        else:
+            optimizer = self.optimizer(values) if callable(self.optimizer) else self.optimizer
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "optimizer",
+                want="a function from the list of values to an optimiser that steps without a closure",
+                got=type(optimizer).__name__,
+                fix="pass for example lambda values: torch.optim.SGD(values, lr=0.1)",
+            )
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise ConfigError(
+                "scheduler",
+                want="a function from the optimiser to a scheduler",
+                got=type(self.scheduler).__name__,
+                fix="pass for example lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)",
+            )
+        return optimizer, None if self.scheduler is None else self.scheduler(optimizer)
 
 
 class HeldOut(NamedTuple):
@@ -95,7 +123,8 @@ class Progress(NamedTuple):
     step: int = 0
     losses: float = 0.0  # summed over the present epoch
     lr: float = 0.0  # of the last step
-    curve: tuple[dict[str, float], ...] = ()
+    columns: tuple[str, ...] = ()
+    curve: Tensor = torch.empty(0, 0, dtype=torch.float64)  # [epochs, columns]
     best: float = math.inf
     waited: int = 0  # epochs since the best
     stopped: bool = False
@@ -148,11 +177,7 @@ def run(
 
 def _start(problem: Problem, recipe: Recipe, device: torch.device) -> _Machine:
     values = {n: t.detach().to(device, copy=True).requires_grad_() for n, t in problem.start.items()}
-    if recipe.optimizer is None:
-        optimizer: Optimizer = torch.optim.Adam(values.values(), lr=recipe.lr)
-    else:
-        optimizer = recipe.optimizer(list(values.values()))
-    scheduler = None if recipe.scheduler is None else recipe.scheduler(optimizer)
+    optimizer, scheduler = recipe.make(list(values.values()))
     scaler = torch.amp.GradScaler(device.type) if recipe.precision == "float16" else None
     best = {name: tensor.detach().clone() for name, tensor in values.items()} if recipe.patience is not None else {}
     return _Machine(values, optimizer, scheduler, scaler, best)
@@ -229,11 +254,15 @@ def _end_epoch(
             found = problem.held_out({name: tensor.detach() for name, tensor in machine.values.items()})
         row |= found.figures
         figure = _figure(recipe.monitor, found.figures)
-        if isinstance(loader.sampler, DynamicClassSampler) and found.per_class:
-            loader.sampler.update(found.per_class)
+        sampler = loader.sampler
+        if isinstance(sampler, DynamicClassSampler) and sampler.wants_metrics and found.per_class:
+            size = len(sampler.natural_shares())  # the module can have outputs for classes without rows
+            sampler.update({name: values[:size] for name, values in found.per_class.items()})
     if recipe.scheduler is not None and recipe.scheduler_interval == "epoch":
         _advance(machine, figure)
-    progress = progress._replace(losses=0.0, curve=(*progress.curve, row))
+    values = torch.tensor([list(row.values())], dtype=torch.float64)
+    curve = torch.cat([progress.curve, values]) if progress.columns else values
+    progress = progress._replace(losses=0.0, columns=tuple(row), curve=curve)
     if recipe.patience is None or figure is None:
         return progress
     if figure < progress.best:
@@ -248,7 +277,10 @@ def _figure(monitor: str, figures: dict[str, float]) -> float:
         raise ConfigError(
             "monitor", want=f"one of {', '.join(figures)}", got=repr(monitor), fix="choose a held-out figure"
         )
-    return figures[monitor]
+    figure = -figures[monitor] if monitor in HIGHER_IS_BETTER else figures[monitor]
+    if math.isnan(figure):
+        raise FitError("held_out", want=f"a {monitor} that is a number", got="NaN", fix="look at the held-out rows")
+    return figure
 
 
 def _save(machine: _Machine, progress: Progress, loader: PairedLoader, total: int) -> State:
@@ -262,13 +294,26 @@ def _save(machine: _Machine, progress: Progress, loader: PairedLoader, total: in
         "loader": loader.state_dict(),
         "step": progress.step,
         "num_steps": total,
-        "info": {n: v for n, v in progress.curve[-1].items() if math.isfinite(v)} if progress.curve else {},
+        "info": _last(progress),
     }
+
+
+def _last(progress: Progress) -> dict[str, float]:
+    """The last row of the curve, less what is no number."""
+    if not progress.columns:
+        return {}
+    row = dict(zip(progress.columns, progress.curve[-1].tolist(), strict=True))
+    return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
 def curve_of(state: State) -> list[dict[str, float]]:
     """A row an epoch: epoch, mean loss, learning rate, and what held-out rows say."""
-    return list(unpack("progress", state)["curve"])
+    return _rows(Progress(**unpack("progress", state)))
+
+
+def _rows(progress: Progress) -> list[dict[str, float]]:
+    rows = [dict(zip(progress.columns, values, strict=True)) for values in progress.curve.tolist()]
+    return [{**row, "epoch": int(row["epoch"])} for row in rows]
 
 
 def _restore(state: State, machine: _Machine, loader: PairedLoader) -> Progress:

@@ -389,7 +389,7 @@ def test_bases_that_fit_no_bank_are_refused(bnn: Callable[..., tuple[int, str, s
     (tmp_path / "empty").mkdir()
     for base, message in (
         ("inside.safetensors", "--base inside.safetensors '3.bias': want parameters of the module outside the bank"),
-        ("shape.safetensors", "got [7] where the module has another shape"),
+        ("shape.safetensors", "got [7], where the module has [6]"),
         ("unknown.safetensors", "got [3] of no such name"),
         ("garbage.safetensors", "garbage.safetensors: want a safetensors file"),
         ("empty", "empty/free.safetensors: want a safetensors file, got none"),

@@ -17,6 +17,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     TensorDataset,
     get_worker_info,
@@ -99,10 +100,11 @@ def test_tensors_in_memory_keep_their_nesting() -> None:
         [x, {"mask": mask}],
         Named(x, y),
     ]:  # type: ignore[arg-type]
-        paired = PairedLoader(data, SampleIndexSampler(4), batch_sampler=order)  # type: ignore[arg-type]
+        rows_of = TensorRows(data)
+        paired = PairedLoader(rows_of, SampleIndexSampler(4), batch_sampler=order)  # type: ignore[arg-type]
         for rows, (found, _) in zip(order, paired, strict=True):
             assert same(found, pytree.tree_map(lambda leaf, rows=rows: leaf[rows], data))
-        apart = PairedLoader(data, SampleIndexSampler(4), batch_sampler=order, collate_fn=lambda rows: rows)  # type: ignore[arg-type]
+        apart = PairedLoader(rows_of, SampleIndexSampler(4), batch_sampler=order, collate_fn=lambda rows: rows)  # type: ignore[arg-type]
         assert same(next(iter(apart)).data[1], pytree.tree_map(lambda leaf: leaf[1], data))
 
 
@@ -346,3 +348,34 @@ def test_a_state_of_another_batch_size_of_iterable_data_is_refused() -> None:
     next(iter(arriving))
     with pytest.raises(BankMismatch, match="batch"):
         stream(batch_size=2).load_state_dict(arriving.state_dict())
+
+
+def test_a_list_is_a_data_set_of_its_items() -> None:
+    """A stock loader takes it so; two items of one length must not be read as two columns."""
+    items = [(torch.tensor([float(row), 0.0]), row) for row in range(5)]
+    paired = PairedLoader(items, SampleIndexSampler(4), batch_size=2)  # type: ignore[arg-type]
+    assert len(paired) == 3
+    assert [y.tolist() for (_, y), _ in paired] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_dict_of_tensors_is_data() -> None:
+    data = {"ids": torch.arange(10).view(5, 2), "label": torch.arange(5)}
+    batch, _ = next(iter(PairedLoader(data, SampleIndexSampler(4), batch_size=3)))
+    assert batch["ids"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_samplers_of_others_resume_and_leave_the_global_stream(world_untouched: None) -> None:
+    def stock() -> PairedLoader:
+        dataset = TensorDataset(torch.arange(11))
+        return PairedLoader(dataset, SampleIndexSampler(3), batch_size=2, sampler=RandomSampler(dataset))
+
+    def rows(paired: PairedLoader) -> list[int]:
+        return [row for (x,), _ in paired for row in x.tolist()]
+
+    whole, broken, resumed = stock(), stock(), stock()
+    expected = [rows(whole), rows(whole)]
+    assert expected[0] != expected[1]
+    batches = iter(broken)
+    begun = [row for _ in range(2) for row in next(batches).data[0].tolist()]
+    resumed.load_state_dict(broken.state_dict())
+    assert [begun + rows(resumed), rows(resumed)] == expected

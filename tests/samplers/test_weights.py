@@ -10,11 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from bnn.errors import ConfigError, DataError
 from bnn.predictive import ClassPredictive, NormalPredictive
-from bnn.samplers import WeightedIndexSampler, class_weights, weights_from_uncertainty
+from bnn.samplers import (
+    ClassBalancedSampler,
+    TensorRows,
+    WeightedIndexSampler,
+    class_weights,
+    weights_from_uncertainty,
+)
 from bnn.samplers.weights import labels_of
 from bnn.uncertainty import entropy
 
@@ -102,7 +108,6 @@ BAD_LABELS: dict[str, Any] = {
     "dict": {"labels": [0, 1]},
     "NaN": torch.tensor([0.0, float("nan")]),
     "no labels": TensorDataset(torch.zeros(3, 5)),
-    "subset": Subset(TensorDataset(torch.zeros(5, 2), torch.arange(5)), [0, 1]),
 }
 
 
@@ -187,3 +192,47 @@ def test_a_predictive_with_nan_is_refused() -> None:
     predictive.expected_entropy[3] = float("nan")
     with pytest.raises(DataError):
         weights_from_uncertainty(predictive)
+
+
+class Unlabelled(Dataset[int]):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, row: int) -> int:
+        self.reads += 1
+        return row
+
+
+def test_a_data_set_is_not_read_for_labels_or_weights_it_does_not_name() -> None:
+    rows = Unlabelled()
+    for make in (ClassBalancedSampler, WeightedIndexSampler):
+        with pytest.raises(DataError, match=r"a data set that has (labels|weights) as an attribute, got a Unlabelled"):
+            make(rows)
+    assert rows.reads == 0
+
+
+def test_labels_are_found_through_parts_of_data_sets() -> None:
+    whole = TensorDataset(torch.zeros(6, 2), torch.tensor([0, 1, 2, 0, 1, 1]))
+    part = Subset(whole, [5, 0, 2])
+    assert labels_of(part).tolist() == [1, 0, 2]
+    assert labels_of(ConcatDataset([whole, part])).tolist() == [0, 1, 2, 0, 1, 1, 1, 0, 2]
+    assert labels_of(TensorRows((torch.zeros(2, 3), torch.tensor([1, 0])))).tolist() == [1, 0]
+
+
+def test_options_that_mean_nothing_are_refused_in_words() -> None:
+    for make, says in [
+        (lambda: WeightedIndexSampler([1.0, 2.0], seed=torch.Generator()), "seed: want a whole number"),
+        (lambda: WeightedIndexSampler([1.0, 2.0], seed=1.0), "seed: want a whole number"),
+        (lambda: WeightedIndexSampler([1.0, 2.0], 2.5), "whole number of items, got 2.5"),
+        (lambda: ClassBalancedSampler([0, 1], "1.0"), "skew: want a finite number, got '1.0'"),
+        (lambda: ClassBalancedSampler([0, 1], 0.5, weights=[1.0, 1.0]), "weights: want no skew beside them"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            make()  # type: ignore[no-untyped-call]
+    with pytest.raises(DataError, match="without wide gaps"):
+        ClassBalancedSampler([0, 10**12])
+    assert list(WeightedIndexSampler([1.0, 2.0], seed=np.int64(5))) == list(WeightedIndexSampler([1.0, 2.0], seed=5))

@@ -15,6 +15,7 @@ from scenarios import classifier
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+import bnn
 from bnn import likelihoods, priors
 from bnn.bank import Bank
 from bnn.errors import BankExists, ConfigError, FitError
@@ -559,3 +560,25 @@ def test_options_of_targets_and_inputs_are_checked(tmp_path: Path, options: dict
     with pytest.raises(ConfigError, match=match):
         distil(module, net, (rows, rows), out=tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_student_is_scored_with_its_own_noise(tmp_path: Path) -> None:
+    """The teacher's noise is fixed at 0.3; the student's also covers how far the samples lie apart."""
+    x = torch.linspace(-1, 1, 20).unsqueeze(1)
+    module = nn.Linear(1, 1)
+    model = BayesianModel(module, prior=priors.Normal(), likelihood=likelihoods.Gaussian(0.3), num_data=20)
+    net = FunctionalModel(module, fit(model, (x, x), method=Prior(), num_samples=6))
+    student = distil(module, net, (x, x), held_out=(x, x), out=tmp_path / "s", num_epochs=200, batch_size=20, lr=0.05)
+    report = bnn.evaluate(FunctionalModel(module, student), (x, x))
+    assert report.metrics["aleatoric_variance"].value == pytest.approx(float(student[0][SCALE]) ** 2, rel=1e-5)
+    assert float(student[0][SCALE]) > 0.5
+    assert report.metrics["nll"].value == pytest.approx(read_curve(tmp_path / "s")[-1]["held_out_nll"], rel=1e-4)
+
+
+def test_classes_that_a_teacher_rules_out_cost_nothing() -> None:
+    teacher = torch.tensor([[0.0, -torch.inf, 1.0]])
+    student = torch.zeros(1, 3)
+    one = torch.ones(())
+    p = torch.tensor([0.0, 1.0]).softmax(dim=0)
+    expected = float((p * (p.log() + torch.tensor(3.0).log())).sum())
+    assert float(divergence(likelihoods.Categorical(), teacher, student, one, one)) == pytest.approx(expected, rel=1e-6)

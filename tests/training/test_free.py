@@ -281,14 +281,18 @@ def test_the_module_is_not_changed_by_a_bit(tmp_path: Path, world_untouched: Non
     assert all(not torch.equal(value, before[name]) for name, value in trained[0].items())
 
 
-def test_a_frozen_parameter_of_the_module_can_be_trained(tmp_path: Path) -> None:
-    """`requires_grad` is about the module, which is not touched."""
+def test_frozen_parameters_of_the_module_are_trained_where_they_are_named(tmp_path: Path) -> None:
     model, data = classifier()
     bank = head_bank(model.module)
     free = train(model.module, bank, data, out=tmp_path / "a", num_epochs=2, batch_size=7)
     model.module.requires_grad_(False)
-    frozen = train(model.module, bank, data, out=tmp_path / "b", num_epochs=2, batch_size=7)
+    with pytest.raises(ConfigError, match="free: want parameters outside the bank that require gradients, got none"):
+        train(model.module, bank, data, out=tmp_path / "b", num_epochs=2, batch_size=7)
+    frozen = train(model.module, bank, data, out=tmp_path / "b", free="1.*", num_epochs=2, batch_size=7)
     assert torch.equal(free[0]["1.weight"], frozen[0]["1.weight"])
+    model.module[1].bias.requires_grad_(True)  # type: ignore[union-attr,operator,index]
+    default = train(model.module, bank, data, out=tmp_path / "c", num_epochs=2, batch_size=7)
+    assert list(default[0]) == ["1.bias"]
 
 
 @pytest.mark.parametrize(

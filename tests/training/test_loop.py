@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import Dataset
 
+import bnn
 from bnn.bank import Bank
 from bnn.errors import BankMismatch, ConfigError, FitError
 from bnn.fitting import fit
@@ -44,6 +45,7 @@ from bnn.samplers import (
     ByMetric,
     ClassBalancedSampler,
     DynamicClassSampler,
+    Linear,
     PairedLoader,
     SampleIndexSampler,
     StratifiedBatchSampler,
@@ -721,3 +723,58 @@ def test_a_loss_that_is_not_finite_says_at_which_step_and_leaves_nothing(tmp_pat
 def leap(values: list[Tensor]) -> Optimizer:
     """One step of this leads beyond what a float can hold."""
     return SGD(values, 1e38, momentum=0.9, weight_decay=10.0)
+
+
+def test_an_accuracy_that_is_watched_is_to_rise(tmp_path: Path) -> None:
+    """The values kept are those of the epoch that was most accurate, not of the least."""
+    module, bank, data, (x, y) = case()
+    watched = train(
+        module, bank, data, held_out=(x, y), out=tmp_path / "t", num_epochs=30, lr=0.05, patience=30,
+        monitor="held_out_accuracy",
+    )  # fmt: skip
+    curve = [row["held_out_accuracy"] for row in read_curve(tmp_path / "t")]
+    trained = copy.deepcopy(module)
+    trained.load_state_dict(watched[0], strict=False)
+    predicted = bnn.predict(bnn.FunctionalModel(trained, bank), x).probs.argmax(dim=1)
+    assert max(curve) > min(curve)
+    assert float((predicted == y).double().mean()) == pytest.approx(max(curve))
+
+
+def test_schedules_by_epoch_need_no_class_to_have_training_rows(tmp_path: Path) -> None:
+    """The last class of the module has no training row, and the sampler one class fewer."""
+    module, bank, (x, y), _ = case()
+    kept = y < int(y.max())
+    rows = x[kept], y[kept]
+    for schedule in (Linear(1.0, 0.0, 3), ByMetric("recall")):
+        sampler = DynamicClassSampler(rows[1], schedule)
+        train(
+            module, bank, rows, held_out=(x, y), sampler=sampler, num_epochs=3, batch_size=5,
+            out=tmp_path / type(schedule).__name__,
+        )  # fmt: skip
+        assert len(read_curve(tmp_path / type(schedule).__name__)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"optimizer": lambda values: torch.optim.LBFGS(values)}, "steps without a closure, got LBFGS"),
+        ({"optimizer": "sgd"}, "optimizer: want a function from the list of values .* got str"),
+        ({"scheduler": "step"}, "scheduler: want a function from the optimiser .* got str"),
+    ],
+)
+def test_what_makes_no_optimiser_or_scheduler_is_refused(tmp_path: Path, options: Any, says: str) -> None:
+    module, bank, data, _ = case()
+    with pytest.raises(ConfigError, match=says):
+        train(module, bank, data, out=tmp_path / "t", **options)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_resume_with_another_optimiser_is_refused(tmp_path: Path, state_every_step: None) -> None:
+    module, bank, data, _ = case()
+    with cut_after(3):
+        train(module, bank, data, out=tmp_path / "t", num_epochs=2, batch_size=5)
+    with pytest.raises(BankMismatch, match="SGD"):
+        train(
+            module, bank, data, out=tmp_path / "t", num_epochs=2, batch_size=5, resume=True,
+            optimizer=lambda values: torch.optim.SGD(values, 0.1),
+        )  # fmt: skip
