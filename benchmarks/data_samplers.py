@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -78,13 +79,18 @@ WAYS: dict[str, tuple[str, Callable[[Any], Iterable[int]], int]] = {
 
 
 def peak_bytes() -> int:
+    """Most memory that this process has held; Linux's own figure, since `getrusage` also counts its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_one(way: str, num_rows: int) -> dict[str, float]:
+def measure_one(way: str, num_rows: int, path: str) -> dict[str, float]:
     """One way in this process: seconds to the first batch and an index, and arrays of N beside the input's."""
-    kind, make, _ = WAYS[way]
-    given = weights_of(num_rows) if kind == "weights" else labels_of(num_rows)
+    _, make, _ = WAYS[way]
+    given = np.load(path)  # made by the parent: what making it took is not counted
     list(islice(iter(make(given[:1000])), BATCH))  # imports and caches
     before = peak_bytes()
     start = time.perf_counter()
@@ -115,44 +121,47 @@ def from_memory() -> dict[str, float]:
     }
 
 
+def measure_all(num_rows: int, folder: Path) -> list[dict[str, Any]]:
+    """Every way on so many rows, each in a process of its own."""
+    print(f"{DRAWS:,} draws from {num_rows:,} rows")
+    files = {"weights": folder / "weights.npy", "labels": folder / "labels.npy"}
+    np.save(files["weights"], weights_of(num_rows))
+    np.save(files["labels"], labels_of(num_rows))
+    rows: list[dict[str, Any]] = []
+    ours: dict[str, float] = {}
+    for way, (kind, _, largest) in WAYS.items():
+        if num_rows > largest:
+            print(f"  left out above {largest:,} rows: {way}")
+            continue
+        command = [sys.executable, __file__, "--one", way, str(num_rows), str(files[kind])]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            reason = run.stderr.strip().splitlines()[-1]
+            print(f"  refused: {way}: {reason}")
+            rows.append({"rows": num_rows, "way": way, "kind": kind, "refused": reason})
+            continue
+        found = json.loads(run.stdout)
+        ratio = found["total_seconds"] / ours.setdefault(kind, found["total_seconds"])  # ours comes first
+        print(
+            f"  {ratio:6.2f} times the time of ours, {found['nanoseconds_an_index']:7.0f} ns an index, first batch after "
+            f"{found['first_batch_seconds'] * 1e3:8.1f} ms, {found['extra_arrays']:5.1f} arrays of N: {way}"
+        )
+        rows.append({"rows": num_rows, "way": way, "kind": kind, "times_ours": ratio, **found})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "N"), help="measure one way in this process")
+    parser.add_argument("--one", nargs=3, metavar=("WAY", "N", "FILE"), help="measure one way in this process")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure_one(options.one[0], int(options.one[1]))))
+        print(json.dumps(measure_one(options.one[0], int(options.one[1]), options.one[2])))
         return
     rows: list[dict[str, Any]] = []
-    for num_rows in SIZES:
-        print(f"{DRAWS:,} draws from {num_rows:,} rows")
-        for way, (kind, _, largest) in WAYS.items():
-            if num_rows > largest:
-                print(f"  left out above {largest:,} rows: {way}")
-                continue
-            command = [sys.executable, __file__, "--one", way, str(num_rows)]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            if run.returncode:
-                reason = run.stderr.strip().splitlines()[-1]
-                print(f"  refused: {way}: {reason}")
-                rows.append({"rows": num_rows, "way": way, "refused": reason})
-                continue
-            found = json.loads(run.stdout)
-            ours = (
-                next(
-                    row
-                    for row in rows
-                    if row["rows"] == num_rows and row["way"].startswith("bnn") and row["kind"] == kind
-                )
-                if not way.startswith("bnn")
-                else found
-            )
-            ratio = found["total_seconds"] / ours["total_seconds"]
-            print(
-                f"  {ratio:6.2f} times the time of ours, {found['nanoseconds_an_index']:7.0f} ns an index, first batch after "
-                f"{found['first_batch_seconds'] * 1e3:8.1f} ms, {found['extra_arrays']:5.1f} arrays of N: {way}"
-            )
-            rows.append({"rows": num_rows, "way": way, "kind": kind, "times_ours": ratio, **found})
+    with tempfile.TemporaryDirectory() as folder:
+        for num_rows in SIZES:
+            rows += measure_all(num_rows, Path(folder))
     batch = from_memory()
     ratio = batch["DataLoader(TensorDataset)"] / batch["PairedLoader"]
     print(

@@ -390,7 +390,7 @@ def test_bases_that_fit_no_bank_are_refused(bnn: Callable[..., tuple[int, str, s
     for base, message in (
         ("inside.safetensors", "--base inside.safetensors '3.bias': want parameters of the module outside the bank"),
         ("shape.safetensors", "got [7], where the module has [6]"),
-        ("unknown.safetensors", "got [3] of no such name"),
+        ("unknown.safetensors", "got [3], which the module has not"),
         ("garbage.safetensors", "garbage.safetensors: want a safetensors file"),
         ("empty", "empty/free.safetensors: want a safetensors file, got none"),
         ("nowhere", "nowhere: want a safetensors file, got none"),
@@ -513,7 +513,7 @@ def test_a_balanced_bank_is_judged_at_natural_shares(bnn: Callable[..., tuple[in
         assert bnn(f"{TABLE} {flags} --overwrite")[0] == 0
         code, _, err = bnn("evaluate --bank bank --prior-shift")
         assert code == 2
-        assert f"--prior-shift: want a bank fitted with --balance, without importance weights, got a {got}" in err
+        assert f"--prior-shift: want a bank fitted with --balance of one skew, without importance, got a {got}" in err
 
 
 def test_units_of_information(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -727,9 +727,9 @@ def leap(values: list[Tensor]) -> Optimizer:
 
 def test_an_accuracy_that_is_watched_is_to_rise(tmp_path: Path) -> None:
     """The values kept are those of the epoch that was most accurate, not of the least."""
-    module, bank, data, (x, y) = case()
+    module, bank, (x, y), _ = case(1)
     watched = train(
-        module, bank, data, held_out=(x, y), out=tmp_path / "t", num_epochs=30, lr=0.05, patience=30,
+        module, bank, (x, y), held_out=(x, y), out=tmp_path / "t", num_epochs=60, lr=0.1, patience=60,
         monitor="held_out_accuracy",
     )  # fmt: skip
     curve = [row["held_out_accuracy"] for row in read_curve(tmp_path / "t")]
