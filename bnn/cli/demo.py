@@ -1,4 +1,4 @@
-"""bnn demo: three posteriors of one network on handwritten digits, judged side by side."""
+"""bnn demo: three posteriors of one module on handwritten digits, judged side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MODEL = "mlp:64,64"
 PRIOR_SCALE = 3.0  # of the fan-in prior, fixed; docs/design.md says where it comes from
-NUM_EPOCHS = 200  # of the plain network and of the student
+NUM_EPOCHS = 200  # of the plain module and of the student
 
 
 def demo(
@@ -30,7 +30,7 @@ def demo(
     seed: common.Seed = 0,
     debug: common.Debug = False,
 ) -> None:
-    """Fit three posteriors on handwritten digits, distil one, and judge them beside a plain network."""
+    """Fit three posteriors on handwritten digits, distil one, and judge them beside the module trained plainly."""
     del debug
     from bnn import evaluation, fitting, inference, likelihoods, modules, priors
     from bnn.bank import Bank
@@ -120,7 +120,7 @@ def demo(
 
 
 def train_plainly(data: DataSet, out: Path, *, seed: int, overwrite: bool) -> Bank:
-    """The same network trained as people do, by Adam on the cross-entropy; a bank of one sample."""
+    """The same module trained as people do, by Adam on the cross-entropy; a bank of one sample."""
     import torch
 
     from bnn import likelihoods, modules

@@ -250,6 +250,13 @@ def _in_order(data: Data, batch_size: int, targets: bool) -> Iterator[Batch]:
         for part in parts_of(data, 0, "evaluate"):
             yield batch_of(*part)
         return
+    if not isinstance(data, (tuple, list)):
+        raise DataError(
+            "evaluate",
+            want="a pair of tensors, a data set or a DataLoader",
+            got=f"a {type(data).__name__}",
+            fix="pass the data set itself",
+        )
     whole = batch_of(*data[:2])
     for start in range(0, len(whole.y), batch_size):
         here = slice(start, start + batch_size)

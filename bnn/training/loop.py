@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bnn.checkpoint import pack, unpack
-from bnn.errors import ConfigError, FitError, choose
+from bnn.errors import ConfigError, DataError, FitError, choose
 from bnn.layout import Layout
 from bnn.samplers import DynamicClassSampler, PairedLoader
 from bnn.types import Block, Params, State, make_block
@@ -199,7 +199,18 @@ def _step(
     mixed = recipe.precision != "float32"
     autocast = torch.autocast(device.type, dtype=getattr(torch, recipe.precision)) if mixed else nullcontext()
     with torch.enable_grad(), autocast:
-        loss = problem.loss(machine.values, *pair, progress.step)
+        try:
+            loss = problem.loss(machine.values, *pair, progress.step)
+        except (RuntimeError, TypeError, IndexError) as error:
+            if progress.step or isinstance(error, torch.OutOfMemoryError):
+                raise
+            lines = str(error).strip().splitlines()
+            raise DataError(
+                problem.name,
+                want="rows that the module takes, and outputs that the loss takes",
+                got=f"{type(error).__name__}: {lines[0] if lines else ''}",
+                fix="check the shape and dtype of x, and the structure of the module",
+            ) from error
     found = float(loss.detach())
     if not math.isfinite(found):
         raise FitError(

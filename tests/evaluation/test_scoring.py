@@ -476,3 +476,12 @@ def test_num_bins_are_checked_and_named() -> None:
     assert "4 equal bins" in report.metrics["ece"].definition
     with pytest.raises(ConfigError, match="num_bins"):
         classes(logits, labels(), num_bins=0)
+
+
+def test_a_paired_loader_is_no_data_to_judge_by() -> None:
+    """Every batch of it is for one sample; a predictive takes all of them."""
+    module = torch.nn.Linear(2, 3)
+    bank = bnn.Bank.from_state_dicts([module.state_dict()] * 4, module=module)
+    loader = bnn.PairedLoader((torch.zeros(5, 2), torch.zeros(5).long()), bnn.SampleIndexSampler(bank), batch_size=2)
+    with pytest.raises(DataError, match="want a pair of tensors, a data set or a DataLoader, got a PairedLoader"):
+        bnn.evaluate(bnn.FunctionalModel(module, bank), loader, likelihood=bnn.likelihoods.Categorical())

@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 
 import bnn
 from bnn.bank import Bank
-from bnn.errors import BankMismatch, ConfigError, FitError
+from bnn.errors import BankMismatch, ConfigError, DataError, FitError
 from bnn.fitting import fit
 from bnn.functional import FunctionalModel
 from bnn.inference import Prior
@@ -778,3 +778,13 @@ def test_a_resume_with_another_optimiser_is_refused(tmp_path: Path, state_every_
             module, bank, data, out=tmp_path / "t", num_epochs=2, batch_size=5, resume=True,
             optimizer=lambda values: torch.optim.SGD(values, 0.1),
         )  # fmt: skip
+
+
+def test_rows_that_the_module_does_not_take_are_refused_in_words(tmp_path: Path) -> None:
+    module, bank, (x, y), _ = case()
+    for rows in (x.double(), x[:, :3]):
+        with pytest.raises(
+            DataError, match=r"train: want rows that the module takes, .* got RuntimeError: mat1 and mat2"
+        ):
+            train(module, bank, (rows, y), out=tmp_path / "t", num_epochs=1)
+        assert not (tmp_path / "t").exists()
