@@ -788,3 +788,18 @@ def test_rows_that_the_module_does_not_take_are_refused_in_words(tmp_path: Path)
         ):
             train(module, bank, (rows, y), out=tmp_path / "t", num_epochs=1)
         assert not (tmp_path / "t").exists()
+
+
+def test_a_short_last_batch_counts_by_its_rows_under_importance_weights(tmp_path: Path) -> None:
+    """An epoch takes each of 23 rows once, in batches of 5 and one of 3: its loss is the mean over rows."""
+    module, bank, (x, y), _ = case(1)
+    sampler = StratifiedBatchSampler(y, 5, seed=3)
+    train(
+        module, bank, (x, y), sampler=sampler, importance_weights=True, out=tmp_path / "t", num_epochs=1,
+        optimizer=lambda values: SGD(values, lr=1e-12),
+    )  # fmt: skip
+    with torch.no_grad():
+        outputs = FunctionalModel(module, bank)(x, 0)
+    expected = float(nn.functional.cross_entropy(outputs, y))
+    assert sampler.batch_sizes().tolist() == [5, 5, 5, 5, 3]
+    assert read_curve(tmp_path / "t")[0]["loss"] == pytest.approx(expected, rel=1e-5)
