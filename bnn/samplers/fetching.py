@@ -81,7 +81,7 @@ class TensorRows(Dataset[Any]):
 
 
 def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
-    return tensor.index_select(0, rows.to(tensor.device))  # half the time of tensor[rows] for a batch
+    return tensor.index_select(0, rows.to(tensor.device))  # faster than tensor[rows] for a batch
 
 
 class Fetcher(Dataset[Any]):

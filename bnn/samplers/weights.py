@@ -217,7 +217,7 @@ def as_array(values: Any) -> np.ndarray:
 def copied(array: np.ndarray, dtype: type) -> np.ndarray:
     """A copy in this dtype, so that what its owner does to the array later changes no draw.
 
-    Memory that torch allocates is touched for the first time in a fifth of the time that NumPy's is.
+    Memory that torch allocates was measured to be much faster to touch first than NumPy's.
     """
     found: np.ndarray = torch.empty(len(array), dtype=torch.float64 if dtype is np.float64 else torch.int64).numpy()
     found[:] = array
