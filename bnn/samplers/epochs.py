@@ -151,8 +151,13 @@ class EpochSampler(Sampler[Item], ABC, Generic[Item]):
 
         return items()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where iteration stands: plain values, however many rows there are."""
+    def state_dict(self, *, yielded: int | None = None) -> dict[str, Any]:
+        """Where iteration stands: plain values, however many rows there are.
+
+        A loader that fetches ahead says how many items were `yielded` to its user.
+        """
+        if yielded is not None:
+            self._yielded = yielded
         return {
             "epoch": self._epoch,
             "yielded": self._yielded,

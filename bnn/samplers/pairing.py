@@ -203,8 +203,13 @@ class PairedLoader:
             **self._identity(),
             "arrived": self._arrived,
             "index": self.index_sampler.state_dict(),
-            "sampler": None if own is None else own.state_dict(),
+            "sampler": None if own is None else own.state_dict(yielded=self._items_of(own)),
         }
+
+    def _items_of(self, own: EpochSampler[Any]) -> int:
+        """Items of a sampler of ours behind the batches that were handed out."""
+        size = 1 if own.of_batches else self._batch_size or 1
+        return min(self._batch * size, len(own))
 
     def _identity(self) -> dict[str, Any]:
         """What a state is valid for, beside bank and sampler."""

@@ -145,7 +145,7 @@ def distil(
     judged = None if held_out is None else _judge(lesson, held_out)
     problem = Problem("distil", layout, start, _loss(lesson), _from_log, judged)
     options = {
-        **recipe.to_config(),
+        **recipe.to_config(start),
         "targets": targets,
         "num_indices": num_indices,
         "noise": noise,

@@ -159,7 +159,7 @@ def train(
         "method": {
             "name": "train",
             "options": {
-                **recipe.to_config(),
+                **recipe.to_config(start),
                 "batch_size": batch_size,
                 "num_indices": num_indices,
                 "loss": "likelihood" if loss is None else "given",

@@ -63,9 +63,9 @@ class Recipe:
             if not legal:
                 raise ConfigError(name, want=want, got=str(getattr(self, name)), fix="change it")
 
-    def to_config(self) -> dict[str, Any]:
-        """What a record keeps; of optimiser and scheduler, their kind."""
-        optimizer, scheduler = self.make([torch.zeros(1, requires_grad=True)])
+    def to_config(self, start: Params) -> dict[str, Any]:
+        """What a record keeps; of optimiser and scheduler, their kind, made for values such as those at the start."""
+        optimizer, scheduler = self.make([tensor.detach().clone().requires_grad_() for tensor in start.values()])
         plain = {key: value for key, value in vars(self).items() if key not in ("optimizer", "scheduler")}
         made = {"optimizer": optimizer, "scheduler": scheduler}
         return {**plain, **{key: None if one is None else type(one).__name__ for key, one in made.items()}}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -479,3 +480,29 @@ def test_the_rows_of_a_batch_are_known_for_importance_weights(workers: int) -> N
     for (_, y), _ in paired:
         assert list(paired.rows) == y.tolist()
         assert torch.equal(paired.sampler.importance_weights(paired.rows), weights[y])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a stock BatchSampler"])
+def test_a_state_inside_an_epoch_is_of_the_weights_it_was_begun_with(inside: bool) -> None:
+    """Also after an update in its midst: a sampler of the new weights has another list, and is refused."""
+    before, after = np.arange(1.0, 24.0), np.arange(23.0, 0.0, -1.0)
+
+    def made(weights: np.ndarray) -> tuple[PairedLoader, WeightedIndexSampler]:
+        sampler = WeightedIndexSampler(weights, seed=2)
+        if inside:
+            return loader(shuffle=False, batch_size=1, batch_sampler=BatchSampler(sampler, 4, drop_last=False)), sampler
+        return loader(shuffle=False, sampler=sampler), sampler
+
+    whole = pairs(made(before)[0])
+    paired, sampler = made(before)
+    batches = iter(paired)
+    next(batches), next(batches)
+    sampler.update(after)
+    state = json.loads(json.dumps(paired.state_dict()))
+    with pytest.raises(DataError, match="weights"):
+        made(after)[0].load_state_dict(state)
+    resumed, _ = made(before)
+    resumed.load_state_dict(state)
+    assert pairs(resumed) == whole[2:]
+    list(batches)
+    made(after)[0].load_state_dict(paired.state_dict())  # between epochs it is of those that come

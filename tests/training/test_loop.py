@@ -803,3 +803,16 @@ def test_a_short_last_batch_counts_by_its_rows_under_importance_weights(tmp_path
     expected = float(nn.functional.cross_entropy(outputs, y))
     assert sampler.batch_sizes().tolist() == [5, 5, 5, 5, 3]
     assert read_curve(tmp_path / "t")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_optimiser_may_have_groups_of_values(tmp_path: Path) -> None:
+    """Values come in the order of the result's names; those of a group with lr 0 stay."""
+    module, bank, data, _ = case()
+    trained = train(
+        module, bank, data, out=tmp_path / "t", num_epochs=2,
+        optimizer=lambda values: SGD([{"params": [values[0]], "lr": 0.1}, {"params": [values[1]], "lr": 0.0}]),
+    )  # fmt: skip
+    assert list(trained[0]) == list(FREE)
+    named = dict(module.named_parameters())
+    assert not torch.equal(trained[0][FREE[0]], named[FREE[0]])
+    assert torch.equal(trained[0][FREE[1]], named[FREE[1]])
