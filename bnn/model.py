@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from bnn import priors
 from bnn.errors import ConfigError, DataError
 from bnn.functional import Skeleton, device_of
-from bnn.layout import Entry, as_patterns, layout_of
+from bnn.layout import Entry, Layout, as_patterns, layout_of
 from bnn.likelihoods import Likelihood
-from bnn.priors import Prior
+from bnn.priors import PositivePrior, Prior
 from bnn.seeding import generator
 from bnn.types import Batch, Params
 
@@ -25,8 +25,11 @@ class BayesianModel:
     log_joint(theta; batch) = (N / B sum_b w_b log p(y_b | x_b, theta) + log p(theta)) / T
 
     The weights w_b are 1, or the batch's own: importance weights 1 / (N pi_b) for rows drawn with chances
-    pi_b, with which the target stays that of all rows alike. With this scaling the log joints of the batches of an epoch, weighted by B_i / N, average to the
-    full-data one.
+    pi_b, with which the target stays that of all rows alike. With this scaling the log joints of the batches
+    of an epoch, weighted by B_i / N, average to the full-data one.
+
+    Unknowns of likelihood and prior (a noise scale, the scale of the weights) are part of the sample, under
+    names that begin with `@`.
 
     Args:
         module: any module; never changed. Layers that rewrite themselves or draw random numbers in
@@ -68,13 +71,17 @@ class BayesianModel:
                 fix="pass the number of rows of the training set",
             )
         priors.require_positive("temperature", temperature)
-        unknowns = tuple(Entry(unknown.name, (), torch.float32) for unknown in likelihood.unknowns)
         self.module, self.prior, self.likelihood = module, prior, likelihood
         self.num_data, self.temperature = num_data, temperature
         self.bayesian = as_patterns(bayesian)
-        self.layout = layout_of(module, bayesian, unknowns)
-        self._entries = self.layout.entries[: len(self.layout.entries) - len(unknowns)]
+        own = layout_of(module, bayesian)
+        self._entries = own.entries
         prior.check(self._entries)
+        self.unknowns = (*likelihood.unknowns, *priors.unknowns(prior, self._entries))
+        extra = (Entry(unknown.name, (), torch.float32) for unknown in self.unknowns)
+        self.layout = Layout((*own.entries, *extra), own.aliases)
+        places = [(entry, prior.place(entry)) for entry in self._entries]
+        self._scaled = [(entry, place) for entry, place in places if place.unknown is not None]
         self._skeleton = Skeleton(module, self.layout, detach=True)
 
     @property
@@ -92,9 +99,9 @@ class BayesianModel:
         return each.sum() if batch.weight is None else (batch.weight.to(each) * each).sum()
 
     def log_prior(self, params: Params) -> Tensor:
-        """log p(theta), unknowns of the likelihood included, a scalar."""
+        """log p(theta), unknowns included, a scalar."""
         total = priors.log_prob(self.prior, self._entries, params)
-        for unknown in self.likelihood.unknowns:
+        for unknown in self.unknowns:
             total = total + unknown.prior.log_prob(params[unknown.name])
         return total
 
@@ -109,8 +116,8 @@ class BayesianModel:
     def log_density(self, flat: Tensor, batch: Batch, *, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log joint in the unconstrained space of the samplers, and in the constrained one.
 
-        log pi(u) = log_joint(theta(u)) + log |d theta / d u|, with theta = exp(u) for the positive
-        unknowns of the likelihood and theta = u for the rest.
+        log pi(u) = log_joint(theta(u)) + log |d theta / d u|, with theta = exp(u) for positive unknowns,
+        theta = loc + scale s u for entries whose prior has an unknown scale s, and theta = u for the rest.
 
         Args:
             flat: u, one sample [P].
@@ -128,15 +135,22 @@ class BayesianModel:
         """u [P] or [K, P] -> params as banks keep them, and log |d theta / d u|, a scalar or [K]."""
         params = self.layout.unflatten(flat)
         log_jacobian = flat.new_zeros(flat.shape[:-1])
-        for unknown in self.likelihood.unknowns:
+        for unknown in self.unknowns:
             log_jacobian = log_jacobian + params[unknown.name]
             params[unknown.name] = params[unknown.name].exp()
+        for entry, place in self._scaled:
+            scale = place.scale * params[place.unknown.name]  # type: ignore[union-attr]
+            log_jacobian = log_jacobian + entry.numel * scale.log()
+            params[entry.name] = (place.loc + _beside(scale, entry) * params[entry.name]).to(entry.dtype)
         return params, log_jacobian
 
     def unconstrain(self, params: Params) -> Tensor:
         """Params -> u, [P] or [K, P]."""
-        logs = {unknown.name: params[unknown.name].log() for unknown in self.likelihood.unknowns}
-        return self.layout.flatten(params | logs)
+        changed = {unknown.name: params[unknown.name].log() for unknown in self.unknowns}
+        for entry, place in self._scaled:
+            scale = place.scale * params[place.unknown.name]  # type: ignore[union-attr]
+            changed[entry.name] = (params[entry.name] - place.loc) / _beside(scale, entry)
+        return self.layout.flatten(params | changed)
 
     def sample_prior(self, seed: int, *keys: int | str) -> Params:
         """One draw of every entry from the prior; the same one for the same seed and keys."""
@@ -144,19 +158,62 @@ class BayesianModel:
         params = priors.sample(self.prior, self._entries, source)
         for unknown in self.likelihood.unknowns:
             params[unknown.name] = unknown.prior.sample(source).to(torch.float32)
-        return params
+        return {name: params[name] for name in self.layout.names}
 
     def prior_scale(self) -> Tensor:
-        """Prior standard deviation of each number of u, [P]; 1 for the logarithms of positive unknowns."""
-        scales = {e.name: torch.full(e.shape, self.prior.moments(e)[1]) for e in self._entries}
-        scales |= {unknown.name: torch.ones(()) for unknown in self.likelihood.unknowns}
+        """Prior standard deviation of each number of u (the prior's scale where it has none), [P]; 1 for logarithms."""
+        scales = {unknown.name: torch.ones(()) for unknown in self.unknowns}
+        for entry in self._entries:
+            place = self.prior.place(entry)
+            scale = place.family.spread * (place.scale if place.unknown is None else 1.0)
+            scales[entry.name] = torch.full(entry.shape, scale)
         return self.layout.flatten(scales)
 
+    def prior_precision(self, flat: Tensor) -> Tensor:
+        """Curvature of the log prior at u, -d^2 log p(u) / d u_i^2, [P]: 1 / scale^2 for normal entries.
+
+        Raises:
+            ConfigError: the prior of the parameters is not normal, or a scale of it is unknown: its curvature
+                is then not positive everywhere.
+        """
+        for entry in self._entries:
+            place = self.prior.place(entry)
+            if not isinstance(place.family, priors.Normal) or place.unknown is not None:
+                raise ConfigError(
+                    "prior",
+                    want="normal values with fixed scales, whose curvature is known",
+                    got=f"{self.prior.to_config()['name']} for '{entry.name}'",
+                    fix="use priors.Normal or FanIn with numbers as scales, or a method that needs no curvature",
+                )
+        curvature = {e.name: torch.full(e.shape, self.prior.place(e).scale ** -2) for e in self._entries}
+        logs = {name: value.detach().cpu() for name, value in self.layout.unflatten(flat).items()}
+        for unknown in self.unknowns:
+
+            def density(log_value: Tensor, prior: PositivePrior = unknown.prior) -> Tensor:
+                return prior.log_prob(log_value.exp()) + log_value
+
+            curvature[unknown.name] = -torch.func.hessian(density)(logs[unknown.name])
+        return self.layout.flatten(curvature).to(flat)
+
+    def require_mode(self, place: str) -> None:
+        """Raise ConfigError if a scale of the prior is unknown: the log joint then has no maximum.
+
+        It grows without bound where the scale and all values under it shrink together.
+        """
+        if self._scaled:
+            raise ConfigError(
+                place,
+                want="a prior with fixed scales: under an unknown one the log joint has no maximum",
+                got=f"'{self._scaled[0][1].unknown.name}'",  # type: ignore[union-attr]
+                fix="fix the scale, or choose a method that samples or fits a distribution",
+            )
+
     def module_params(self) -> Params:
-        """The module's present values as a sample; unknowns of the likelihood at 1."""
+        """The module's present values as a sample; unknowns at the median of their prior."""
         named = dict(self.module.named_parameters(remove_duplicate=False))
         params = {e.name: named[e.name].detach().clone() for e in self._entries}
-        return params | {unknown.name: torch.ones((), device=self.device) for unknown in self.likelihood.unknowns}
+        medians = {unknown.name: unknown.prior.median for unknown in self.unknowns}
+        return params | {name: torch.full((), median, device=self.device) for name, median in medians.items()}
 
     def base(self) -> Params:
         """Parameters outside the sample, and persistent buffers: what a bank keeps once."""
@@ -193,3 +250,8 @@ class BayesianModel:
             "num_data": self.num_data,
             "temperature": self.temperature,
         }
+
+
+def _beside(scale: Tensor, entry: Entry) -> Tensor:
+    """A scale (a scalar, or [K]) in a shape that multiplies values [*shape] or [K, *shape] of an entry."""
+    return scale.reshape(scale.shape + (1,) * len(entry.shape))

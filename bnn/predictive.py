@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bnn.errors import ConfigError, DataError
 from bnn.functional import FunctionalModel
-from bnn.likelihoods import Gaussian, Likelihood, as_columns, likelihood_from_config
+from bnn.likelihoods import (
+    Bernoulli,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+    StudentT,
+    likelihood_from_config,
+    poisson_log_prob,
+    student_t_log_prob,
+)
+from bnn.metrics import mixture_cdf, mixture_log_prob
 from bnn.types import Block
 from bnn.uncertainty import entropy, prior_shift
 
@@ -46,24 +57,105 @@ class NormalPredictive(NamedTuple):
     """A mixture of S normals a row and output, in units of the target, float64."""
 
     means: Tensor  # [S, B, C]
-    scales: Tensor  # [S, 1, 1], or [S, 1, C] where targets have units of their own
+    scales: Tensor  # [S, 1, 1], [S, 1, C] where targets have units of their own, or [S, B, C] where noise varies
     log_weight: Tensor  # [S] normalised
 
     @property
     def mean(self) -> Tensor:
         """Predictive mean [B, C]."""
-        return (self.log_weight.exp()[:, None, None] * self.means).sum(dim=0)
+        return _average(self.means, self.log_weight)
 
     @property
     def aleatoric(self) -> Tensor:
         """Expected noise variance [B, C]."""
-        variances = self.scales.square().expand_as(self.means)
-        return (self.log_weight.exp()[:, None, None] * variances).sum(dim=0)
+        return _average(self.scales.square().expand_as(self.means), self.log_weight)
 
     @property
     def epistemic(self) -> Tensor:
         """Variance of the samples' means [B, C]."""
-        return (self.log_weight.exp()[:, None, None] * (self.means - self.mean).square()).sum(dim=0)
+        return _average((self.means - self.mean).square(), self.log_weight)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """Log density of targets [B, C], summed over outputs inside a sample, [B]."""
+        return mixture_log_prob(self.means, self.scales, y, self.log_weight)
+
+    def cdf(self, y: Tensor) -> Tensor:
+        """P(Y <= y) of each target, [B, C]."""
+        return mixture_cdf(self.means, self.scales, y, self.log_weight)
+
+
+class StudentTPredictive(NamedTuple):
+    """A mixture of S Student's t a row and output, in units of the target, float64."""
+
+    locs: Tensor  # [S, B, C]
+    scales: Tensor  # [S, 1, 1] or [S, 1, C]
+    log_weight: Tensor  # [S] normalised
+    df: float
+
+    @property
+    def mean(self) -> Tensor:
+        """Predictive mean [B, C]; of df up to 1, where there is none, the mean of the centres."""
+        return _average(self.locs, self.log_weight)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """Expected noise variance [B, C]: df / (df - 2) scale^2, infinite for df up to 2."""
+        factor = self.df / (self.df - 2.0) if self.df > 2.0 else math.inf
+        return _average(factor * self.scales.square().expand_as(self.locs), self.log_weight)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """Variance of the samples' centres [B, C]."""
+        return _average((self.locs - self.mean).square(), self.log_weight)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """Log density of targets [B, C], summed over outputs inside a sample, [B]."""
+        each = student_t_log_prob(y, self.locs, self.scales, self.df).sum(dim=-1)  # [S, B]
+        return torch.logsumexp(each + self.log_weight.unsqueeze(1), dim=0)
+
+    def cdf(self, y: Tensor) -> Tensor:
+        """P(Y <= y) of each target, [B, C]; needs SciPy."""
+        from scipy.special import stdtr
+
+        z = ((y - self.locs) / self.scales).numpy()
+        return _average(torch.from_numpy(stdtr(self.df, z)), self.log_weight)
+
+
+class PoissonPredictive(NamedTuple):
+    """A mixture of S Poisson distributions a row and output, float64."""
+
+    log_rates: Tensor  # [S, B, C]
+    log_weight: Tensor  # [S] normalised
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected count [B, C]."""
+        return _average(self.log_rates.exp(), self.log_weight)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """Expected variance of the counts given a sample, which is their expected rate, [B, C]."""
+        return self.mean
+
+    @property
+    def epistemic(self) -> Tensor:
+        """Variance of the samples' rates [B, C]."""
+        return _average((self.log_rates.exp() - self.mean).square(), self.log_weight)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """Log probability of counts [B, C], summed over outputs inside a sample, [B]."""
+        each = poisson_log_prob(y, self.log_rates).sum(dim=-1)  # [S, B]
+        return torch.logsumexp(each + self.log_weight.unsqueeze(1), dim=0)
+
+    def cdf(self, y: Tensor) -> Tensor:
+        """P(Y <= y) of each count, [B, C]; 0 below 0."""
+        counts = y.double().floor().expand_as(self.log_rates)
+        below = torch.special.gammaincc(counts.clamp_min(0) + 1.0, self.log_rates.exp())
+        return _average(torch.where(counts < 0, torch.zeros_like(below), below), self.log_weight)
+
+
+TargetPredictive: TypeAlias = NormalPredictive | StudentTPredictive | PoissonPredictive
+"""The predictive of a regression: `mean`, `aleatoric` and `epistemic` variance, `log_prob` and `cdf`."""
 
 
 def predict(
@@ -74,7 +166,7 @@ def predict(
     prior_shift: tuple[Any, Any] | None = None,
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
-) -> ClassPredictive | NormalPredictive:
+) -> ClassPredictive | TargetPredictive:
     """Predictive distribution of one batch under all samples of a bank.
 
     Probabilities are averaged, with the bank's weights, not logits. Samples are taken block by block:
@@ -92,11 +184,13 @@ def predict(
         scale: their standard deviation, so that predictions are in the target's own units.
 
     Returns:
-        `ClassPredictive` or `NormalPredictive`.
+        `ClassPredictive` for `Categorical` and `Bernoulli`, `NormalPredictive` for the Gaussian likelihoods,
+        `StudentTPredictive` or `PoissonPredictive`.
 
     Raises:
         DataError: a sample gives NaN or Inf; its index is named.
-        ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression.
+        ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression;
+            other units for counts.
     """
     loc, scale = torch.as_tensor(loc, dtype=torch.float64), torch.as_tensor(scale, dtype=torch.float64)
     if not (torch.isfinite(scale) & (scale > 0)).all():
@@ -106,17 +200,19 @@ def predict(
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     if not len(net.bank):
         raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
-    if isinstance(likelihood, Gaussian):
-        if prior_shift is not None:
-            raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
-        return _normal(net, x, likelihood, loc, scale)
-    return _classes(net, x, prior_shift)
+    if likelihood.task == "classification":
+        return _classes(net, x, likelihood, prior_shift)
+    if prior_shift is not None:
+        raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
+    return _targets(net, x, likelihood, loc, scale)
 
 
 @torch.no_grad()
-def _classes(net: FunctionalModel, x: Any, shift: tuple[Any, Any] | None) -> ClassPredictive:
+def _classes(net: FunctionalModel, x: Any, likelihood: Likelihood, shift: tuple[Any, Any] | None) -> ClassPredictive:
     log_probs = expected_entropy = expected_log_prob = torch.zeros(())
     for start, log_weight, _, outputs in _outputs(net, x):
+        if isinstance(likelihood, Bernoulli):
+            outputs = likelihood.class_logits(outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs)
         if outputs.dim() != 3:
             raise _shape("[B, C], one output a class", outputs)
         each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
@@ -131,16 +227,35 @@ def _classes(net: FunctionalModel, x: Any, shift: tuple[Any, Any] | None) -> Cla
 
 
 @torch.no_grad()
-def _normal(net: FunctionalModel, x: Any, likelihood: Gaussian, loc: Tensor, scale: Tensor) -> NormalPredictive:
-    means, scales, weights = [], [], []
+def _targets(net: FunctionalModel, x: Any, likelihood: Likelihood, loc: Tensor, scale: Tensor) -> TargetPredictive:
+    if isinstance(likelihood, Poisson) and not (bool((loc == 0).all()) and bool((scale == 1).all())):
+        raise ConfigError(
+            "predict(loc=, scale=)", want="0 and 1 for counts", got="others", fix="fit counts without standardising"
+        )
+    places, scales, weights = [], [], []
     for _, log_weight, block, outputs in _outputs(net, x):
         if outputs.dim() not in (2, 3):
             raise _shape("[B] or [B, C]", outputs)
-        means.append(torch.stack([as_columns(one) for one in outputs]).double().cpu() * scale + loc)  # [K, B, C]
-        noise = likelihood.scale_of(block.params).double().cpu().expand(block.num_samples)
-        scales.append(noise[:, None, None] * scale)  # [K, 1, 1]
+        columns = (outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs).double()  # [K, B, C]
+        noise = torch.ones(block.num_samples, 1, 1)
+        if isinstance(likelihood, HeteroscedasticGaussian):
+            columns, noise = likelihood.split(columns)
+        elif isinstance(likelihood, Gaussian | StudentT):
+            noise = likelihood.scale_of(block.params).expand(block.num_samples)[:, None, None]  # [K, 1, 1]
+        places.append(columns.cpu() * scale + loc)
+        scales.append(noise.double().cpu() * scale)
         weights.append(log_weight.cpu())
-    return NormalPredictive(torch.cat(means), torch.cat(scales), torch.cat(weights))
+    at, spread, weight = torch.cat(places), torch.cat(scales), torch.cat(weights)
+    if isinstance(likelihood, Poisson):
+        return PoissonPredictive(at, weight)
+    if isinstance(likelihood, StudentT):
+        return StudentTPredictive(at, spread, weight, likelihood.df)
+    return NormalPredictive(at, spread, weight)
+
+
+def _average(values: Tensor, log_weight: Tensor) -> Tensor:
+    """sum_s w_s values_s, [S, B, C] -> [B, C]."""
+    return (log_weight.exp()[:, None, None] * values).sum(dim=0)
 
 
 def _shape(want: str, outputs: Tensor) -> DataError:

@@ -60,7 +60,7 @@ def test_config_round_trip(likelihood: Gaussian | Categorical) -> None:
     assert likelihood_from_config(likelihood.to_config()) == likelihood
 
 
-@pytest.mark.parametrize("config", [None, {}, {"name": "Poisson"}, {"name": "Gaussian", "scale": {"name": "Wishart"}}])
+@pytest.mark.parametrize("config", [None, {}, {"name": "Weibull"}])
 def test_a_bank_without_a_known_likelihood_says_so(config: dict | None) -> None:
     with pytest.raises(ConfigError, match="pass likelihood="):
         likelihood_from_config(config)

@@ -24,7 +24,7 @@ ENTRIES = (
 def test_log_prob_is_that_of_independent_normals(prior: priors.Prior) -> None:
     params = priors.sample(prior, ENTRIES, generator(0))
     expected = sum(
-        torch.distributions.Normal(*map(float, prior.moments(e))).log_prob(params[e.name].double()).sum()
+        torch.distributions.Normal(prior.place(e).loc, prior.place(e).scale).log_prob(params[e.name].double()).sum()
         for e in ENTRIES
     )
     torch.testing.assert_close(priors.log_prob(prior, ENTRIES, params).double(), expected, rtol=1e-6, atol=1e-4)
@@ -32,7 +32,7 @@ def test_log_prob_is_that_of_independent_normals(prior: priors.Prior) -> None:
 
 def test_fan_in_is_the_number_of_inputs_of_an_output() -> None:
     prior = FanIn(3.0, 0.5)
-    assert [prior.moments(e) for e in ENTRIES] == [(0.0, 3.0 / 2.0), (0.0, 0.5), (0.0, 3.0 / math.sqrt(12))]
+    assert [prior.place(e).scale for e in ENTRIES] == [3.0 / 2.0, 0.5, 3.0 / math.sqrt(12)]
 
 
 def test_draws_have_the_moments_of_the_prior() -> None:
@@ -45,7 +45,7 @@ def test_draws_have_the_moments_of_the_prior() -> None:
 
 def test_the_first_matching_pattern_counts() -> None:
     prior = Normal(0.0, {"fc.*": 0.1, "*.weight": 0.2, "*": 0.3})
-    assert [prior.moments(e)[1] for e in ENTRIES] == [0.1, 0.1, 0.2]
+    assert [prior.place(e).scale for e in ENTRIES] == [0.1, 0.1, 0.2]
 
 
 def test_uncovered_entries_and_idle_patterns_are_refused() -> None:

@@ -17,8 +17,8 @@ from bnn.batches import full_batch, num_rows, parts_of, reweights, samplers_of
 from bnn.errors import ConfigError, DataError
 from bnn.evaluation.report import Report
 from bnn.functional import FunctionalModel
-from bnn.likelihoods import Likelihood, as_columns, check_logits, likelihood_from_config
-from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.likelihoods import Bernoulli, Likelihood, as_columns, check_logit, check_logits, likelihood_from_config
+from bnn.predictive import ClassPredictive, NormalPredictive, PoissonPredictive, TargetPredictive, predict
 from bnn.samplers import EpochSampler
 from bnn.types import Batch, Data
 
@@ -43,8 +43,8 @@ def evaluate(
     Classification: accuracy, NLL and Brier score of the mean predictive, its expected calibration
     error, the Gibbs NLL (mean of the samples' own), total and expected entropy, mutual information;
     with `ood`, AUROC and FPR at 95 % TPR of the predictive entropy, rows from outside being positive.
-    Regression: RMSE, NLL of the exact mixture, CRPS, coverage of the central 50, 90 and 95 %
-    intervals, aleatoric and epistemic variance; all in the units that `loc` and `scale` lead to.
+    Regression: RMSE, NLL of the exact mixture, CRPS (of normal noise), coverage of the central 50, 90 and
+    95 % intervals, aleatoric and epistemic variance; all in the units that `loc` and `scale` lead to.
 
     Args:
         net: a module under a bank.
@@ -82,10 +82,14 @@ def evaluate(
     for batch in _batches(data, batch_size, "evaluate", progress):
         predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift, loc=loc, scale=scale)
         if isinstance(predictive, ClassPredictive):
-            check_logits(predictive.log_probs, batch.y)
-            found = _class_rows(predictive, batch.y)
+            y = batch.y
+            if isinstance(likelihood, Bernoulli):
+                check_logit(y, y)
+                y = y.flatten().long()
+            check_logits(predictive.log_probs, y)
+            found = _class_rows(predictive, y)
         else:
-            found = _normal_rows(predictive, as_columns(batch.y).double() * scale + loc)
+            found = _target_rows(predictive, as_columns(batch.y).double() * scale + loc)
         for name, values in found.items():
             rows.setdefault(name, []).append(values)
     seconds = time.perf_counter() - began
@@ -100,7 +104,7 @@ def evaluate(
     else:
         if ood is not None:
             raise DataError("ood", want="none for a regression", got="some", fix="leave it out: scores are for classes")
-        _normal_figures(report)
+        _target_figures(report)
     return report
 
 
@@ -151,29 +155,32 @@ def _class_figures(report: Report, num_bins: int, outside: Tensor | None) -> Non
         )
 
 
-def _normal_rows(predictive: NormalPredictive, y: Tensor) -> dict[str, Tensor]:
-    means, scales, log_weight = predictive
-    y = y.cpu()
-    if y.shape != means.shape[1:]:
+def _target_rows(predictive: TargetPredictive, y: Tensor) -> dict[str, Tensor]:
+    y, mean = y.cpu(), predictive.mean
+    if y.shape != mean.shape:
         raise DataError(
             "data",
-            want=f"targets {list(means.shape[1:])}, as the module's outputs",
+            want=f"targets {list(mean.shape)}, as the module's outputs",
             got=str(list(y.shape)),
             fix="give the module one output a target",
         )
-    return {
+    pit = predictive.cdf(y)
+    rows = {
         "y": y,
-        "mean": predictive.mean,
-        "squared_error": (y - predictive.mean).square(),
-        "nll": -metrics.mixture_log_prob(means, scales, y, log_weight),
-        "crps": metrics.mixture_crps(means, scales, y, log_weight),
-        "pit": metrics.mixture_cdf(means, scales, y, log_weight),
+        "mean": mean,
+        "squared_error": (y - mean).square(),
+        "nll": -predictive.log_prob(y),
+        "pit": pit,
+        "pit_below": predictive.cdf(y - 1) if isinstance(predictive, PoissonPredictive) else pit,  # P(Y < y)
         "aleatoric_variance": predictive.aleatoric,
         "epistemic_variance": predictive.epistemic,
     }
+    if isinstance(predictive, NormalPredictive):
+        rows["crps"] = metrics.mixture_crps(predictive.means, predictive.scales, y, predictive.log_weight)
+    return rows
 
 
-def _normal_figures(report: Report) -> None:
+def _target_figures(report: Report) -> None:
     rows = report.rows
     squared = rows["squared_error"].flatten(1).mean(dim=1)
     root = float(squared.mean().sqrt())
@@ -181,11 +188,13 @@ def _normal_figures(report: Report) -> None:
     error = float(squared.std() / len(squared) ** 0.5 / (2 * root)) if len(squared) > 1 and root > 0 else None
     report.add("rmse", root, "root mean squared error of the predictive mean, target units", error)
     report.add_mean("nll", rows["nll"], "-mean log density of the mixture over samples, nats, target units")
-    report.add_mean(
-        "crps", rows["crps"].mean(dim=1), "continuous ranked probability score of the mixture, target units"
-    )
+    if "crps" in rows:
+        report.add_mean(
+            "crps", rows["crps"].mean(dim=1), "continuous ranked probability score of the mixture, target units"
+        )
     for level in LEVELS:
-        inside = ((2.0 * rows["pit"] - 1.0).abs() <= level).double().mean(dim=1)
+        tail = 0.5 - 0.5 * level
+        inside = ((rows["pit"] >= tail) & (rows["pit_below"] <= 1.0 - tail)).double().mean(dim=1)
         report.add_mean(f"coverage_{level * 100:.0f}", inside, f"share of targets in the central {level:.0%} interval")
     for part in ("aleatoric", "epistemic"):
         values = rows[f"{part}_variance"].mean(dim=1)

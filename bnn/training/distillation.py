@@ -18,7 +18,7 @@ from bnn.errors import ConfigError, choose
 from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
 from bnn.layout import Entry, layout_of
-from bnn.likelihoods import SCALE, Gaussian, Likelihood, as_columns, likelihood_from_config
+from bnn.likelihoods import SCALE, Categorical, Gaussian, Likelihood, as_columns, likelihood_from_config
 from bnn.predictive import ClassPredictive, NormalPredictive, predict
 from bnn.priors import HalfCauchy
 from bnn.samplers import EpochSampler, PairedLoader
@@ -128,6 +128,13 @@ def distil(
     _check_inputs(targets, num_indices, noise, mixup)
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     is_normal = isinstance(likelihood, Gaussian)
+    if not isinstance(likelihood, Categorical | Gaussian):
+        raise ConfigError(
+            "likelihood",
+            want="Categorical or Gaussian, whose predictive a student can be taught",
+            got=type(likelihood).__name__,
+            fix="evaluate the bank itself",
+        )
     layout = layout_of(student, extra=[Entry(SCALE, (), torch.float32)] if is_normal else [])
     loader = paired(
         data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
@@ -217,7 +224,7 @@ def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -
         if isinstance(predictive, NormalPredictive):
             outputs.append(predictive.mean.float())
             scales.append((predictive.aleatoric + predictive.epistemic).sqrt().float())
-        else:
+        elif isinstance(predictive, ClassPredictive):
             outputs.append(predictive.log_probs.float())
     return torch.cat(outputs), torch.cat(scales) if scales else torch.ones(())
 

@@ -17,7 +17,7 @@ from bnn.errors import ConfigError
 from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
 from bnn.layout import Layout, as_patterns, layout_of, matches
-from bnn.likelihoods import Likelihood, likelihood_from_config
+from bnn.likelihoods import Bernoulli, Likelihood, as_columns, likelihood_from_config
 from bnn.samplers import EpochSampler, PairedLoader, TensorRows
 from bnn.training.files import keep
 from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, row_weights, weighted_mean
@@ -298,13 +298,15 @@ def _judge(setting: _Setting, batch: Batch) -> Callable[[Params], HeldOut]:
             params = setting.net.params(index) | values
             outputs = setting.whole(params, batch.x, device=setting.net.device)
             if classes:
+                if isinstance(setting.likelihood, Bernoulli):
+                    outputs = setting.likelihood.class_logits(as_columns(outputs))
                 each = outputs.double().log_softmax(dim=-1)
             else:
                 each = setting.likelihood.log_prob(outputs, batch.y, params).double()
             found.append((each + weight).cpu())
         mixed = torch.logsumexp(torch.stack(found), dim=0)  # [B, C] of classes, [B] of a regression
         if classes:
-            return class_figures(mixed, batch.y.cpu())
+            return class_figures(mixed, batch.y.cpu().flatten().long())
         return HeldOut({"held_out_nll": -float(mixed.mean())}, {})
 
     return judge

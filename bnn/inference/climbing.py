@@ -1,0 +1,154 @@
+"""What producers on minibatches share: where positions start, their gradients, and Adam on all of them at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnn.batches import mean_rows, minibatches, moved
+from bnn.errors import FitError
+from bnn.model import BayesianModel
+from bnn.seeding import isolated
+from bnn.types import Batch, Data, State
+
+Start: TypeAlias = Literal["module", "reset", "prior"]
+STARTS: tuple[str, ...] = ("module", "reset", "prior")
+
+FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8  # of Adam, as its authors chose them
+LAST_RATE = 0.01  # share of the learning rate that is left at the end of a climb
+
+Gradient: TypeAlias = Callable[[Tensor, Batch, float], tuple[Tensor, Tensor]]
+"""Positions u [M, P], a batch and its weight -> gradient [M, P] and value [M] of a log density."""
+
+
+class Climb(NamedTuple):
+    """M positions under Adam, each with moments of its own."""
+
+    flat: Tensor  # [M, P] unconstrained
+    mean: Tensor  # [M, P] of gradients
+    square: Tensor  # [M, P] of squared gradients
+
+    @staticmethod
+    def of(flat: Tensor) -> Climb:
+        """At rest."""
+        return Climb(flat, torch.zeros_like(flat), torch.zeros_like(flat))
+
+    @staticmethod
+    def load(state: State, device: torch.device) -> Climb:
+        """What `save` gave."""
+        return Climb(*(state[f"climb.{name}"].to(device) for name in Climb._fields))
+
+    def save(self) -> State:
+        """As a state that a bank can keep."""
+        return {f"climb.{name}": value for name, value in self._asdict().items()}
+
+
+def climb(at: Climb, gradient: Tensor, *, step: int, num_steps: int, lr: float) -> Climb:
+    """Step number `step`, from 0, of a climb of `num_steps`.
+
+    u <- u + lr LAST_RATE^(step / num_steps) m / (sqrt v + EPSILON), m and v without their bias towards 0
+
+    Source: Kingma and Ba (2015), arXiv:1412.6980, algorithm 1.
+    """
+    count = step + 1
+    mean = FIRST_DECAY * at.mean + (1 - FIRST_DECAY) * gradient
+    square = SECOND_DECAY * at.square + (1 - SECOND_DECAY) * gradient.square()
+    rate = lr * LAST_RATE ** (step / num_steps)
+    direction = (mean / (1 - FIRST_DECAY**count)) / ((square / (1 - SECOND_DECAY**count)).sqrt() + EPSILON)
+    return Climb(at.flat + rate * direction, mean, square)
+
+
+def gradient_of(model: BayesianModel, *, constrained: bool = False) -> Gradient:
+    """The gradient of the log density of M positions, in the unconstrained space of the model.
+
+    Args:
+        model: whose density.
+        constrained: that of the values that a bank keeps, without the Jacobian: its maximum is the MAP.
+    """
+
+    def value(flat: Tensor, batch: Batch, weight: float) -> Tensor:
+        log_density, log_joint = model.log_density(flat, batch, weight=weight)
+        return log_joint if constrained else log_density
+
+    one = torch.func.grad_and_value(value)
+    several = torch.func.vmap(one, in_dims=(0, None, None))
+
+    def gradient(flat: Tensor, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        if len(flat) == 1:  # a batch axis of one only slows convolutions down
+            slope, height = one(flat[0], batch, weight)
+            return slope.unsqueeze(0).detach(), height.unsqueeze(0).detach()
+        slope, height = several(flat, batch, weight)
+        return slope.detach(), height.detach()
+
+    return gradient
+
+
+def weighted_batches(
+    model: BayesianModel, data: Data, batch_size: int, *, seed: int, start: int = 0
+) -> Iterator[tuple[Batch, float]]:
+    """Batches without end on the model's device, from number `start` on, each with the weight of its likelihood.
+
+    An epoch visits its batches equally often, also a short last one, while the contract of `log_joint`
+    weighs them by their rows: the weight is B_i / mean B.
+    """
+    rows = mean_rows(data, batch_size)
+    model.check_rows(moved(next(minibatches(data, batch_size, seed=seed)), model.device))
+    for batch in minibatches(data, batch_size, seed=seed, start=start):
+        yield moved(batch, model.device), len(batch.y) / rows
+
+
+def starts(model: BayesianModel, start: Start, num: int, seed: int, *, first: int = 0) -> Tensor:
+    """Positions [M, P] to climb from: those numbered `first` to `first + num - 1`.
+
+    `"module"`: the module's values, all alike; `"reset"`: those after `reset_parameters` of its layers on a
+    copy, so that each is another (what no layer resets stays); `"prior"`: draws of the prior.
+    """
+    if start == "prior":
+        found = [model.sample_prior(seed, "start", index) for index in range(first, first + num)]
+    elif start == "reset":
+        found = [_reset(model, seed, index) for index in range(first, first + num)]
+    else:
+        found = [model.module_params()] * num
+    return torch.stack([model.unconstrain(params).to(model.device) for params in found])
+
+
+def _reset(model: BayesianModel, seed: int, index: int) -> dict[str, Tensor]:
+    fresh: nn.Module = copy.deepcopy(model.module).cpu()
+    with isolated(seed, "reset", index, cuda=False), torch.no_grad():
+        for part in reversed(list(fresh.modules())):  # as they were built: a part may set what its own parts began with
+            # Attention and the transformer of torch call theirs by the second name.
+            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+            if callable(reset):
+                _call(reset, part)
+    named = dict(fresh.named_parameters(remove_duplicate=False))
+    own = model.module_params()
+    return {name: named[name].detach().to(model.device) if name in named else own[name] for name in own}
+
+
+def _call(reset: Callable[[], object], part: nn.Module) -> None:
+    """Reset a layer, also what a parametrisation computes: it is written to while cached, and then assigned."""
+    with parametrize.cached():
+        reset()
+        computed = {name: getattr(part, name) for name in getattr(part, "parametrizations", {})}
+    for name, value in computed.items():
+        with suppress(RuntimeError):  # of a parametrisation without an inverse: its values stay
+            setattr(part, name, value)
+
+
+def require_finite(place: str, heights: Tensor, flat: Tensor, *, step: int, last_good: float | None, lr: float) -> None:
+    """Raise FitError, naming step and last good value, unless log densities [M] and positions [M, P] are finite."""
+    if bool(heights.isfinite().all()) and bool(flat.isfinite().all()):
+        return
+    before = "none before it" if last_good is None else f"the last good one was {last_good:.6g}"
+    raise FitError(
+        place,
+        want="a finite log density and gradient",
+        got=f"one that is not at step {step}; {before}",
+        fix=f"lower lr (it is {lr:g}), or standardise the data",
+    )
