@@ -70,6 +70,10 @@ class BankLocked(BankError):
     """Another process is writing under the same writer name."""
 
 
+class NotConverged(UserWarning):
+    """A producer stopped before its samples represent the posterior: it says what still moved."""
+
+
 def choose(place: str, value: str, table: dict[str, object] | tuple[str, ...] | list[str]) -> str:
     """`value` if the table has it; otherwise a ConfigError that lists the choices."""
     if value not in table:

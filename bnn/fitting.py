@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import platform
 import warnings
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from bnn.bank import Bank, BankWriter
 from bnn.batches import changes, num_rows, reweights, sampled
-from bnn.errors import BnnError, ConfigError
+from bnn.errors import BnnError, ConfigError, FitError
 from bnn.model import BayesianModel
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
 from bnn.types import Block, Data, Method, State
@@ -127,8 +128,8 @@ def fit(
 def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str, progress: bool | None = None) -> None:
     """Pour a producer's blocks into a writer and close it; whatever happens, no committed row is lost.
 
-    On Ctrl-C what has come so far is committed. On an error, a folder in which nothing was
-    committed but states that lead into the error again is taken away.
+    On Ctrl-C what has come so far is committed. Where the producer cannot go on (FitError), what was committed
+    stays. On other errors a folder in which nothing was committed but states is taken away.
     """
     try:
         for block, state in _with_progress(run, title, progress):
@@ -138,6 +139,9 @@ def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str,
         if writer.has_news:
             writer.commit()
         writer.release()
+        raise
+    except FitError:
+        writer.release()  # what was committed before it stays, as the error says
         raise
     except BnnError:
         writer.abandon()
@@ -152,16 +156,32 @@ def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str,
 
 def describe(model: BayesianModel, method: Method, seed: int, record: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `bank.json` says beside format and layout."""
-    options = dataclasses.asdict(method)  # type: ignore[call-overload]
     return {
         **model.to_config(),
-        "method": {"name": method.name, "options": options},
+        "method": {"name": method.name, "options": method_options(method)},
         "seed": seed,
         "versions": versions(),
         "model": None,
         "data": None,
         **(record or {}),
     }
+
+
+def method_options(method: Method) -> dict[str, Any]:
+    """The options of a method as plain values: what is no number, string or list of them stands under its name."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        if isinstance(value, functools.partial):
+            return {"partial": plain(value.func), **{key: plain(inner) for key, inner in value.keywords.items()}}
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}:{named.__qualname__}"
+
+    options = dataclasses.fields(method)  # type: ignore[arg-type]
+    return {option.name: plain(getattr(method, option.name)) for option in options}
 
 
 def versions() -> dict[str, str]:

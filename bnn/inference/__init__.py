@@ -14,7 +14,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "prior": Prior,
     "mean-field": partial(Guide, "mean-field"),
     "low-rank": partial(Guide, "low-rank"),
+    "full-rank": partial(Guide, "full-rank"),
+    "flow": partial(Guide, "flow"),
     "map": partial(Guide, "map"),
+    "guide": partial(Guide, "AutoNormal"),
     "hmc": HMC,
 }
 """The table of methods: what the command line calls them, and how they are made from options."""

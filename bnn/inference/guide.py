@@ -1,54 +1,69 @@
-"""Variational posteriors with Pyro: a guide is fitted by SVI to one flat site of all weights, then sampled."""
+"""Variational posteriors: a guide is fitted to the model by gradients of the ELBO, then sampled."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLowRankMultivariateNormal
-from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from bnn import adam
-from bnn.batches import mean_rows, minibatches, moved
-from bnn.errors import ConfigError, FitError, choose
+from bnn.batches import minibatches, moved
+from bnn.errors import ConfigError, FitError, NotConverged, choose
+from bnn.inference import svi
+from bnn.inference.climbing import weighted_batches
+from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFamily, Point
+from bnn.inference.row_noise import Noise, PerRow, RowNoise, Watch, eligible
 from bnn.model import BayesianModel
-from bnn.seeding import GLOBAL_STATE, derive, generator, isolated
-from bnn.types import Batch, Block, Data, State, make_block
+from bnn.seeding import derive, generator, isolated
+from bnn.types import Batch, Block, Data, Params, State, make_block
 
-Family: TypeAlias = Literal["mean-field", "low-rank", "map"]
-FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "map")
+FamilyName: TypeAlias = Literal["mean-field", "low-rank", "full-rank", "flow", "map"]
+FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "full-rank", "flow", "map")
 
 Draws: TypeAlias = Literal["random", "antithetic", "sobol", "mean"]
 DRAWS: tuple[str, ...] = ("random", "antithetic", "sobol", "mean")
 
+VarianceReduction: TypeAlias = Literal["none", "antithetic", "local", "flipout"]
+VARIANCE_REDUCTIONS: tuple[str, ...] = ("none", "antithetic", "local", "flipout")
+
 STEPS_PER_STATE = 50  # optimisation steps between two states that a bank may keep
+WINDOWS = 20  # of the run, over which the ELBO is averaged to see its trend
+STILL_RISING = 0.02  # share of all that the ELBO gained, above which a gain in the last quarter says: go on
 
 
 @dataclass(frozen=True)
 class Guide:
-    """q(theta) that maximises the evidence lower bound, found with Pyro's SVI.
+    """q(theta) that maximises the evidence lower bound.
 
     ELBO(q) = E_q[log p(D, theta)] - E_q[log q(theta)], with the log joint of a batch for log p(D, theta)
 
-    `"mean-field"` is a normal with a diagonal covariance, `"low-rank"` one with the covariance
-    W W^T + D of given rank, `"map"` the single point of highest log joint. All weights are one flat
-    site, in the unconstrained space of the model. Gradients are those of reparameterised draws;
-    samples are drawn afterwards without a graph, each from its own generator, in unconstrained space
-    u = m + L z with z standard normal:
+    All weights are one flat vector u [P] in the unconstrained space of the model. Families of our own:
+
+    - `"mean-field"`: Normal(m, diag(s^2));
+    - `"low-rank"`: a normal with covariance diag(s) (I + W W^T) diag(s), W of given rank;
+    - `"full-rank"`: a normal with any covariance, of P^2 / 2 parameters;
+    - `"flow"`: an inverse autoregressive flow of a spline a value, whose net has `hidden` units;
+    - `"map"`: the single point of highest log joint.
+
+    Guides of Pyro, fitted by its SVI with a site `"theta"` of all weights, or with `sites="parameter"` a site a
+    parameter under its own name, of its own shape: the name of a class in `pyro.infer.autoguide`
+    (`"AutoNormal"`), a class or `functools.partial` that makes a guide from a Pyro model, or the guide itself, a
+    function or Pyro module called with inputs and targets (x, y).
+
+    Gradients are those of reparameterised draws u = T(z) (Pyro's `rsample`) wherever a distribution has them,
+    and of the score, f(u) grad log q(u), where it has only `sample`. Samples are drawn afterwards without a graph,
+    each from its own generator; of normal families u = m + L z with z standard normal, and z
 
     - `"random"`: independent;
-    - `"antithetic"`: samples 2j and 2j + 1 are m + L z and m - L z, so that what is odd about the mean
-      cancels in a pair;
-    - `"sobol"`: z = Phi^-1 of a scrambled Sobol sequence, which fills space evenly: best for a number of
+    - `"antithetic"`: in pairs z, -z, so that what is odd about the mean cancels in a pair;
+    - `"sobol"`: Phi^-1 of a scrambled Sobol sequence, which fills space evenly: best for a number of
       samples that is a power of 2, and for at most 21,201 dimensions;
     - `"mean"`: the one sample m.
 
@@ -58,33 +73,56 @@ class Guide:
         batch_size: rows a step.
         lr: of Adam, falling exponentially to a hundredth over the run.
         rank: of `"low-rank"`, at least 1.
+        hidden: width of the net of `"flow"`, at least 1.
         init_scale: initial standard deviation of q, as a share of the prior's.
         block_size: samples a block; the samples do not depend on it.
         draws: how samples are drawn from q.
+        variance_reduction: of the ELBO's gradient. `"antithetic"` takes each step at z and at -z. Of mean-field,
+            `"local"` draws the outputs of linear layers in place of their weights, one draw a row, and
+            `"flipout"` flips the signs of one draw a row, in linear and convolutional layers. Tensors that a
+            layer does not allow keep the draw of the batch.
+        sites: of guides of Pyro.
+        pyro_model: a Pyro model (x, y) of one's own, whose density is fitted in place of the BayesianModel's. It
+            samples a site for each parameter under its name, scales its likelihood to all N rows itself, and
+            may have other sites, which the guide fits and the bank leaves out. Needs `sites="parameter"`.
+        memory: bytes that `"full-rank"` or `"flow"` may need while they are fitted.
 
     Raises:
-        ConfigError: an option out of range, or more dimensions than a Sobol sequence has.
-        FitError: the loss is not finite.
+        ConfigError: an option out of range, more dimensions than a Sobol sequence has, more bytes than `memory`,
+            a guide whose sites are not the model's.
+        FitError: the loss is not finite; step and last finite loss are named.
 
-    Source: Kingma and Welling (2014), arXiv:1312.6114; Kucukelbir et al. (2017), arXiv:1603.00788. Of the
-    sequence: Joe and Kuo (2008), SIAM J. Sci. Comput. 30(5); of its scrambling, Owen (1998).
+    Source: Kingma and Welling (2014), arXiv:1312.6114; Kucukelbir et al. (2017), arXiv:1603.00788; of the score,
+    Ranganath et al. (2014), arXiv:1401.0118. Of the sequence: Joe and Kuo (2008), SIAM J. Sci. Comput. 30(5); of its
+    scrambling, Owen (1998).
     """
 
-    family: Family = "mean-field"
+    family: FamilyName | str | Callable[..., Any] = "mean-field"
     num_steps: int = 2000
     batch_size: int = 128
     lr: float = 0.01
     rank: int = 10
+    hidden: int = 64
     init_scale: float = 0.05
     block_size: int = 64
     draws: Draws = "random"
+    variance_reduction: VarianceReduction = "none"
+    sites: svi.Sites = "flat"
+    pyro_model: svi.Program | None = None
+    memory: int = 4 * 1024**3
 
     def __post_init__(self) -> None:
-        choose("Guide", self.family, FAMILIES)
+        if isinstance(self.family, str):
+            if self.family.startswith("Auto"):
+                svi.autoguide_named(self.family)
+            else:
+                choose("Guide", self.family, FAMILIES)
+        elif not callable(self.family):
+            raise ConfigError("Guide", want="a family or a guide", got=repr(self.family), fix="pass 'mean-field'")
         choose("Guide(draws=)", self.draws, DRAWS)
-        if self.family == "map" and self.draws != "random":
-            raise ConfigError("Guide(draws=)", want="none for 'map', a point", got=self.draws, fix="leave it out")
-        for name in ("num_steps", "batch_size", "rank", "block_size"):
+        choose("Guide(variance_reduction=)", self.variance_reduction, VARIANCE_REDUCTIONS)
+        choose("Guide(sites=)", self.sites, svi.SITES)
+        for name in ("num_steps", "batch_size", "rank", "hidden", "block_size", "memory"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Guide({name}=)", want="at least 1", got=str(getattr(self, name)), fix="raise it")
         if not (self.lr > 0 and self.init_scale > 0):
@@ -94,10 +132,44 @@ class Guide:
                 got=f"{self.lr}, {self.init_scale}",
                 fix="pass ones such as 0.01 and 0.05",
             )
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.draws != "random" and self.family not in ("mean-field", "low-rank", "full-rank"):
+            why = "'map', a point" if self.family == "map" else "a guide that is no normal of ours"
+            raise ConfigError("Guide(draws=)", want=f"none for {why}", got=self.draws, fix="leave it out")
+        normal = self.family in ("mean-field", "low-rank", "full-rank", "flow")
+        if self.variance_reduction in ("local", "flipout") and self.family != "mean-field":
+            raise ConfigError(
+                "Guide(variance_reduction=)",
+                want="'none' or 'antithetic' unless weights are independent",
+                got=self.variance_reduction,
+                fix="choose 'mean-field'",
+            )
+        if self.variance_reduction == "antithetic" and not normal:
+            raise ConfigError(
+                "Guide(variance_reduction=)", want="'none' for this family", got="antithetic", fix="leave it out"
+            )
+        if self.is_own and (self.sites != "flat" or self.pyro_model is not None):
+            raise ConfigError(
+                "Guide(sites=, pyro_model=)",
+                want="a guide of Pyro",
+                got=f"{self.family!r}, which knows one flat vector",
+                fix="pass 'AutoNormal' or a guide of your own",
+            )
+        if self.pyro_model is not None and self.sites != "parameter":
+            raise ConfigError(
+                "Guide(pyro_model=)", want="sites='parameter'", got="'flat'", fix="pass sites='parameter' beside it"
+            )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the family is one of ours, not a guide of Pyro."""
+        return self.family in FAMILIES
 
     @property
     def name(self) -> str:
-        return self.family
+        return str(self.family) if self.is_own else "guide"
 
     def run(
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
@@ -107,185 +179,267 @@ class Guide:
             raise ConfigError(
                 "num_samples", want=f"1 for {what}, which is one point", got=str(num_samples), fix="pass num_samples=1"
             )
-        if self.draws == "sobol" and (size := _dimensions(self, model)) > SobolEngine.MAXDIM:
+        size = model.layout.num_values + (self.rank if self.family == "low-rank" else 0)
+        if self.draws == "sobol" and size > SobolEngine.MAXDIM:
             raise ConfigError(
                 "Guide(draws='sobol')",
                 want=f"at most {SobolEngine.MAXDIM:,} dimensions, which the sequence has",
                 got=f"{size:,}",
                 fix="draw with 'antithetic', or make fewer parameters Bayesian",
             )
+        _check_memory(self, model)
         yield from _run(self, model, data, num_samples, seed, state)
+
+
+class Fitted(NamedTuple):
+    """What is optimised, and how it is used."""
+
+    parameters: dict[str, Tensor]  # leaves
+    loss: Callable[[Batch, float, int], Tensor]  # batch, weight of its likelihood, step -> -ELBO, a scalar
+    draw: Callable[[range], Params]  # bank indices -> params [K, *shape]
+    around: Callable[[int], AbstractContextManager[None]]  # of steps from this one on
 
 
 def _run(
     options: Guide, model: BayesianModel, data: Data, num_samples: int, seed: int, state: State | None
 ) -> Iterator[tuple[Block, State]]:
     total = options.num_steps + num_samples
-    guide, density = _build(options, model, mean_rows(data, options.batch_size), seed)
-    named = dict(guide.named_parameters())
-    optimizer = torch.optim.Adam(named.values(), lr=options.lr)
+    fitted = _family_fit(options, model, data, seed) if options.is_own else _pyro_fit(options, model, data, seed)
+    optimizer = torch.optim.Adam(fitted.parameters.values(), lr=options.lr)
     if state is not None:
-        adam.load(state, optimizer, named)
+        adam.load(state, optimizer, fitted.parameters)
     step = 0 if state is None else min(state["step"], options.num_steps)
     drawn = 0 if state is None else max(state["step"] - options.num_steps, 0)
     info: dict[str, float] = {} if state is None else state["info"]
-    batches = minibatches(data, options.batch_size, seed=seed, start=step)
-    here = (moved(batch, model.device) for batch in batches)
+    trend = torch.zeros(WINDOWS, dtype=torch.float64) if state is None else state["trend"]
     if step < options.num_steps:
-        model.check_rows(moved(next(minibatches(data, options.batch_size, seed=seed)), model.device))
+        batches = weighted_batches(model, data, options.batch_size, seed=seed, start=step)
     while step < options.num_steps:
-        stop = min(step + STEPS_PER_STATE, options.num_steps)
-        with _pyro_apart(), isolated(seed, "svi", step), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
-            loss = _optimise(guide, density, optimizer, options, here, range(step, stop))
-        step, info = stop, {"elbo_per_row": -loss / model.num_data}
-        yield model.layout.no_rows(), {**adam.save(optimizer, named), "step": step, "num_steps": total, "info": info}
-    fitted = adam.save(optimizer, named)
-    with _pyro_apart(), torch.no_grad():
-        posterior = _Normal.of(guide, options)
+        steps = range(step, min(step + STEPS_PER_STATE, options.num_steps))
+        with fitted.around(step):
+            elbos = _optimise(options, fitted, optimizer, batches, steps, info.get("elbo_per_row"), model.num_data)
+        step, info = steps.stop, {"elbo_per_row": float(elbos.mean())}
+        trend = trend.index_add(0, torch.tensor(steps) * WINDOWS // options.num_steps, elbos)
+        if step == options.num_steps:
+            _warn_if_rising(options, trend)
+        kept = {**adam.save(optimizer, fitted.parameters), "trend": trend}
+        yield model.layout.no_rows(), {**kept, "step": step, "num_steps": total, "info": info}
+    kept = {**adam.save(optimizer, fitted.parameters), "trend": trend}
     for start in range(drawn, num_samples, options.block_size):
         indices = range(start, min(start + options.block_size, num_samples))
-        drawn_here = _draw(posterior, options, seed, indices)  # [K, P]
-        params, _ = model.constrain(drawn_here.cpu())
-        block = make_block(params, chain=torch.zeros(len(indices), dtype=torch.int64), draw=torch.tensor(list(indices)))
-        yield block, {**fitted, "step": options.num_steps + indices[-1] + 1, "num_steps": total, "info": info}
-
-
-def _build(
-    options: Guide, model: BayesianModel, rows_per_batch: float, seed: int
-) -> tuple[Any, Callable[[Batch], None]]:
-    """The guide, started at the module's present values, and the Pyro model that it approximates.
-
-    Steps visit the batches of an epoch equally often, also a short last one, while the contract of
-    `log_joint` weighs them by their rows: each likelihood gets the weight B_i / mean B.
-    """
-    size = model.layout.num_values
-
-    def density(batch: Batch) -> None:
-        # The site is only a place for theta: its density is in the factor.
-        theta = pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), (size,)))
-        log_density, log_joint = model.log_density(theta, batch, weight=len(batch.y) / rows_per_batch)
-        # A point has no density to transform: the mode is that of the constrained values.
-        pyro.factor("log_density", log_joint if options.family == "map" else log_density)
-
-    def place(batch: Batch | None = None) -> None:
-        del batch
-        pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), (size,)))
-
-    start = model.unconstrain(model.module_params()).to(model.device)
-    init = init_to_value(values={"theta": start})
-    guide: Any
-    with _pyro_apart(), isolated(seed, "guide"):
-        if options.family == "map":
-            guide = AutoDelta(place, init_loc_fn=init)
-        elif options.family == "mean-field":
-            guide = AutoDiagonalNormal(place, init_loc_fn=init)
-        else:
-            guide = AutoLowRankMultivariateNormal(place, init_loc_fn=init, rank=options.rank)
-        guide(None)  # Pyro makes the guide's parameters at the first call
-    if options.family != "map":
         with torch.no_grad():
-            scale = (options.init_scale * model.prior_scale()).to(start)
-            guide.scale_unconstrained.copy_(scale.expm1().log())  # the inverse of Pyro's softplus
-    return guide, density
+            params = fitted.draw(indices)
+        block = make_block(params, chain=torch.zeros(len(indices), dtype=torch.int64), draw=torch.tensor(indices))
+        yield block, {**kept, "step": options.num_steps + indices.stop, "num_steps": total, "info": info}
+
+
+def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fitted:
+    """One of our families, started at the module's present values."""
+    if options.family == "map":
+        model.require_mode("Guide('map')")
+    family = make_family(options, model, seed)
+    rows = eligible_rows(options, model, data, seed)
+
+    def loss(batch: Batch, weight: float, step: int) -> Tensor:
+        # Draws are made where they are used: by (seed, step), whatever ran before.
+        source = generator(seed, "step", step, device=model.device)
+        normals = torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
+        if rows:
+            assert isinstance(family, NormalFamily)
+            return row_noise_loss(family, model, batch, weight, normals, rows, options, source)
+        if options.variance_reduction == "antithetic":
+            pair = (family_loss(family, model, batch, weight, z, options) for z in (normals, -normals))
+            return 0.5 * (next(pair) + next(pair))
+        return family_loss(family, model, batch, weight, normals, options)
+
+    def draw(indices: range) -> Params:
+        params, _ = model.constrain(_draw(family, options, model, seed, indices).cpu())  # [K, P]
+        return params
+
+    return Fitted(family.parameters, loss, draw, lambda step: nullcontext())
+
+
+def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
+    """The family at its start: at the module's present values, with a share of the prior's scale."""
+    start = model.unconstrain(model.module_params()).to(model.device)
+    scale = (options.init_scale * model.prior_scale()).to(start)
+    source = generator(seed, "guide")
+    if options.family == "map":
+        return Point(start)
+    if options.family == "full-rank":
+        return FullRankFamily(start, scale)
+    if options.family == "flow":
+        return FlowFamily(start, scale, options.hidden, source)
+    return NormalFamily(start, scale, options.rank if options.family == "low-rank" else 0, source)
+
+
+def family_loss(
+    family: Family, model: BayesianModel, batch: Batch, weight: float, normals: Tensor, options: Guide
+) -> Tensor:
+    """-(log density of u + -log q(u)) of one draw, in nats."""
+    draw = family.draw(normals)
+    log_density, log_joint = model.log_density(draw.flat, batch, weight=weight)
+    # A point has no density to transform: the mode is that of the constrained values.
+    return -log_joint if options.family == "map" else -(log_density + draw.surprise)
+
+
+def eligible_rows(options: Guide, model: BayesianModel, data: Data, seed: int) -> frozenset[str]:
+    """Names of the tensors that get noise a row: none, unless that was asked for."""
+    if options.variance_reduction not in ("local", "flipout"):
+        return frozenset()
+    batch = moved(next(minibatches(data, options.batch_size, seed=seed)), model.device)
+    params = model.module_params()
+    model.check_rows(batch)
+    with torch.no_grad(), Watch(params) as watch:
+        model.forward(params, batch.x)
+    return eligible(watch.uses, options.variance_reduction)
+
+
+def row_noise_loss(
+    family: NormalFamily,
+    model: BayesianModel,
+    batch: Batch,
+    weight: float,
+    normals: Tensor,
+    rows: frozenset[str],
+    options: Guide,
+    source: torch.Generator,
+) -> Tensor:
+    """The loss of `family_loss` with noise of its own a row in the likelihood; the prior is taken at one draw."""
+    draw = family.draw(normals)
+    own = {e.name: torch.full(e.shape, not e.name.startswith("@")) for e in model.layout.entries}
+    of_module = torch.cat([flag.flatten() for flag in own.values()]).to(model.device)  # [P]
+    middle = torch.where(of_module, family.parameters["loc"], draw.flat)  # unknowns keep the draw of the batch
+    drawn, log_jacobian = model.constrain(draw.flat)
+    mean, _ = model.constrain(middle)
+    wider, _ = model.constrain(middle + torch.where(of_module, family.scale, torch.zeros_like(middle)))
+    noise = Noise(drawn, mean, {name: wider[name] - mean[name] for name in rows})
+    how: RowNoise = "local" if options.variance_reduction == "local" else "flipout"
+    with PerRow(noise, rows, how, source):
+        log_joint = model.log_joint(drawn, batch, weight=weight)
+    return -(log_joint + log_jacobian + draw.surprise)
+
+
+def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fitted:
+    """A guide of Pyro under SVI."""
+    batch = moved(next(minibatches(data, options.batch_size, seed=seed)), model.device)
+    model.check_rows(batch)
+    family = svi.autoguide_named(options.family) if isinstance(options.family, str) else options.family
+    fit = svi.build(family, options.sites, options.pyro_model, model, batch, seed)
+
+    def loss(batch: Batch, weight: float, step: int) -> Tensor:
+        try:
+            return svi.loss(fit, batch, weight)
+        except ValueError as error:
+            if (found := svi.refuse_pyro(error, options.name)) is None:
+                raise
+            raise found from error
+
+    def draw(indices: range) -> Params:
+        with svi.apart(fit.store):
+            found = [svi.draw(fit, batch, seed, index) for index in indices]
+        return {name: torch.stack([params[name] for params in found]) for name in model.layout.names}
+
+    @contextmanager
+    def around(step: int) -> Iterator[None]:
+        with svi.apart(fit.store), isolated(seed, "svi", step), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
+            yield
+
+    return Fitted(svi.parameters(fit), loss, draw, around)
 
 
 def _optimise(
-    guide: Any,
-    density: Callable[[Batch], None],
-    optimizer: torch.optim.Adam,
     options: Guide,
-    batches: Iterator[Batch],
+    fitted: Fitted,
+    optimizer: torch.optim.Adam,
+    batches: Iterator[tuple[Batch, float]],
     steps: range,
-) -> float:
-    """Take these steps; the mean loss over them, in nats."""
-    elbo, losses = Trace_ELBO(), []
+    last_good: float | None,
+    num_data: int,
+) -> Tensor:
+    """Take these steps; their ELBO a row, float64."""
+    losses = []
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
-        try:
-            loss = elbo.differentiable_loss(density, guide, next(batches))
-        except ValueError as error:  # Pyro refuses a normal whose scale is no positive number
-            if _is_proper(guide):
-                raise
-            raise _diverged(options, "a standard deviation that is no positive number", step) from error
+        batch, weight = next(batches)
+        loss = fitted.loss(batch, weight, step)
         loss.backward()
-        if not torch.isfinite(loss):
-            raise _diverged(options, f"a loss of {float(loss.detach()):.3g}", step)
         optimizer.step()
         losses.append(loss.detach())
-    if not _is_proper(guide):  # a gradient that is not finite, under a loss that was
-        raise _diverged(options, "parameters that are not", steps[-1])
-    return float(torch.stack(losses).mean())
+    elbos = -torch.stack(losses).double().cpu() / num_data
+    bad = (~elbos.isfinite()).nonzero()
+    if len(bad) or not all(bool(p.isfinite().all()) for p in fitted.parameters.values()):
+        first = int(bad[0]) if len(bad) else len(steps) - 1
+        good = float(elbos[first - 1]) if first > 0 and len(bad) else last_good
+        raise FitError(
+            f"Guide('{options.name}')",
+            want="a finite loss and gradient",
+            got=f"{'a loss' if len(bad) else 'parameters'} that is not at step {steps[first]}; "
+            + ("none was before it" if good is None else f"the last good ELBO a row was {good:.6g}"),
+            fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
+        )
+    return elbos
 
 
-def _is_proper(guide: Any) -> bool:
-    """Whether the guide's parameters are finite, and its scale, if it has one, above 0."""
-    scale = getattr(guide, "scale", torch.ones(()))
-    return bool((scale > 0).all()) and all(bool(torch.isfinite(p).all()) for p in guide.parameters())
+def _warn_if_rising(options: Guide, trend: Tensor) -> None:
+    """Say aloud that the ELBO had not settled: it gained in the last quarter of the steps, beyond its noise."""
+    if options.num_steps < 2 * WINDOWS:
+        return
+    counts = torch.bincount(torch.arange(options.num_steps) * WINDOWS // options.num_steps, minlength=WINDOWS)
+    means = trend / counts  # [WINDOWS]
+    quarter = WINDOWS // 4
+    before, last = means[-2 * quarter : -quarter], means[-quarter:]
+    gain, whole = float(last.mean() - before.mean()), float(last.mean() - means[0])
+    noise = math.sqrt(float(before.var() + last.var()) / quarter)
+    if gain > 3 * noise and gain > STILL_RISING * whole:
+        warnings.warn(
+            f"Guide('{options.name}'): the ELBO a row still rose from {float(before.mean()):.4g} to "
+            f"{float(last.mean()):.4g} in the last quarter of {options.num_steps} steps; raise num_steps or lr",
+            NotConverged,
+            stacklevel=2,
+        )
 
 
-def _diverged(options: Guide, got: str, step: int) -> FitError:
-    return FitError(
-        f"Guide('{options.family}')",
-        want="a finite loss and gradient",
-        got=f"{got} at step {step}",
-        fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
-    )
+def _check_memory(options: Guide, model: BayesianModel) -> None:
+    size, itemsize = model.layout.num_values, model.layout.dtype.itemsize
+    if options.family == "full-rank":
+        need = FullRankFamily.num_bytes(size, itemsize)
+    elif options.family == "flow":
+        need = FlowFamily.num_bytes(size, options.hidden, itemsize)
+    else:
+        return
+    if need > options.memory:
+        other = "'low-rank'" if options.family == "full-rank" else "a smaller hidden, 'low-rank'"
+        raise ConfigError(
+            f"Guide('{options.name}', memory=)",
+            want=f"at least {need:,} bytes for {size:,} values",
+            got=f"{options.memory:,}",
+            fix=f"raise memory, choose {other}, or make fewer parameters Bayesian",
+        )
 
 
-class _Normal(NamedTuple):
-    """q in unconstrained space: u = mean + scale z_1 + factor z_2, with z standard normal."""
-
-    mean: Tensor  # [P]
-    scale: Tensor  # [P]
-    factor: Tensor  # [P, rank], of rank 0 unless the covariance has one
-
-    @staticmethod
-    def of(guide: Any, options: Guide) -> _Normal:
-        if options.family == "map":
-            point = guide.theta.detach()
-            return _Normal(point, torch.zeros_like(point), point.new_zeros(len(point), 0))
-        posterior = guide.get_posterior()
-        if options.family == "mean-field":
-            scale = posterior.base_dist.scale
-            return _Normal(posterior.mean.detach(), scale.detach(), scale.new_zeros(len(scale), 0))
-        return _Normal(posterior.loc.detach(), posterior.cov_diag.detach().sqrt(), posterior.cov_factor.detach())
-
-    def at(self, normals: Tensor) -> Tensor:
-        """Standard normals [P + rank] -> u [P]."""
-        first, second = normals.to(self.mean).split([len(self.mean), self.factor.shape[1]])
-        found: Tensor = self.mean + self.scale * first + self.factor @ second
-        return found
-
-
-def _dimensions(options: Guide, model: BayesianModel) -> int:
-    """Standard normals behind one draw."""
-    return model.layout.num_values + (options.rank if options.family == "low-rank" else 0)
-
-
-def _draw(posterior: _Normal, options: Guide, seed: int, indices: range) -> Tensor:
+def _draw(family: Family, options: Guide, model: BayesianModel, seed: int, indices: range) -> Tensor:
     """Samples of the guide in unconstrained space, [K, P]: each has the same bits whatever is drawn beside it."""
-    size = len(posterior.mean) + posterior.factor.shape[1]
+    loc = family.parameters["loc"]
     if options.draws == "mean" or options.family == "map":
-        return posterior.mean.expand(len(indices), -1)
+        return loc.detach().clone().expand(len(indices), -1)
+    normals = torch.empty(len(indices), family.num_normals, dtype=loc.dtype)
     if options.draws == "sobol":
-        engine = SobolEngine(size, scramble=True, seed=derive(seed, "sobol"))
+        engine = SobolEngine(family.num_normals, scramble=True, seed=derive(seed, "sobol"))
         engine.fast_forward(indices.start)
         # The engine's points are multiples of 2^-30: in the middle of their cells none is 0 or 1, where Phi^-1 ends.
         # Its first is kept in float32, which can round it up to 1.
         points = engine.draw(len(indices), dtype=torch.float64).clamp_max(1 - 2.0**-30) + 2.0**-31
-        return torch.stack([posterior.at(torch.special.ndtri(point)) for point in points])
-    drawn = []
-    for index in indices:
-        pair, second = divmod(index, 2) if options.draws == "antithetic" else (index, 0)
-        normals = torch.randn(size, generator=generator(seed, "draw", pair), dtype=posterior.mean.dtype)
-        drawn.append(posterior.at(-normals if second else normals))
-    return torch.stack(drawn)
-
-
-@contextmanager
-def _pyro_apart() -> Iterator[None]:
-    """Run Pyro code with a parameter store and settings of its own; the user's are as before afterwards."""
-    with GLOBAL_STATE, pyro.get_param_store().scope(), pyro.settings.context(module_local_params=True):
-        yield
+        normals.copy_(torch.special.ndtri(points))
+    else:
+        for row, index in zip(normals, indices, strict=True):
+            pair, second = divmod(index, 2) if options.draws == "antithetic" else (index, 0)
+            row.normal_(generator=generator(seed, "draw", pair))
+            if second:
+                row.neg_()
+    normals = normals.to(loc.device)
+    if isinstance(family, NormalFamily) and not family.rank:
+        return torch.addcmul(loc, family.scale, normals)  # value by value: no sum whose order depends on K
+    return torch.stack([family.draw(row).flat for row in normals])
