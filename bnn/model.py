@@ -192,7 +192,7 @@ class BayesianModel:
             def density(log_value: Tensor, prior: PositivePrior = unknown.prior) -> Tensor:
                 return prior.log_prob(log_value.exp()) + log_value
 
-            curvature[unknown.name] = -torch.func.hessian(density)(logs[unknown.name])
+            curvature[unknown.name] = -torch.func.grad(torch.func.grad(density))(logs[unknown.name])
         return self.layout.flatten(curvature).to(flat)
 
     def require_mode(self, place: str) -> None:

@@ -7,19 +7,21 @@ from functools import partial
 
 from bnn.inference.guide import Guide
 from bnn.inference.hmc import HMC
+from bnn.inference.laplace import Laplace
 from bnn.inference.prior import Prior
 from bnn.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
     "prior": Prior,
-    "mean-field": partial(Guide, "mean-field"),
-    "low-rank": partial(Guide, "low-rank"),
-    "full-rank": partial(Guide, "full-rank"),
-    "flow": partial(Guide, "flow"),
-    "map": partial(Guide, "map"),
-    "guide": partial(Guide, "AutoNormal"),
+    "mean-field": partial(Guide, family="mean-field"),
+    "low-rank": partial(Guide, family="low-rank"),
+    "full-rank": partial(Guide, family="full-rank"),
+    "flow": partial(Guide, family="flow"),
+    "map": partial(Guide, family="map"),
+    "guide": partial(Guide, family="AutoNormal"),
+    "laplace": Laplace,
     "hmc": HMC,
 }
 """The table of methods: what the command line calls them, and how they are made from options."""
 
-__all__ = ["HMC", "METHODS", "Guide", "Prior"]
+__all__ = ["HMC", "METHODS", "Guide", "Laplace", "Prior"]

@@ -21,7 +21,7 @@ from bnn import likelihoods, priors
 from bnn.bank import Bank
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.fitting import fit
-from bnn.inference import HMC, METHODS, Guide, Prior
+from bnn.inference import HMC, METHODS, Guide, Laplace, Prior
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, Method, State
@@ -44,6 +44,7 @@ TABLE: dict[str, Row] = {
     "flow": Row(Guide("flow", num_steps=60, batch_size=7, hidden=3, block_size=4), 6, 11),
     "guide": Row(Guide("AutoNormal", num_steps=60, batch_size=7, sites="parameter", block_size=4), 6, 11),
     "map": Row(Guide("map", num_steps=120, batch_size=7), 1, None),
+    "laplace": Row(Laplace(num_steps=60, batch_size=7, block_size=4), 6, 11),
     "hmc": Row(HMC(num_chains=2, num_warmup=12, num_steps=4), 6, 10, has_log_joint=True),
 }
 
@@ -358,7 +359,7 @@ def test_in_memory_banks_have_diagnostics_too() -> None:
     assert set(info["diagnostics"]["main"]) == {"acceptance", "divergences", "step_size"}
 
 
-@pytest.mark.parametrize("name", ["mean-field", "low-rank", "map", "hmc"])
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "prior"])
 def test_rows_and_targets_that_do_not_fit_the_module_are_refused(name: str) -> None:
     model, (x, y) = classifier()
     row = TABLE[name]
