@@ -92,6 +92,7 @@ def load_data(
     split: int = 0,
     task: Task | None = None,
     root: str | Path | None = None,
+    counts: bool = False,
     fitted: Mapping[str, Any] | None = None,
 ) -> DataSet:
     """Read a data set, split off its test rows and standardise with its training rows.
@@ -104,6 +105,7 @@ def load_data(
         split: k of a UCI folder; the seed of the 20 % test split of data that bring none.
         task: for a CSV file: whether a numeric target is a class or a number (the default).
         root: where relative paths begin.
+        counts: leave the targets of a regression as they are: counts mean nothing when they are scaled.
         fitted: the `record` of the data that a bank was fitted to. Its standardisers and classes are
             used; and if these are other data, all of them are test rows.
 
@@ -124,7 +126,7 @@ def load_data(
         inputs, target = (Standardiser.from_config(fitted[key], like) for key, like in (("inputs", x), ("target", y)))
     else:
         inputs = Standardiser.of(x[train_rows]) if raw.standardise else None
-        target = Standardiser.of(y[train_rows].double()) if raw.task == "regression" else None
+        target = Standardiser.of(y[train_rows].double()) if raw.task == "regression" and not counts else None
     x = (inputs(x) if inputs else x).to(torch.float32)
     if raw.task == "classification":
         y = y.to(torch.int64)

@@ -22,8 +22,19 @@ if TYPE_CHECKING:
     from bnn.types import Batch
 
 
+TABLES = "bnn.tables"  # where the tables of a configuration file wait for their flags
+
+
+def pairs_of(context: typer.Context, flag: str, given: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE pairs of a repeatable flag over those of the table of its name in the configuration file."""
+    from bnn.cli.options import parse_pairs
+
+    table = context.meta.get(TABLES, {}).get(flag.removeprefix("--").replace("-", "_"), {})
+    return {key.replace("-", "_"): value for key, value in table.items()} | parse_pairs(flag, given or ())
+
+
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a TOML file as defaults: flags on the command line win."""
+    """Take the values of a TOML file as defaults: flags on the command line win, of tables key by key."""
     if path is None:
         return None
     try:
@@ -42,6 +53,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
                 got="an unknown one",
                 fix=f"see '{context.command_path} --help'",
             )
+    context.meta[TABLES] = {key: plain.pop(key) for key in list(plain) if isinstance(plain[key], dict)}
     context.default_map = {**(context.default_map or {}), **plain}
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,47 +11,110 @@ import typer
 from bnn.cli import common
 
 if TYPE_CHECKING:
+    from bnn.data import DataSet
     from bnn.likelihoods import Likelihood
     from bnn.priors import Prior
     from bnn.types import Method
 
 
+SAMPLES = {"map": 1, "ensemble": 10}  # in a bank, where nothing is said; 200 of other methods
+
+PRIOR_NAMES = {
+    "fan-in": "FanIn",
+    "normal": "Normal",
+    "laplace": "Laplace",
+    "student-t": "StudentT",
+    "scale-mixture": "ScaleMixture",
+}
+LIKELIHOOD_NAMES = {
+    "categorical": "Categorical",
+    "bernoulli": "Bernoulli",
+    "gaussian": "Gaussian",
+    "heteroscedastic": "HeteroscedasticGaussian",
+    "student-t": "StudentT",
+    "poisson": "Poisson",
+}
+
+FLAGS = (
+    "num_chains",
+    "num_warmup",
+    "num_steps",
+    "batch_size",
+    "lr",
+    "rank",
+    "draws",
+)  # options with a flag of their own
+
+
 def fit(
+    context: typer.Context,
     data: Annotated[
         str, typer.Option(help="digits, diabetes, FILE.csv:TARGET, FILE.npz, a UCI folder, package.module:function.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the bank.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the bank.", show_default=False)] = None,
     model: Annotated[
         str, typer.Option(help="mlp:WIDTHS[,tanh|relu|silu], cnn, or package.module:function.")
     ] = "mlp:64,64",
-    method: Annotated[str, typer.Option(help="prior, mean-field, low-rank, map or hmc.")] = "hmc",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="prior, mean-field, low-rank, full-rank, flow, guide, map, laplace, ensemble, swag, ivon, sgld, sghmc or hmc."
+        ),
+    ] = "hmc",
     num_samples: Annotated[
         int | None,
-        typer.Option(help="Samples in the bank, all chains together. [default: 200; 1 for map]", show_default=False),
+        typer.Option(
+            help="Samples in the bank, all chains together. [default: 200; 1 for map, 10 for ensemble]",
+            show_default=False,
+        ),
     ] = None,
-    num_chains: Annotated[int | None, typer.Option(help="Chains of hmc.", show_default=False)] = None,
+    num_chains: Annotated[int | None, typer.Option(help="Chains of hmc, sghmc, sgld.", show_default=False)] = None,
     num_warmup: Annotated[
-        int | None, typer.Option(help="Draws a chain for adaptation, of hmc.", show_default=False)
+        int | None,
+        typer.Option(help="Draws or steps a chain that are not kept, of hmc, sghmc, sgld.", show_default=False),
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Leapfrog steps of hmc, optimisation steps of guides.", show_default=False)
+        int | None, typer.Option(help="Leapfrog steps of hmc, optimisation steps of others.", show_default=False)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step, of guides.", show_default=False)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of guides.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step; hmc takes all.", show_default=False)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
     draws: Annotated[
         str | None,
         typer.Option(help="Draws of guides: random, antithetic, sobol or mean.", show_default=False),
     ] = None,
     balance: common.Balance = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of low-rank.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of low-rank and swag.", show_default=False)] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any other option of the method; repeatable.", show_default=False),
+    ] = None,
     bayesian: Annotated[
         list[str] | None,
         typer.Option(
             help="Globs of the Bayesian parameters, '!' negates; repeatable. [default: *]", show_default=False
         ),
     ] = None,
-    prior: Annotated[str, typer.Option(help="fan-in (scale / sqrt(inputs)) or normal.")] = "fan-in",
-    prior_scale: Annotated[float, typer.Option(help="Scale of the prior.")] = 1.0,
+    prior: Annotated[
+        str, typer.Option(help="fan-in (scale / sqrt(inputs)), normal, laplace, student-t or scale-mixture.")
+    ] = "fan-in",
+    prior_scale: Annotated[
+        str, typer.Option(help="Scale of the prior: a number, half-cauchy:SCALE or log-normal:LOC,SCALE.")
+    ] = "1.0",
+    prior_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any other option of the prior; repeatable.", show_default=False),
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            help="categorical or bernoulli; gaussian, heteroscedastic, student-t or poisson. [default: by the task]",
+            show_default=False,
+        ),
+    ] = None,
+    likelihood_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any option of the likelihood; repeatable.", show_default=False),
+    ] = None,
     noise_scale: Annotated[
         float | None,
         typer.Option(
@@ -67,6 +131,9 @@ def fit(
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     config: common.Config = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print what would run as a file for --config, and stop.")
+    ] = False,
     debug: common.Debug = False,
 ) -> None:
     """Fit a posterior over the weights of a module and keep it as a bank."""
@@ -81,26 +148,41 @@ def fit(
         choose("--task", task, ("classification", "regression"))
         if ".csv:" not in data:
             raise ConfigError("--task", want="a CSV file, FILE.csv:TARGET", got=f"--data {data}", fix="leave it out")
-    chosen = make_method(
-        method,
-        {
-            "num_chains": num_chains,
-            "num_warmup": num_warmup,
-            "num_steps": num_steps,
-            "batch_size": batch_size,
-            "lr": lr,
-            "rank": rank,
-            "draws": draws,
-        },
+    if out is None and not print_config:
+        raise ConfigError("--out", want="a folder for the bank", got="none", fix="pass --out FOLDER")
+    flags = {
+        "num_chains": num_chains,
+        "num_warmup": num_warmup,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "rank": rank,
+        "draws": draws,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    table = common.pairs_of(context, "--option", None)
+    chosen = make_method(method, table | given | common.pairs_of(context, "--option", option))
+    made_prior = make_prior(prior, prior_scale, common.pairs_of(context, "--prior-option", prior_option))
+    dataset = load_data(data, split=split, task=task, root=data_root, counts=likelihood == "poisson")  # type: ignore[arg-type]
+    made_likelihood = make_likelihood(
+        likelihood, dataset, noise_scale, common.pairs_of(context, "--likelihood-option", likelihood_option)
     )
-    made_prior = make_prior(prior, prior_scale)
-    dataset = load_data(data, split=split, task=task, root=data_root)  # type: ignore[arg-type]
-    record = {"model": common.model_record(model, dataset, seed), "data": dataset.record}
-    module = modules.build(model, input_shape=dataset.input_shape, num_outputs=dataset.num_outputs, seed=seed)
+    samples = num_samples if num_samples is not None else 1 if draws == "mean" else SAMPLES.get(method, 200)
+    if print_config:
+        told = {
+            "data": data, "model": model, "method": method, "num-samples": samples, "bayesian": bayesian or ["*"],
+            "prior": prior, "temperature": temperature, "task": task, "split": split, "balance": balance,
+            "data-root": data_root, "seed": seed,
+        }  # fmt: skip
+        typer.echo(_told(told, chosen, made_prior, made_likelihood))
+        return
+    outputs = num_outputs(made_likelihood, dataset)
+    record = {"model": common.model_record(model, dataset, seed, outputs), "data": dataset.record}
+    module = modules.build(model, input_shape=dataset.input_shape, num_outputs=outputs, seed=seed)
     bayesian_model = BayesianModel(
         module,
         prior=made_prior,
-        likelihood=make_likelihood(dataset.task, noise_scale),
+        likelihood=made_likelihood,
         num_data=len(dataset.train.y),
         bayesian=bayesian or "*",
         temperature=temperature,
@@ -109,8 +191,6 @@ def fit(
     sampler, importance = common.make_sampler(
         balance, dataset.train, task=dataset.task, num_epochs=batches / len(dataset.train.y), seed=seed
     )
-    one = method == "map" or draws == "mean"
-    samples = num_samples if num_samples is not None else (1 if one else 200)
     bank = fitting.fit(
         bayesian_model,
         dataset.train,
@@ -127,45 +207,116 @@ def fit(
     show_bank(bank)
 
 
-def make_method(name: str, given: dict[str, Any]) -> Method:
+def make_method(name: str, options: dict[str, Any]) -> Method:
     """A method of the table with the options that were given.
 
     Raises:
-        ConfigError: an unknown method, or an option that it has not.
+        ConfigError: an unknown method, or an option that it has not, or of another kind.
     """
+    from bnn.cli.options import check_kind
     from bnn.errors import ConfigError, choose
     from bnn.inference import METHODS
 
     choose("--method", name, list(METHODS))
     made = METHODS[name]()
-    options = {key: value for key, value in given.items() if value is not None}
-    for key in options:
-        if not hasattr(made, key):
+    known = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    for key, value in options.items():
+        if key not in known or (key == "family" and name != "guide"):
             raise ConfigError(
-                f"--{key.replace('_', '-')}",
-                want="an option of the method",
-                got=f"method {name}, which has none",
+                f"--{key.replace('_', '-')}" if key in FLAGS else f"--option {key}",
+                want=f"an option of the method {name}: {', '.join(key for key in known if key != 'family')}",
+                got="none of these",
                 fix="leave it out",
             )
+        options[key] = check_kind(f"--option {key}", value, known[key])
     return METHODS[name](**options)
 
 
-def make_prior(name: str, scale: float) -> Prior:
-    """The prior that `--prior` and `--prior-scale` name."""
-    from bnn import priors
+def make_prior(name: str, scale: str, options: dict[str, Any]) -> Prior:
+    """The prior that `--prior`, `--prior-scale` and `--prior-option` name."""
     from bnn.errors import choose
+    from bnn.priors import prior_from_config
 
-    choose("--prior", name, ("fan-in", "normal"))
-    return priors.FanIn(scale) if name == "fan-in" else priors.Normal(0.0, scale)
+    choose("--prior", name, list(PRIOR_NAMES))
+    return prior_from_config({"name": PRIOR_NAMES[name], "scale": parse_scale(scale), **options})
 
 
-def make_likelihood(task: str, noise_scale: float | None) -> Likelihood:
-    """Categorical for classes; for a regression Gaussian with the noise given, or learnt."""
-    from bnn import likelihoods, priors
+def parse_scale(text: str) -> Any:
+    """A number, or the configuration of a prior over one: `half-cauchy:SCALE`, `log-normal:LOC,SCALE`."""
     from bnn.errors import ConfigError
 
-    if task == "regression":
-        return likelihoods.Gaussian(priors.HalfCauchy(1.0) if noise_scale is None else noise_scale)
-    if noise_scale is not None:
-        raise ConfigError("--noise-scale", want="a regression", got="classes", fix="leave it out")
-    return likelihoods.Categorical()
+    kind, _, numbers = text.partition(":")
+    try:
+        values = [float(number) for number in (numbers or kind).split(",")]
+    except ValueError:
+        values = []
+    if not numbers and len(values) == 1:
+        return values[0]
+    if kind == "half-cauchy" and len(values) == 1:
+        return {"name": "HalfCauchy", "scale": values[0]}
+    if kind == "log-normal" and len(values) == 2:
+        return {"name": "LogNormal", "loc": values[0], "scale": values[1]}
+    raise ConfigError(
+        "--prior-scale",
+        want="a number, half-cauchy:SCALE or log-normal:LOC,SCALE",
+        got=repr(text),
+        fix="write for example half-cauchy:1.0",
+    )
+
+
+def make_likelihood(
+    name: str | None, dataset: DataSet, noise_scale: float | None, options: dict[str, Any]
+) -> Likelihood:
+    """The likelihood that the flags name; by default Categorical for classes, Gaussian for a regression.
+
+    The noise of `gaussian` and `student-t` is learnt unless it is given.
+    """
+    from bnn.errors import ConfigError, choose
+    from bnn.likelihoods import likelihood_from_config
+
+    default = "categorical" if dataset.task == "classification" else "gaussian"
+    name = choose("--likelihood", name or default, list(LIKELIHOOD_NAMES))
+    config: dict[str, Any] = {"name": LIKELIHOOD_NAMES[name]}
+    if name in ("gaussian", "student-t"):
+        config["scale"] = {"name": "HalfCauchy", "scale": 1.0} if noise_scale is None else noise_scale
+    elif noise_scale is not None:
+        wanted = "a regression" if dataset.task == "classification" else "the likelihood gaussian or student-t"
+        raise ConfigError("--noise-scale", want=wanted, got=f"likelihood {name}", fix="leave it out")
+    made = likelihood_from_config(config | options)
+    if made.task != dataset.task:
+        raise ConfigError(
+            "--likelihood",
+            want=f"one for a {dataset.task}, as the data are",
+            got=f"{name}, for a {made.task}",
+            fix="leave it out, or say --task for a CSV file",
+        )
+    if name == "bernoulli" and dataset.num_outputs != 2:
+        raise ConfigError(
+            "--likelihood", want="two classes for bernoulli", got=str(dataset.num_outputs), fix="choose categorical"
+        )
+    return made
+
+
+def num_outputs(likelihood: Likelihood, dataset: DataSet) -> int:
+    """Outputs that a module needs under a likelihood."""
+    from bnn.likelihoods import Bernoulli, HeteroscedasticGaussian
+
+    if isinstance(likelihood, Bernoulli):
+        return 1
+    return dataset.num_outputs * (2 if isinstance(likelihood, HeteroscedasticGaussian) else 1)
+
+
+def _told(told: dict[str, Any], method: Method, prior: Prior, likelihood: Likelihood) -> str:
+    """Everything that would run as a configuration file."""
+    from bnn.cli.options import as_toml
+    from bnn.fitting import method_options
+
+    options = {key: value for key, value in method_options(method).items() if value is not None}
+    if told["method"] != "guide":  # elsewhere the method's name says it
+        options.pop("family", None)
+    names = {value: key for key, value in LIKELIHOOD_NAMES.items()}
+    prior_options, likelihood_options = prior.to_config(), likelihood.to_config()
+    prior_options.pop("name")
+    told["likelihood"] = names[likelihood_options.pop("name")]
+    tables = {"option": options, "prior-option": prior_options, "likelihood-option": likelihood_options}
+    return as_toml(told | tables)

@@ -309,7 +309,7 @@ def test_fit_balances_classes_and_says_so(
         ("fit --data diabetes --model mlp:4 --method map --balance skew=1 --out bank", "--balance: want classes, got a regression"),
         (f"{TABLE} --draws halton", "Guide(draws=): want one of random, antithetic, sobol, mean, got 'halton'"),
         (f"{TABLE} --draws mean", "num_samples: want 1 for Guide(draws='mean'), which is one point, got 5"),
-        (f"{HEAD} --draws sobol", "--draws: want an option of the method, got method prior, which has none"),
+        (f"{HEAD} --draws sobol", "--draws: want an option of the method prior: block_size, got none of these"),
         ("fit --data t.csv:kind --method map --draws mean --out bank", "Guide(draws=): want none for 'map', a point"),
     ],
 )  # fmt: skip
@@ -559,7 +559,7 @@ FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
         (f"{FIT} --data diabetes --prior-scale 0", "FanIn(scale=): want a positive number"),
         (f"{FIT} --data diabetes --temperature -1", "temperature: want a positive number"),
         (f"{FIT} --data digits --noise-scale 1", "--noise-scale: want a regression"),
-        (f"{FIT} --data diabetes --lr 0.1", "--lr: want an option of the method, got method prior, which has none"),
+        (f"{FIT} --data diabetes --lr 0.1", "--lr: want an option of the method prior: block_size, got none of these"),
         (f"{FIT} --data diabetes --method hmc --num-samples 10 --num-chains 4", "num_samples: want a multiple of num_chains = 4, got 10; pass 8 or 12"),
         (f"{FIT} --data diabetes --method map", "num_samples: want 1 for Guide('map'), which is one point, got 4"),
         (f"{FIT} --data diabetes --method mean-field --num-steps 100 --lr 1e30", "Guide('mean-field'): want a finite loss and gradient"),
