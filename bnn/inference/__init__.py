@@ -7,8 +7,10 @@ from functools import partial
 
 from bnn.inference.guide import Guide
 from bnn.inference.hmc import HMC
+from bnn.inference.ivon import IVON
 from bnn.inference.laplace import Laplace
 from bnn.inference.prior import Prior
+from bnn.inference.swag import SWAG
 from bnn.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -20,8 +22,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "map": partial(Guide, family="map"),
     "guide": partial(Guide, family="AutoNormal"),
     "laplace": Laplace,
+    "swag": SWAG,
+    "ivon": IVON,
     "hmc": HMC,
 }
 """The table of methods: what the command line calls them, and how they are made from options."""
 
-__all__ = ["HMC", "METHODS", "Guide", "Laplace", "Prior"]
+__all__ = ["HMC", "IVON", "METHODS", "SWAG", "Guide", "Laplace", "Prior"]
