@@ -187,9 +187,10 @@ def fit(
         bayesian=bayesian or "*",
         temperature=temperature,
     )
-    batches = getattr(chosen, "num_steps", 1) * min(getattr(chosen, "batch_size", 1), len(dataset.train.y))
+    rows = len(dataset.train.y)
+    num_epochs = num_batches(chosen, samples) * min(getattr(chosen, "batch_size", 1), rows) / rows
     sampler, importance = common.make_sampler(
-        balance, dataset.train, task=dataset.task, num_epochs=batches / len(dataset.train.y), seed=seed
+        balance, dataset.train, task=dataset.task, num_epochs=num_epochs, seed=seed
     )
     bank = fitting.fit(
         bayesian_model,
@@ -219,7 +220,9 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
 
     choose("--method", name, list(METHODS))
     made = METHODS[name]()
-    known = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    known = {field.name: getattr(made, field.name) for field in fields}
+    types = {field.name: str(field.type) for field in fields}
     for key, value in options.items():
         if key not in known or (key == "family" and name != "guide"):
             raise ConfigError(
@@ -228,8 +231,19 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
                 got="none of these",
                 fix="leave it out",
             )
-        options[key] = check_kind(f"--option {key}", value, known[key])
+        may_be_none = "None" in types[key]
+        options[key] = None if may_be_none and value == "none" else check_kind(f"--option {key}", value, known[key])
     return METHODS[name](**options)
+
+
+def num_batches(method: Method, num_samples: int) -> int:
+    """Batches that a method meets, over which a schedule of classes runs."""
+    from bnn.inference import SGHMC, SGLD
+    from bnn.inference.sgmcmc import num_turns
+
+    if isinstance(method, SGHMC | SGLD):
+        return method.climb_steps + num_turns(method, num_samples // method.num_chains)
+    return getattr(method, "num_steps", 1)
 
 
 def make_prior(name: str, scale: str, options: dict[str, Any]) -> Prior:
@@ -310,8 +324,11 @@ def _told(told: dict[str, Any], method: Method, prior: Prior, likelihood: Likeli
     """Everything that would run as a configuration file."""
     from bnn.cli.options import as_toml
     from bnn.fitting import method_options
+    from bnn.inference import METHODS
 
-    options = {key: value for key, value in method_options(method).items() if value is not None}
+    usual = method_options(METHODS[told["method"]]())
+    options = {key: "none" if value is None else value for key, value in method_options(method).items()}
+    options = {key: value for key, value in options.items() if value != "none" or usual[key] is not None}
     if told["method"] != "guide":  # elsewhere the method's name says it
         options.pop("family", None)
     names = {value: key for key, value in LIKELIHOOD_NAMES.items()}

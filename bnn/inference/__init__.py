@@ -10,6 +10,7 @@ from bnn.inference.hmc import HMC
 from bnn.inference.ivon import IVON
 from bnn.inference.laplace import Laplace
 from bnn.inference.prior import Prior
+from bnn.inference.sgmcmc import SGHMC, SGLD
 from bnn.inference.swag import SWAG
 from bnn.types import Method
 
@@ -24,8 +25,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "laplace": Laplace,
     "swag": SWAG,
     "ivon": IVON,
+    "sgld": SGLD,
+    "sghmc": SGHMC,
     "hmc": HMC,
 }
 """The table of methods: what the command line calls them, and how they are made from options."""
 
-__all__ = ["HMC", "IVON", "METHODS", "SWAG", "Guide", "Laplace", "Prior"]
+__all__ = ["HMC", "IVON", "METHODS", "SGHMC", "SGLD", "SWAG", "Guide", "Laplace", "Prior"]

@@ -21,7 +21,7 @@ from bnn import likelihoods, priors
 from bnn.bank import Bank
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.fitting import fit
-from bnn.inference import HMC, IVON, METHODS, SWAG, Guide, Laplace, Prior
+from bnn.inference import HMC, IVON, METHODS, SGHMC, SGLD, SWAG, Guide, Laplace, Prior
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, Method, State
@@ -47,6 +47,10 @@ TABLE: dict[str, Row] = {
     "laplace": Row(Laplace(num_steps=60, batch_size=7, block_size=4), 6, 11),
     "swag": Row(SWAG(num_steps=70, batch_size=7, num_models=8, rank=3, collect_every=9, block_size=4), 6, 11),
     "ivon": Row(IVON(num_steps=60, batch_size=7, block_size=4), 6, 11),
+    "sgld": Row(SGLD(num_chains=2, num_warmup=20, climb_steps=60, cycle_steps=None, thin=9, batch_size=7), 6, 10),
+    "sghmc": Row(
+        SGHMC(num_chains=2, num_warmup=20, climb_steps=60, cycle_steps=30, draws_per_cycle=2, batch_size=7), 6, 10
+    ),
     "hmc": Row(HMC(num_chains=2, num_warmup=12, num_steps=4), 6, 10, has_log_joint=True),
 }
 
