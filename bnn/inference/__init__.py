@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from bnn.inference.ensemble import Ensemble
 from bnn.inference.guide import Guide
 from bnn.inference.hmc import HMC
 from bnn.inference.ivon import IVON
@@ -23,6 +24,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "map": partial(Guide, family="map"),
     "guide": partial(Guide, family="AutoNormal"),
     "laplace": Laplace,
+    "ensemble": Ensemble,
     "swag": SWAG,
     "ivon": IVON,
     "sgld": SGLD,
@@ -31,4 +33,4 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 """The table of methods: what the command line calls them, and how they are made from options."""
 
-__all__ = ["HMC", "IVON", "METHODS", "SGHMC", "SGLD", "SWAG", "Guide", "Laplace", "Prior"]
+__all__ = ["HMC", "IVON", "METHODS", "SGHMC", "SGLD", "SWAG", "Ensemble", "Guide", "Laplace", "Prior"]

@@ -21,7 +21,7 @@ from bnn import likelihoods, priors
 from bnn.bank import Bank
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.fitting import fit
-from bnn.inference import HMC, IVON, METHODS, SGHMC, SGLD, SWAG, Guide, Laplace, Prior
+from bnn.inference import HMC, IVON, METHODS, SGHMC, SGLD, SWAG, Ensemble, Guide, Laplace, Prior
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, Method, State
@@ -45,6 +45,7 @@ TABLE: dict[str, Row] = {
     "guide": Row(Guide("AutoNormal", num_steps=60, batch_size=7, sites="parameter", block_size=4), 6, 11),
     "map": Row(Guide("map", num_steps=120, batch_size=7), 1, None),
     "laplace": Row(Laplace(num_steps=60, batch_size=7, block_size=4), 6, 11),
+    "ensemble": Row(Ensemble(num_steps=60, batch_size=7, group_size=4), 6, 11, has_log_joint=True),
     "swag": Row(SWAG(num_steps=70, batch_size=7, num_models=8, rank=3, collect_every=9, block_size=4), 6, 11),
     "ivon": Row(IVON(num_steps=60, batch_size=7, block_size=4), 6, 11),
     "sgld": Row(SGLD(num_chains=2, num_warmup=20, climb_steps=60, cycle_steps=None, thin=9, batch_size=7), 6, 10),
