@@ -78,7 +78,7 @@ class Categorical:
         return full(outputs).log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # [B, C] -> [B]
 
     def sample(self, outputs: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        return torch.multinomial(full(outputs).softmax(dim=-1), 1, generator=generator).squeeze(-1)  # [B]
+        return _there(torch.multinomial, full(outputs).softmax(dim=-1), generator, num_samples=1).squeeze(-1)  # [B]
 
     def fisher(self, outputs: Tensor, params: Params) -> Tensor:
         probs = full(outputs).softmax(dim=-1)
@@ -126,7 +126,7 @@ class Bernoulli:
         return torch.cat([torch.zeros_like(outputs), outputs], dim=-1)
 
     def sample(self, outputs: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        return torch.bernoulli(full(as_columns(outputs)).sigmoid().squeeze(-1), generator=generator).long()  # [B]
+        return _there(torch.bernoulli, full(as_columns(outputs)).sigmoid().squeeze(-1), generator).long()  # [B]
 
     def fisher(self, outputs: Tensor, params: Params) -> Tensor:
         chance = full(as_columns(outputs)).sigmoid()
@@ -137,13 +137,7 @@ class Bernoulli:
 
     def check(self, outputs: Any, y: Tensor) -> None:
         check_logit(one_tensor(outputs), y[:1])
-        if not bool(((y == 0) | (y == 1)).all()):
-            raise DataError(
-                "likelihood Bernoulli",
-                want="targets 0 or 1",
-                got=f"{float(y.min()):g} to {float(y.max()):g}",
-                fix="use Categorical() with an output a class, or recode the targets",
-            )
+        check_binary(y)
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "Bernoulli"}
@@ -290,7 +284,9 @@ class StudentT:
         return student_t_log_prob(y, outputs, self.scale_of(params), self.df).sum(dim=-1)  # [B]
 
     def sample(self, outputs: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        return full(outputs) + self.scale_of(params) * student_t_draws(self.df, tuple(outputs.shape), generator)
+        return full(outputs) + self.scale_of(params) * student_t_draws(self.df, tuple(outputs.shape), generator).to(
+            outputs.device
+        )
 
     def fisher(self, outputs: Tensor, params: Params) -> Tensor:
         return _one_each(outputs) * (self.df + 1) / ((self.df + 3) * self.scale_of(params).square())  # [B, C, C]
@@ -323,7 +319,7 @@ class Poisson:
         return poisson_log_prob(y, outputs).sum(dim=-1)  # [B]
 
     def sample(self, outputs: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        return torch.poisson(full(outputs).exp(), generator=generator)  # of the shape of the outputs
+        return _there(torch.poisson, full(outputs).exp(), generator)  # of the shape of the outputs
 
     def fisher(self, outputs: Tensor, params: Params) -> Tensor:
         return torch.diag_embed(full(as_columns(outputs)).exp())  # [B, C, C]
@@ -333,14 +329,7 @@ class Poisson:
 
     def check(self, outputs: Any, y: Tensor) -> None:
         check_columns(one_tensor(outputs), y[:1], "Poisson")
-        if not bool(((y >= 0) & (y == y.round())).all()):
-            bad = y[~((y >= 0) & (y == y.round()))].flatten()[0]
-            raise DataError(
-                "likelihood Poisson",
-                want="counts 0, 1, 2, ...",
-                got=f"{float(bad):g}",
-                fix="use Gaussian() for measurements; leave counts as they are, without standardising them",
-            )
+        check_counts(y)
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "Poisson"}
@@ -388,7 +377,7 @@ def one_tensor(outputs: Any) -> Tensor:
 def check_columns(outputs: Tensor, y: Tensor, name: str, *, per_target: int = 1) -> None:
     """Raise DataError unless there are `per_target` outputs a target: [B, per_target C] and [B, C], [B] as [B, 1]."""
     outputs, y = as_columns(outputs), as_columns(y)
-    if outputs.dim() == y.dim() and outputs.shape == (*y.shape[:-1], per_target * y.shape[-1]):
+    if outputs.dim() == y.dim() == 2 and outputs.shape == (*y.shape[:-1], per_target * y.shape[-1]):
         return
     if per_target == 1:
         raise DataError(
@@ -417,6 +406,30 @@ def check_logit(outputs: Tensor, y: Tensor) -> None:
         )
 
 
+def check_binary(y: Tensor) -> None:
+    """Raise DataError unless all targets are 0 or 1."""
+    if not bool(((y == 0) | (y == 1)).all()):
+        raise DataError(
+            "likelihood Bernoulli",
+            want="targets 0 or 1",
+            got=f"{float(y.min()):g} to {float(y.max()):g}",
+            fix="use Categorical() with an output a class, or recode the targets",
+        )
+
+
+def check_counts(y: Tensor) -> None:
+    """Raise DataError unless all targets are whole numbers of at least 0."""
+    y = y.double()
+    legal = torch.isfinite(y) & (y >= 0) & (y == y.round())
+    if not bool(legal.all()):
+        raise DataError(
+            "likelihood Poisson",
+            want="counts 0, 1, 2, ...",
+            got=f"{float(y[~legal].flatten()[0]):g}",
+            fix="use Gaussian() for measurements; leave counts as they are, without standardising them",
+        )
+
+
 def check_logits(outputs: Tensor, y: Tensor) -> None:
     """Raise DataError unless outputs are [B, C] and targets int64 [B]."""
     if outputs.dim() != 2 or y.dim() != 1 or len(outputs) != len(y) or y.dtype != torch.int64:
@@ -439,7 +452,7 @@ def likelihood_from_config(config: dict[str, Any] | None) -> Likelihood:
     Raises:
         ConfigError: there is none, or its name or an option is unknown.
     """
-    if not isinstance(config, dict) or config.get("name") not in LIKELIHOODS:
+    if not isinstance(config, dict) or str(config.get("name")) not in LIKELIHOODS:
         raise ConfigError(
             "bank",
             want="a likelihood that this version knows",
@@ -460,6 +473,12 @@ def _scale_of(scale: float | PositivePrior, params: Params) -> Tensor:
 
 def _plain(scale: float | PositivePrior) -> Any:
     return scale if isinstance(scale, (int, float)) else scale.to_config()
+
+
+def _there(draw: Any, values: Tensor, generator: torch.Generator, **options: Any) -> Tensor:
+    """Draws made where the generator is, brought to where the values are."""
+    drawn: Tensor = draw(values.to(generator.device), generator=generator, **options)
+    return drawn.to(values.device)
 
 
 def _normals(like: Tensor, generator: torch.Generator) -> Tensor:

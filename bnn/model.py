@@ -138,10 +138,12 @@ class BayesianModel:
         for unknown in self.unknowns:
             log_jacobian = log_jacobian + params[unknown.name]
             params[unknown.name] = params[unknown.name].exp()
+        pieces = dict(zip(self.layout.names, flat.split([e.numel for e in self.layout.entries], dim=-1), strict=True))
         for entry, place in self._scaled:
             scale = place.scale * params[place.unknown.name]  # type: ignore[union-attr]
             log_jacobian = log_jacobian + entry.numel * scale.log()
-            params[entry.name] = (place.loc + _beside(scale, entry) * params[entry.name]).to(entry.dtype)
+            z = pieces[entry.name].reshape((*flat.shape[:-1], *entry.shape))  # rounded once, after scaling
+            params[entry.name] = (place.loc + _beside(scale, entry) * z).to(entry.dtype)
         return params, log_jacobian
 
     def unconstrain(self, params: Params) -> Tensor:
@@ -196,14 +198,14 @@ class BayesianModel:
         return self.layout.flatten(curvature).to(flat)
 
     def require_mode(self, place: str) -> None:
-        """Raise ConfigError if a scale of the prior is unknown: the log joint then has no maximum.
+        """Raise ConfigError if a scale of the prior is unknown: the maximum of the log joint then says little.
 
-        It grows without bound where the scale and all values under it shrink together.
+        Where the scale and all values under it shrink together the log joint grows, of a half-Cauchy scale without bound.
         """
         if self._scaled:
             raise ConfigError(
                 place,
-                want="a prior with fixed scales: under an unknown one the log joint has no maximum",
+                want="a prior with fixed scales: under an unknown one the log joint grows as scale and values shrink",
                 got=f"'{self._scaled[0][1].unknown.name}'",  # type: ignore[union-attr]
                 fix="fix the scale, or choose a method that samples or fits a distribution",
             )

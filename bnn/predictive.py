@@ -101,7 +101,7 @@ class StudentTPredictive(NamedTuple):
     def aleatoric(self) -> Tensor:
         """Expected noise variance [B, C]: df / (df - 2) scale^2, infinite for df up to 2."""
         factor = self.df / (self.df - 2.0) if self.df > 2.0 else math.inf
-        return _average(factor * self.scales.square().expand_as(self.locs), self.log_weight)
+        return factor * _average(self.scales.square().expand_as(self.locs), self.log_weight)
 
     @property
     def epistemic(self) -> Tensor:
@@ -212,7 +212,10 @@ def _classes(net: FunctionalModel, x: Any, likelihood: Likelihood, shift: tuple[
     log_probs = expected_entropy = expected_log_prob = torch.zeros(())
     for start, log_weight, _, outputs in _outputs(net, x):
         if isinstance(likelihood, Bernoulli):
-            outputs = likelihood.class_logits(outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs)
+            outputs = outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs
+            if outputs.dim() != 3 or outputs.shape[-1] != 1:
+                raise _shape("[B] or [B, 1], the logit", outputs)
+            outputs = likelihood.class_logits(outputs)
         if outputs.dim() != 3:
             raise _shape("[B, C], one output a class", outputs)
         each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
@@ -239,6 +242,8 @@ def _targets(net: FunctionalModel, x: Any, likelihood: Likelihood, loc: Tensor, 
         columns = (outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs).double()  # [K, B, C]
         noise = torch.ones(block.num_samples, 1, 1)
         if isinstance(likelihood, HeteroscedasticGaussian):
+            if columns.shape[-1] % 2 or not columns.shape[-1]:
+                raise _shape("[B, 2 C], the means and then their noise", outputs)
             columns, noise = likelihood.split(columns)
         elif isinstance(likelihood, Gaussian | StudentT):
             noise = likelihood.scale_of(block.params).expand(block.num_samples)[:, None, None]  # [K, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,8 @@ def sample(prior: Prior, entries: Sequence[Entry], generator: torch.Generator) -
     for entry in entries:
         place = prior.place(entry)
         scale = place.scale if place.unknown is None else place.scale * drawn[place.unknown.name]
-        values[entry.name] = (place.loc + scale * place.family.sample(entry.shape, generator)).to(entry.dtype)
+        value, most = place.loc + scale * place.family.sample(entry.shape, generator), torch.finfo(entry.dtype).max
+        values[entry.name] = value.to(entry.dtype).clamp(-most, most)  # heavy tails reach past float16
     return values | drawn
 
 
@@ -226,9 +228,9 @@ class Laplace(Family):
         return -z.abs().sum() - math.log(2.0) * z.numel()
 
     def sample(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        # A difference of two exponentials; u is kept off 0, where its logarithm ends.
-        u = torch.rand((2, *shape), generator=generator, device=generator.device).clamp_min(1e-30)
-        return u[1].log() - u[0].log()
+        # A difference of two exponentials -log(1 - u): u is never 1, but can be 0.
+        u = torch.rand((2, *shape), generator=generator, device=generator.device)
+        return torch.log1p(-u[1]) - torch.log1p(-u[0])
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ class ScaleMixture(Family):
 
     def __post_init__(self) -> None:
         for name in ("share", "ratio"):
-            if not 0 < (value := getattr(self, name)) < 1:
+            if not (is_number(value := getattr(self, name)) and 0 < value < 1):
                 raise ConfigError(f"ScaleMixture({name}=)", want="a number in (0, 1)", got=repr(value), fix="try 0.5")
         _check(self)
 
@@ -335,6 +337,7 @@ class FanIn:
             raise ConfigError(
                 "FanIn(family=)", want="a family at loc 0 and scale 1", got=repr(self.family), fix="scale FanIn itself"
             )
+        _check_shared("FanIn", self.shared, self.scale, self.bias_scale)
 
     def place(self, entry: Entry) -> Place:
         if len(entry.shape) < 2:
@@ -394,6 +397,9 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         require_positive("LogNormal(scale=)", self.scale)
+        require_finite("LogNormal(loc=)", self.loc)
+        if abs(self.loc) > 700:
+            raise ConfigError("LogNormal(loc=)", want="the logarithm of a number", got=repr(self.loc), fix="lower it")
 
     @property
     def median(self) -> float:
@@ -426,6 +432,8 @@ def prior_from_config(config: Mapping[str, Any]) -> Prior:
 
 def made_from(table: Mapping[str, Any], config: Mapping[str, Any], place: str) -> Any:
     """What `name` says in the table, made with the options beside it; tables inside it are priors of their own."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(place, want="a table with a name", got=repr(config)[:100], fix="write name = 'Normal'")
     name, options = str(config.get("name")), {key: value for key, value in config.items() if key != "name"}
     if name not in table:
         raise ConfigError(
@@ -441,6 +449,8 @@ def made_from(table: Mapping[str, Any], config: Mapping[str, Any], place: str) -
 
 
 def _value(value: Any, place: str) -> Any:
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        value = {str(pattern): inner for pattern, inner in value}  # patterns are kept in their order
     if not isinstance(value, Mapping):
         return value
     if "name" in value:
@@ -453,7 +463,7 @@ def _config(prior: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: plain(inner) for key, inner in value.items()}
+            return [[pattern, plain(inner)] for pattern, inner in value.items()]  # tables are stored in any order
         return value.to_config() if hasattr(value, "to_config") else value
 
     found = {option.name: plain(getattr(prior, option.name)) for option in dataclasses.fields(prior)}
@@ -476,11 +486,18 @@ def _scales(scale: Any) -> Iterator[Any]:
 
 def _check(prior: Family) -> None:
     name = type(prior).__name__
-    if not (isinstance(prior.loc, (int, float)) and math.isfinite(prior.loc)):
-        raise ConfigError(f"{name}(loc=)", want="a finite number", got=repr(prior.loc), fix="pass one such as 0.0")
+    require_finite(f"{name}(loc=)", prior.loc)
+    if isinstance(prior.scale, Mapping) and not (prior.scale and all(isinstance(key, str) for key in prior.scale)):
+        raise ConfigError(f"{name}(scale=)", want="patterns", got=repr(prior.scale), fix="pass {'*': 1.0}, or 1.0")
     for scale in _scales(prior.scale):
         check_scale(f"{name}(scale=)", scale)
-    if not prior.shared and not any(hasattr(scale, "sample") for scale in _scales(prior.scale)):
+    _check_shared(name, prior.shared, *_scales(prior.scale))
+
+
+def _check_shared(name: str, shared: Any, *scales: Any) -> None:
+    if not isinstance(shared, bool):
+        raise ConfigError(f"{name}(shared=)", want="True or False", got=repr(shared), fix="leave it out")
+    if not shared and all(isinstance(scale, (int, float)) for scale in scales):
         raise ConfigError(
             f"{name}(shared=False)", want="a scale with a prior", got="a fixed one", fix="pass scale=HalfCauchy(1.0)"
         )
@@ -488,7 +505,7 @@ def _check(prior: Family) -> None:
 
 def check_scale(place: str, scale: Any) -> None:
     """Raise ConfigError unless `scale` is a positive number or a prior over one."""
-    if not all(hasattr(scale, name) for name in ("log_prob", "sample", "median")):
+    if isinstance(scale, type) or not all(hasattr(scale, name) for name in ("log_prob", "sample", "median")):
         require_positive(place, scale)
 
 
@@ -506,7 +523,18 @@ def student_t_draws(df: float, shape: tuple[int, ...], generator: torch.Generato
     return normals / gammas.sqrt()
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number that float64 can hold, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def require_finite(place: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a finite number."""
+    if not is_number(value):
+        raise ConfigError(place, want="a finite number", got=repr(value)[:100], fix="pass one such as 0.0")
+
+
 def require_positive(place: str, value: Any) -> None:
     """Raise ConfigError unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ConfigError(place, want="a positive number", got=repr(value), fix="pass one such as 1.0")
+    if not (is_number(value) and value > 0):
+        raise ConfigError(place, want="a positive number", got=repr(value)[:100], fix="pass one such as 1.0")

@@ -104,8 +104,13 @@ def test_no_block_escapes(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "throughput", "pitfalls", "cli"]
-)
+    "name",
+    [
+        "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "throughput", "pitfalls", "cli",
+        "priors-and-likelihoods", "own-guide",
+        *(f"methods/{name}" for name in ("guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc")),
+    ],
+)  # fmt: skip
 def test_guides_have_blocks_that_run(name: str) -> None:
     assert {"python", "bash"} & {snippet.language for snippet in snippets(ROOT / "docs" / f"{name}.md")}
 

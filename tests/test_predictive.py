@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +19,24 @@ from bnn import predictive
 from bnn.errors import ConfigError, DataError
 from bnn.functional import Strategy
 from bnn.layout import Entry, layout_of
-from bnn.likelihoods import SCALE, Categorical, Gaussian
-from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.likelihoods import (
+    SCALE,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+    StudentT,
+)
+from bnn.predictive import (
+    ClassPredictive,
+    NormalPredictive,
+    PoissonPredictive,
+    StudentTPredictive,
+    TargetPredictive,
+    predict,
+)
 from bnn.priors import HalfCauchy
 from bnn.seeding import generator
 from bnn.types import make_block
@@ -385,3 +403,281 @@ def test_an_empty_bank_is_refused() -> None:
     net = bnn.FunctionalModel(module, bnn.Bank.from_blocks([], layout=layout_of(module), info={}))
     with pytest.raises(ConfigError, match="at least one sample"):
         predict(net, torch.arange(ROWS), likelihood=Categorical())
+
+
+# Other targets, against sums over SciPy's distributions of every sample
+
+LEARNT_T = StudentT(5.0, HalfCauchy())
+KINDS: dict[str, Likelihood] = {
+    "gaussian": Gaussian(HalfCauchy()),
+    "heteroscedastic": HeteroscedasticGaussian(0.05),
+    "student-t": StudentT(3.5, 0.7),
+    "student-t learnt": LEARNT_T,
+    "poisson": Poisson(),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def tables_of(kind: str, num_samples: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Outputs [S, N, C or 2 C] and learnt scales [S] where there are any."""
+    tables = random(num_samples, ROWS, columns * (2 if kind == "heteroscedastic" else 1))
+    learnt = kind in ("gaussian", "student-t learnt")
+    return tables, 0.3 + random(num_samples, seed=1).abs() if learnt else None
+
+
+def parts_of(kind: str, tables: Tensor, scales: Tensor | None, loc: Any = 0.0, scale: Any = 1.0) -> Any:
+    """A frozen SciPy distribution of every sample, row and target, [S, N, C]."""
+    values = tables.numpy()
+    if kind == "poisson":
+        return scipy.stats.poisson(np.exp(values))
+    if kind == "heteroscedastic":
+        columns = values.shape[-1] // 2
+        noise = 0.05 + np.log1p(np.exp(values[..., columns:]))
+        return scipy.stats.norm(values[..., :columns] * scale + loc, noise * scale)
+    noise = np.full((len(values), 1, 1), 0.7) if scales is None else scales.numpy()[:, None, None]
+    if kind == "gaussian":
+        return scipy.stats.norm(values * scale + loc, noise * scale)
+    return scipy.stats.t(3.5 if kind == "student-t" else 5.0, values * scale + loc, noise * scale)
+
+
+def targets_of(
+    kind: str, tables: Tensor, log_weight: Tensor | None = None, scales: Tensor | None = None, **units: Any
+) -> TargetPredictive:
+    net = table_net(tables, log_weight=log_weight, scales=scales)
+    found = predict(net, torch.arange(tables.shape[1]), likelihood=KINDS[kind], **units)
+    wanted = {"poisson": PoissonPredictive, "gaussian": NormalPredictive, "heteroscedastic": NormalPredictive}
+    assert type(found) is wanted.get(kind, StudentTPredictive)
+    return found  # type: ignore[return-value]
+
+
+def check_targets(found: TargetPredictive, parts: Any, share: np.ndarray, y: np.ndarray, atol: float = 1e-7) -> None:
+    """Moments, log densities and cumulative probabilities at targets [N, C], by sums over the full [S, N, C].
+
+    A fixed scale such as 0.7 is a float32 inside, hence the tolerance.
+    """
+    means, variances = np.broadcast_arrays(*parts.stats("mv"))
+    mean = np.einsum("s,snc->nc", share, means)
+    close(found.mean, mean, atol)
+    close(found.aleatoric, np.einsum("s,snc->nc", share, variances), atol)
+    close(found.epistemic, np.einsum("s,snc->nc", share, (means - mean) ** 2), atol)
+    log_prob = (parts.logpmf if hasattr(parts.dist, "pmf") else parts.logpdf)(y).sum(axis=-1)  # [S, N]
+    close(found.log_prob(torch.from_numpy(y)), scipy.special.logsumexp(log_prob, axis=0, b=share[:, None]), 10 * atol)
+    close(found.cdf(torch.from_numpy(y)), np.einsum("s,snc->nc", share, parts.cdf(y)), atol)
+
+
+def some_targets(kind: str, columns: int) -> np.ndarray:
+    y = 1.5 * random(ROWS, columns, seed=2).numpy()
+    return np.round(np.abs(y) * 2) if kind == "poisson" else y
+
+
+@kinds
+@streamed
+@weights
+@pytest.mark.parametrize("columns", [1, 2])
+def test_targets_equal_the_full_reference(kind: str, num_samples: int, weighted: bool, columns: int) -> None:
+    tables, scales = tables_of(kind, num_samples, columns)
+    log_weight, share = random_weights(num_samples, weighted)
+    found = targets_of(kind, tables, log_weight, scales)
+    assert found.mean.shape == (ROWS, columns)
+    check_targets(found, parts_of(kind, tables, scales), share, some_targets(kind, columns))
+    close(found.log_weight, np.log(share))
+
+
+@kinds
+@weights
+def test_targets_in_blocks_of_three_are_those_of_all_at_once(
+    kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, scales = tables_of(kind, 7, 2)
+    log_weight, share = random_weights(7, weighted)
+    monkeypatch.setattr(predictive, "OUTPUT_VALUES", 3 * tables[0].numel())
+    check_targets(
+        targets_of(kind, tables, log_weight, scales), parts_of(kind, tables, scales), share, some_targets(kind, 2)
+    )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "poisson"])
+def test_targets_come_in_units_of_their_own(kind: str) -> None:
+    tables, scales = tables_of(kind, 7, 2)
+    loc, scale = np.array([-40.0, 3.0]), np.array([2.5, 0.4])
+    for units in ((-40.0, 2.5), (loc, scale)):
+        at, spread = (torch.as_tensor(value, dtype=torch.float64) for value in units)
+        found = targets_of(kind, tables, None, scales, loc=at, scale=spread)
+        parts = parts_of(kind, tables, scales, *units)
+        check_targets(found, parts, np.full(7, 1 / 7), some_targets(kind, 2) * units[1] + units[0], atol=1e-6)
+        plain = targets_of(kind, tables, None, scales)
+        y = torch.from_numpy(some_targets(kind, 2))
+        shift = float(spread.log().expand(2).sum())
+        close(found.log_prob(y * spread + at), plain.log_prob(y) - shift, 1e-9)
+        close(found.cdf(y * spread + at), plain.cdf(y), 1e-9)
+
+
+@pytest.mark.parametrize("units", [{"loc": 1.0}, {"scale": 2.0}, {"loc": torch.tensor([0.0, 1.0])}], ids=str)
+def test_counts_have_no_other_units(units: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^predict\(loc=, scale=\): want 0 and 1 for counts"):
+        targets_of("poisson", random(3, ROWS, 2), **units)
+    targets_of("poisson", random(3, ROWS, 2), loc=torch.zeros(2), scale=1)
+
+
+@kinds
+@weights
+def test_the_total_variance_is_that_of_draws_of_sample_and_noise(kind: str, weighted: bool) -> None:
+    """The mixture by simulation: a sample by its weight, then a target by its likelihood; one row after another."""
+    count, likelihood = 40_000, KINDS[kind]
+    tables, scales = tables_of(kind, 5, 2)
+    log_weight, share = random_weights(5, weighted)
+    found = targets_of(kind, tables, log_weight, scales)
+    times = torch.multinomial(torch.from_numpy(share), count, replacement=True, generator=generator(3)).bincount(
+        minlength=5
+    )
+    draws = []
+    for s in range(5):
+        rows = tables[s].repeat(int(times[s]), 1)
+        params = {} if scales is None else {SCALE: scales[s]}
+        draws.append(likelihood.sample(rows, params, generator(4, s)).double().view(int(times[s]), ROWS, 2))
+    drawn = torch.cat(draws)
+    squares = (drawn - found.mean).square()
+    total = found.aleatoric + found.epistemic
+    for values, expected in ((drawn, found.mean), (squares, total)):
+        if kind == "student-t" and values is squares:
+            continue  # of 3.5 degrees of freedom: squares have no variance, and so no standard error
+        error = values.std(dim=0) / math.sqrt(count)
+        assert bool(((values.mean(dim=0) - expected).abs() < 4.5 * error).all())
+    inside = (drawn <= found.mean).double().mean(dim=0)
+    chance = found.cdf(found.mean)
+    assert bool(((inside - chance).abs() < 4.5 * (chance * (1 - chance) / count).sqrt()).all())
+
+
+def test_the_mass_of_counts_below_one_is_that_of_them_all_added_up() -> None:
+    found = targets_of("poisson", random(7, ROWS, 2), random(7))
+    total = torch.zeros(ROWS, 2, dtype=torch.float64)
+    for count in range(60):
+        y = torch.full((ROWS, 2), float(count), dtype=torch.float64)
+        below = found.cdf(y - 1)
+        close(below, total)
+        close(found.cdf(y + 0.7), found.cdf(y))  # no mass between whole numbers
+        only = PoissonPredictive(found.log_rates[:, :, :1], found.log_weight)
+        total = found.cdf(y)
+        close((total - below)[:, 0], only.log_prob(y[:, :1]).exp(), 1e-12)
+    close(total, np.ones((ROWS, 2)), 1e-10)
+    for y in (-0.5, -1.0, -7.0):
+        assert torch.equal(found.cdf(torch.full((ROWS, 2), y)), torch.zeros(ROWS, 2).double())
+
+
+@pytest.mark.parametrize("df", [0.5, 1.0, 2.0])
+def test_a_t_without_a_variance_says_so(df: float) -> None:
+    """Also where a sample has weight 0, which must not turn infinite into undefined."""
+    log_weight = random(7)
+    log_weight[2] = -math.inf
+    net = table_net(random(7, ROWS, 2), log_weight=log_weight)
+    found = predict(net, torch.arange(ROWS), likelihood=StudentT(df))
+    assert isinstance(found, StudentTPredictive)
+    assert bool((found.aleatoric == math.inf).all())
+    kept = [0, 1, 3, 4, 5, 6]
+    without = predict(
+        table_net(random(7, ROWS, 2)[kept], log_weight=log_weight[kept]), torch.arange(ROWS), likelihood=StudentT(df)
+    )
+    assert isinstance(without, StudentTPredictive)
+    for of in ("mean", "epistemic"):
+        close(getattr(found, of), getattr(without, of))
+    close(found.log_prob(torch.zeros(ROWS, 2)), without.log_prob(torch.zeros(ROWS, 2)))
+    close(found.cdf(torch.zeros(ROWS, 2)), without.cdf(torch.zeros(ROWS, 2)))
+
+
+@pytest.mark.parametrize(("df", "factor"), [(2.1, 21.0), (2.5, 5.0), (3.0, 3.0), (12.0, 1.2)])
+def test_a_t_of_more_than_two_degrees_of_freedom_has_a_variance(df: float, factor: float) -> None:
+    found = predict(table_net(random(7, ROWS, 2)), torch.arange(ROWS), likelihood=StudentT(df, 0.5))
+    assert isinstance(found, StudentTPredictive)
+    close(found.aleatoric, np.full((ROWS, 2), 0.25 * factor), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["student-t", "poisson", "gaussian"])
+def test_targets_without_a_column_are_one_target(kind: str) -> None:
+    tables, scales = tables_of(kind, 7, 1)
+    whole, flat = (targets_of(kind, values, None, scales) for values in (tables, tables.squeeze(2)))
+    close(flat.mean, whole.mean)
+    close(flat.log_prob(torch.ones(ROWS, 1)), whole.log_prob(torch.ones(ROWS, 1)))
+
+
+# One logit
+
+
+@streamed
+@weights
+@pytest.mark.parametrize("column", [True, False])
+def test_one_logit_is_two_classes(num_samples: int, weighted: bool, column: bool) -> None:
+    """p = sum_s w_s sigmoid(z_s), against binary entropies: not the sigmoid of a mean."""
+    tables = 3 * random(num_samples, ROWS)
+    log_weight, share = random_weights(num_samples, weighted)
+    net = table_net(tables.unsqueeze(2) if column else tables, log_weight=log_weight)
+    found = predict(net, torch.arange(ROWS), likelihood=Bernoulli())
+    assert isinstance(found, ClassPredictive)
+    each = scipy.special.expit(tables.numpy())
+    chance = share @ each
+    close(found.probs, np.stack([1 - chance, chance], axis=1))
+
+    def entropy(p: np.ndarray) -> np.ndarray:
+        return scipy.special.entr(p) + scipy.special.entr(1 - p)
+
+    close(found.entropy, entropy(chance))
+    close(found.expected_entropy, share @ entropy(each))
+    close(found.mutual_information, np.maximum(entropy(chance) - share @ entropy(each), 0))
+    close(found.expected_log_prob, np.stack([share @ np.log(1 - each), share @ np.log(each)], axis=1))
+    check_classes(found, torch.stack([torch.zeros_like(tables), tables], dim=2), share)
+
+
+def test_sure_logits_stay_finite() -> None:
+    found = predict(table_net(1e4 * random(7, ROWS, 1).sign()), torch.arange(ROWS), likelihood=Bernoulli())
+    assert all(bool(torch.isfinite(values).all()) for values in found)  # type: ignore[arg-type]
+
+
+def test_a_prior_shift_of_one_logit_adds_to_it() -> None:
+    """log odds + log(pi' / (1 - pi')) - log(pi / (1 - pi)) of each sample."""
+    logits = 2 * random(7, ROWS, 1)
+    net = table_net(logits)
+    found = predict(net, torch.arange(ROWS), likelihood=Bernoulli(), prior_shift=([0.5, 0.5], [0.9, 0.1]))
+    assert isinstance(found, ClassPredictive)
+    close(found.probs[:, 1], (logits[:, :, 0] + math.log(0.1 / 0.9)).sigmoid().mean(dim=0))
+
+
+# Outputs that do not fit
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shape"),
+    [
+        (Bernoulli(), (ROWS, 3)),
+        (Bernoulli(), (ROWS, 2)),
+        (Bernoulli(), (ROWS, 1, 1)),
+        (HeteroscedasticGaussian(), (ROWS, 3)),
+        (HeteroscedasticGaussian(), (ROWS, 1)),
+        (HeteroscedasticGaussian(), (ROWS,)),
+        (StudentT(), (ROWS, 2, 2)),
+        (Poisson(), (ROWS, 2, 2)),
+    ],
+    ids=str,
+)
+def test_outputs_that_the_likelihood_does_not_take_are_refused(likelihood: Likelihood, shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"^module: want outputs \["):
+        predict(table_net(random(3, *shape)), torch.arange(ROWS), likelihood=likelihood)
+
+
+@pytest.mark.parametrize("likelihood", [StudentT(), Poisson(), HeteroscedasticGaussian()], ids=str)
+def test_a_prior_shift_is_of_classes(likelihood: Likelihood) -> None:
+    with pytest.raises(ConfigError, match=r"^prior_shift: want none for a regression"):
+        predict(table_net(random(3, ROWS, 2)), torch.arange(ROWS), likelihood=likelihood, prior_shift=([1, 1], [1, 2]))
+
+
+@pytest.mark.parametrize("likelihood", KINDS.values(), ids=str)
+def test_the_likelihood_of_a_bank_comes_from_its_info(likelihood: Likelihood) -> None:
+    module = Table((ROWS, 2))
+    scales = torch.full((3,), 0.6, dtype=torch.float64)
+    zeros = torch.zeros(3, dtype=torch.int64)
+    block = make_block({"table": random(3, ROWS, 2), SCALE: scales}, chain=torch.arange(3), draw=zeros)
+    layout = layout_of(module, extra=[Entry(SCALE, (), torch.float64)])
+    bank = bnn.Bank.from_blocks([block], layout=layout, info={"likelihood": likelihood.to_config()})
+    net = bnn.FunctionalModel(module, bank)
+    found, expected = predict(net, torch.arange(ROWS)), predict(net, torch.arange(ROWS), likelihood=likelihood)
+    assert type(found) is type(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other

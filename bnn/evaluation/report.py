@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,13 +55,17 @@ class Report:
     def add_mean(self, name: str, values: Tensor, definition: str) -> None:
         """A mean over rows [N], with its standard error."""
         size = len(values)
-        error = float(values.std() / size**0.5) if size > 1 else None
+        error = float(values.std() / size**0.5) if size > 1 and bool(values.isfinite().all()) else None
         self.add(name, float(values.mean()), definition, error)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds."""
         metrics = {
-            name: {"value": f.value, "standard_error": f.error, "definition": f.definition}
+            name: {
+                "value": f.value if math.isfinite(f.value) else None,
+                "standard_error": f.error,
+                "definition": f.definition,
+            }
             for name, f in self.metrics.items()
         }
         bins = None if self.bins is None else {k: v.tolist() for k, v in self.bins._asdict().items()}

@@ -17,7 +17,17 @@ from bnn.batches import full_batch, num_rows, parts_of, reweights, samplers_of
 from bnn.errors import ConfigError, DataError
 from bnn.evaluation.report import Report
 from bnn.functional import FunctionalModel
-from bnn.likelihoods import Bernoulli, Likelihood, as_columns, check_logit, check_logits, likelihood_from_config
+from bnn.likelihoods import (
+    Bernoulli,
+    Likelihood,
+    Poisson,
+    as_columns,
+    check_binary,
+    check_counts,
+    check_logit,
+    check_logits,
+    likelihood_from_config,
+)
 from bnn.predictive import ClassPredictive, NormalPredictive, PoissonPredictive, TargetPredictive, predict
 from bnn.samplers import EpochSampler
 from bnn.types import Batch, Data
@@ -85,10 +95,13 @@ def evaluate(
             y = batch.y
             if isinstance(likelihood, Bernoulli):
                 check_logit(y, y)
+                check_binary(y)
                 y = y.flatten().long()
             check_logits(predictive.log_probs, y)
             found = _class_rows(predictive, y)
         else:
+            if isinstance(likelihood, Poisson):
+                check_counts(batch.y)
             found = _target_rows(predictive, as_columns(batch.y).double() * scale + loc)
         for name, values in found.items():
             rows.setdefault(name, []).append(values)

@@ -141,14 +141,29 @@ def _call(reset: Callable[[], object], part: nn.Module) -> None:
             setattr(part, name, value)
 
 
-def require_finite(place: str, heights: Tensor, flat: Tensor, *, step: int, last_good: float | None, lr: float) -> None:
-    """Raise FitError, naming step and last good value, unless log densities [M] and positions [M, P] are finite."""
-    if bool(heights.isfinite().all()) and bool(flat.isfinite().all()):
+def require_finite(
+    place: str, heights: Tensor, flat: Tensor, *, start: int, last_good: float | None, lr: float, option: str = "lr"
+) -> None:
+    """Raise FitError unless densities and positions are finite, naming the first step to blame and the last good density.
+
+    Args:
+        place: the method.
+        heights: log densities [steps, M], of the steps from `start` on.
+        flat: the positions after them.
+        start: number of the first step.
+        last_good: mean log density before it, if there was one.
+        lr: what to lower, under the name `option`.
+    """
+    good = heights.isfinite().flatten(1).all(dim=1).long()  # [steps]
+    count = int(good.cumprod(dim=0).sum())  # steps before the first that is not
+    if count == len(heights) and bool(flat.isfinite().all()):
         return
-    before = "none before it" if last_good is None else f"the last good one was {last_good:.6g}"
+    at = min(count, len(heights) - 1)
+    before = float(heights[at - 1].double().mean()) if at > 0 else last_good
+    told = "none before it" if before is None else f"the last good one was {before:.6g}"
     raise FitError(
         place,
         want="a finite log density and gradient",
-        got=f"one that is not at step {step}; {before}",
-        fix=f"lower lr (it is {lr:g}), or standardise the data",
+        got=f"one that is not at step {start + at}; {told}",
+        fix=f"lower {option} (it is {lr:g}), or standardise the data",
     )

@@ -195,7 +195,7 @@ def window(task: Task, group: Group, batches: Iterator[tuple[Batch, float]]) -> 
         if watch is not None and task.score is not None and (step % task.epoch == 0 or step == options.num_steps):
             watch = look(watch, at.flat, task.score(at.flat))
             step = options.num_steps if bool(_stopped(options, watch).all()) else step
-    _require_finite(options, torch.stack(heights), at.flat, group.step)
+    require_finite("Ensemble", torch.stack(heights), at.flat, start=group.step, last_good=None, lr=options.lr)
     return Group(group.number, step, at, watch), torch.stack(heights)
 
 
@@ -372,15 +372,6 @@ def _watched(options: Ensemble, group: Group, num_samples: int) -> dict[str, flo
     scores, waited = group.watch.members[:, :num_samples]
     found = {"held_out_per_row": float(scores.mean()), "stopped": int((waited >= (options.patience or 0)).sum())}
     return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def _require_finite(options: Ensemble, heights: Tensor, flat: Tensor, start: int) -> None:
-    """Raise FitError, with the first step that is to blame, unless log joints [W, M] and positions are finite."""
-    good = heights.isfinite().all(dim=1).long()  # [W]
-    count = int(good.cumprod(dim=0).sum())  # steps before the first that is not
-    last_good = float(heights[count - 1].mean()) if count else None
-    place = min(count, len(heights) - 1)
-    require_finite("Ensemble", heights[place], flat, step=start + place, last_good=last_good, lr=options.lr)
 
 
 def _check_paths(options: Ensemble) -> None:

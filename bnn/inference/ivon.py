@@ -143,9 +143,9 @@ def _run(
             at, heights = optimise(options, model, at, batches, range(step, stop))
         require_finite(
             "IVON",
-            heights,
+            heights.unsqueeze(1),
             torch.stack([at.mean, at.hess]),
-            step=stop,
+            start=step,
             last_good=info.get("log_density"),
             lr=options.lr,
         )

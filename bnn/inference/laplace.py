@@ -208,7 +208,7 @@ def posterior_at(
     """The normal at a mode [P], and what there is to say of it."""
     form = check_form(options, model, data, flat, seed)
     height, gradient, prior_gradient = _slopes(options, model, data, flat, seed)
-    require_finite("Laplace", height, gradient, step=options.num_steps, last_good=None, lr=options.lr)
+    require_finite("Laplace", height.unsqueeze(0), gradient, start=options.num_steps, last_good=None, lr=options.lr)
     params, log_jacobian = model.constrain(flat)
     pieces = measure(model, form, params, _epoch(data, options.batch_size, seed))
     precision = model.prior_precision(flat).double()  # [P]
@@ -265,13 +265,13 @@ def _climb(
     gradient = gradient_of(model)
     batches = weighted_batches(model, data, options.batch_size, seed=seed, start=step)
     while step < options.num_steps:
-        heights = []
+        heights, start = [], step
         for _ in range(min(STEPS_PER_STATE, options.num_steps - step)):
             slope, height = gradient(at.flat, *next(batches))
             at = climb(at, slope, step=step, num_steps=options.num_steps, lr=options.lr)
             heights.append(height)
             step += 1
-        require_finite("Laplace", torch.stack(heights), at.flat, step=step - 1, last_good=last_good, lr=options.lr)
+        require_finite("Laplace", torch.stack(heights), at.flat, start=start, last_good=last_good, lr=options.lr)
         last_good = float(torch.stack(heights).mean())
         yield at, step, last_good
 

@@ -345,13 +345,7 @@ def _watched(setting: Setting, state: State, heights: list[Tensor], flat: Tensor
     found, rows = torch.stack(heights), setting.model.num_data  # [steps, C]
     before = state["info"].get("log_density_per_row")
     last_good = None if before is None else before * rows
-    broken = (~found.isfinite().all(dim=1)).nonzero()
-    place = int(broken[0]) if len(broken) else len(heights) - 1
-    if place > 0:
-        last_good = float(found[place - 1].mean())
-    require_finite(
-        type(setting.options).__name__, found[place], flat, step=state["step"] + place, last_good=last_good, lr=lr
-    )
+    require_finite(type(setting.options).__name__, found, flat, start=state["step"], last_good=last_good, lr=lr)
     return {"log_density_per_row": float(found.double().mean()) / rows}
 
 

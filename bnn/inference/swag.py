@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnn.batches import num_batches
-from bnn.errors import ConfigError, FitError, choose
+from bnn.errors import ConfigError, choose
 from bnn.inference.climbing import STARTS, Climb, Start, climb, gradient_of, require_finite, starts, weighted_batches
 from bnn.model import BayesianModel
 from bnn.seeding import generator
@@ -188,9 +188,9 @@ def _climb(options: SWAG, model: BayesianModel, data: Data, seed: int, state: St
             slope, height = gradient(at.flat, *next(batches))
             at = climb(at, slope, step=number, num_steps=options.num_steps, lr=options.lr)
             heights.append(height / model.num_data)
-        step, seen = stop, torch.cat(heights)
-        require_finite("SWAG", seen, at.flat, step=step, last_good=last_good, lr=options.lr)
-        last_good = float(seen.mean())
+        seen = torch.stack(heights)  # [steps, 1]
+        require_finite("SWAG", seen, at.flat, start=step, last_good=last_good, lr=options.lr)
+        step, last_good = stop, float(seen.mean())
         yield {**at.save(), "step": step, "info": {"log_density_per_row": last_good}}
 
 
@@ -208,7 +208,7 @@ def _collect(
         path, moments = Path(flat, torch.zeros_like(flat)), no_models(flat)
         height_of_mode = state["info"]["log_density_per_row"]
     batches = weighted_batches(model, data, options.batch_size, seed=seed, start=step)
-    gradient, fall = gradient_of(model), 0.0
+    gradient, fall, last_good = gradient_of(model), 0.0, state["info"]["log_density_per_row"]
     while step < end:
         stop, heights = min(step + STEPS_PER_STATE, end), []
         for number in range(step, stop):
@@ -218,14 +218,9 @@ def _collect(
             if (number + 1 - options.num_steps) % every == 0:
                 moments = collect(moments, path.flat, options.rank)
             heights.append(height / model.num_data)
-        step, seen = stop, torch.cat(heights)
-        if not (seen.isfinite().all() and path.flat.isfinite().all()):
-            raise FitError(
-                "SWAG",
-                want="a finite log density and gradient",
-                got=f"ones that are not in the {step - options.num_steps} steps of SGD after the climb",
-                fix=f"lower swag_lr (it is {options.swag_lr:g})",
-            )
+        seen = torch.stack(heights)  # [steps, 1]
+        require_finite("SWAG", seen, path.flat, start=step, last_good=last_good, lr=options.swag_lr, option="swag_lr")
+        step, last_good = stop, float(seen.mean())
         fall = height_of_mode - float(seen.mean())
         info = {"log_density_per_row": float(seen.mean()), "fall_per_row": fall}
         yield {**_save(path, moments), "height_of_mode": height_of_mode, "step": step, "info": info}

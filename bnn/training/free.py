@@ -293,10 +293,12 @@ def _judge(setting: _Setting, batch: Batch) -> Callable[[Params], HeldOut]:
 
     def judge(values: Params) -> HeldOut:
         classes = setting.likelihood.task == "classification"
-        found = []
+        found: list[Tensor] = []
         for index, weight in zip(chosen, log_weight, strict=True):
             params = setting.net.params(index) | values
             outputs = setting.whole(params, batch.x, device=setting.net.device)
+            if not found:
+                setting.likelihood.check(outputs[:1] if isinstance(outputs, Tensor) else outputs, batch.y)
             if classes:
                 if isinstance(setting.likelihood, Bernoulli):
                     outputs = setting.likelihood.class_logits(as_columns(outputs))

@@ -251,10 +251,17 @@ def test_starts_of_some_parameters_only() -> None:
 
 
 def test_what_is_not_finite_is_refused_by_its_step() -> None:
-    good = torch.zeros(2)
-    require_finite("Here", good, torch.zeros(2, 3), step=4, last_good=None, lr=0.1)
-    message = r"Here: .* at step 4; none before it; lower lr \(it is 0.1\), or standardise the data"
-    with pytest.raises(FitError, match=message):
-        require_finite("Here", torch.tensor([0.0, torch.nan]), torch.zeros(2, 3), step=4, last_good=None, lr=0.1)
-    with pytest.raises(FitError, match=r"at step 4; the last good one was -12\.5; "):
-        require_finite("Here", good, torch.full((2, 3), -torch.inf), step=4, last_good=-12.5, lr=0.1)
+    """Of three steps of two positions, from number 4 on."""
+    good, flat = torch.tensor([[-1.0, -3.0], [-2.0, -6.0], [0.0, 0.0]]), torch.zeros(2, 5)
+    require_finite("Here", good, flat, start=4, last_good=None, lr=0.1)
+    bad = good.clone()
+    bad[1:, 1] = torch.nan
+    with pytest.raises(FitError, match=r"Here: .* at step 5; the last good one was -2; lower lr \(it is 0\.1\), or"):
+        require_finite("Here", bad, flat, start=4, last_good=-12.5, lr=0.1)
+    bad[0, 0] = -torch.inf
+    with pytest.raises(FitError, match=r"at step 4; the last good one was -12\.5; lower rate \(it is 0\.1\)"):
+        require_finite("Here", bad, flat, start=4, last_good=-12.5, lr=0.1, option="rate")
+    with pytest.raises(FitError, match=r"at step 4; none before it; "):
+        require_finite("Here", bad, flat, start=4, last_good=None, lr=0.1)
+    with pytest.raises(FitError, match=r"at step 6; the last good one was -4; "):
+        require_finite("Here", good, torch.full((2, 5), -torch.inf), start=4, last_good=None, lr=0.1)

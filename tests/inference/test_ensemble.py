@@ -658,16 +658,6 @@ def test_a_climb_that_diverges_says_at_which_step(patience: int | None) -> None:
         run(Ensemble(num_steps=200, lr=1e30, patience=patience), model, data, 3)
 
 
-def test_the_first_step_to_blame_is_named() -> None:
-    heights = torch.tensor([[-1.0, -3.0], [-2.0, -6.0], [-2.0, torch.nan], [-1.0, -1.0]])
-    flat = torch.zeros(2, 3)
-    with pytest.raises(FitError, match="at step 52; the last good one was -4;"):
-        ensemble._require_finite(Ensemble(), heights, flat, 50)
-    with pytest.raises(FitError, match="at step 51; the last good one was -4;"):
-        ensemble._require_finite(Ensemble(), heights[:2], flat + torch.inf, 50)
-    ensemble._require_finite(Ensemble(), heights[:2], flat, 50)
-
-
 def test_diagnostics_are_of_a_row() -> None:
     model, data = wide_classifier()
     found = run(Ensemble(num_steps=300, batch_size=23, lr=0.05, group_size=2), model, data, 2)
