@@ -85,7 +85,8 @@ class Guide:
         pyro_model: a Pyro model (x, y) of one's own, whose density is fitted in place of the BayesianModel's. It
             samples a site for each parameter under its name, scales its likelihood to all N rows itself, and
             may have other sites, which the guide fits and the bank leaves out. Needs `sites="parameter"`.
-        memory: bytes that `"full-rank"` or `"flow"` may need while they are fitted.
+        memory: bytes that `"full-rank"` and `"flow"`, or Pyro's AutoMultivariateNormal and AutoIAFNormal, may need
+            while they are fitted.
 
     Raises:
         ConfigError: an option out of range, more dimensions than a Sobol sequence has, more bytes than `memory`,
@@ -324,8 +325,7 @@ def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fi
     """A guide of Pyro under SVI."""
     batch = moved(next(minibatches(data, options.batch_size, seed=seed)), model.device)
     model.check_rows(batch)
-    family = svi.autoguide_named(options.family) if isinstance(options.family, str) else options.family
-    fit = svi.build(family, options.sites, options.pyro_model, model, batch, seed)
+    fit = svi.build(_pyro_family(options), options.sites, options.pyro_model, model, batch, seed)
 
     def loss(batch: Batch, weight: float, step: int) -> Tensor:
         try:
@@ -402,16 +402,21 @@ def _warn_if_rising(options: Guide, trend: Tensor) -> None:
         )
 
 
+def _pyro_family(options: Guide) -> Any:
+    return svi.autoguide_named(options.family) if isinstance(options.family, str) else options.family
+
+
 def _check_memory(options: Guide, model: BayesianModel) -> None:
-    size, itemsize = model.layout.num_values, model.layout.dtype.itemsize
+    """Raise ConfigError, before anything is made, where a family that grows with P^2 or P H needs too much."""
+    size, itemsize, need = model.layout.num_values, model.layout.dtype.itemsize, 0
     if options.family == "full-rank":
         need = FullRankFamily.num_bytes(size, itemsize)
     elif options.family == "flow":
         need = FlowFamily.num_bytes(size, options.hidden, itemsize)
-    else:
-        return
+    elif not options.is_own:
+        need = svi.num_bytes(_pyro_family(options), size, itemsize)
     if need > options.memory:
-        other = "'low-rank'" if options.family == "full-rank" else "a smaller hidden, 'low-rank'"
+        other = "a smaller hidden, 'low-rank'" if options.family == "flow" else "'low-rank'"
         raise ConfigError(
             f"Guide('{options.name}', memory=)",
             want=f"at least {need:,} bytes for {size:,} values",

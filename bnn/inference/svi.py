@@ -13,7 +13,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide.initialization import init_to_sample, init_to_value
 from torch import Tensor, nn
@@ -28,6 +27,24 @@ SITES: tuple[str, ...] = ("flat", "parameter")
 
 Program: TypeAlias = Callable[..., Any]
 """A Pyro program of inputs and targets: `model(x, y)` or `guide(x, y)`."""
+
+AUTOGUIDES: dict[str, Any] = {
+    name: kind
+    for name, kind in vars(autoguide).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, autoguide.AutoGuide)
+    and kind.__init__ is not autoguide.AutoCallable.__init__
+    and name
+    not in (
+        "AutoGuide",
+        "AutoGuideList",
+        "AutoContinuous",
+        "AutoDiscreteParallel",
+        "AutoLaplaceApproximation",
+        "AutoNormalizingFlow",
+    )
+}
+"""Guides that Pyro makes of a model of continuous sites alone."""
 
 FLAT = "theta"  # the site of all weights, u [P]
 
@@ -48,13 +65,23 @@ def autoguide_named(name: str) -> Any:
     Raises:
         ConfigError: there is none, or it is the Laplace approximation by a bare Hessian.
     """
-    found = getattr(autoguide, name, None)
-    if not (inspect.isclass(found) and issubclass(found, autoguide.AutoGuide)):
-        names = sorted(key for key, value in vars(autoguide).items() if inspect.isclass(value) and key != "AutoGuide")
+    if name not in AUTOGUIDES:
         raise ConfigError(
-            "Guide", want=f"a guide of Pyro: {', '.join(names)}", got=repr(name), fix="choose one of them"
+            "Guide", want=f"a guide of Pyro: {', '.join(sorted(AUTOGUIDES))}", got=repr(name), fix="choose one of them"
         )
-    return found
+    return AUTOGUIDES[name]
+
+
+def num_bytes(family: Any, size: int, itemsize: int) -> int:
+    """Bytes of a fit of those guides of Pyro whose parameters grow with P^2: values, gradients, two moments; else 0."""
+    kind, keywords = (family.func, family.keywords) if isinstance(family, functools.partial) else (family, {})
+    if kind is autoguide.AutoMultivariateNormal:
+        return 4 * size * size * itemsize
+    if kind is autoguide.AutoIAFNormal:
+        hidden = keywords.get("hidden_dim") or 3 * size + 1
+        width = int(sum(hidden) if isinstance(hidden, (list, tuple)) else hidden)
+        return 12 * size * width * int(keywords.get("num_transforms", 1)) * itemsize
+    return 0
 
 
 @contextmanager
@@ -146,19 +173,22 @@ def _place(model: BayesianModel, sites: Sites) -> Program:
 
 def _sample_flat(model: BayesianModel) -> Tensor:
     size = (model.layout.num_values,)
-    flat: Tensor = pyro.sample(FLAT, dist.ImproperUniform(constraints.real, (), size))
+    flat: Tensor = pyro.sample(FLAT, _anywhere(size, positive=False).to_event(1).mask(False))
     return flat
+
+
+def _anywhere(shape: tuple[int, ...], *, positive: bool) -> Any:
+    """A distribution that Pyro can draw a start from; masked, its density is 1 everywhere."""
+    kind = dist.LogNormal if positive else dist.Normal
+    return kind(torch.zeros(()), torch.ones(())).expand(shape)
 
 
 def _sample_parameters(model: BayesianModel) -> Params:
     positive = {unknown.name for unknown in model.unknowns}
-    found = {
-        entry.name: pyro.sample(
-            entry.name,
-            dist.ImproperUniform(constraints.positive if entry.name in positive else constraints.real, (), entry.shape),
-        )
-        for entry in model.layout.entries
-    }
+    found = {}
+    for entry in model.layout.entries:
+        place = _anywhere(entry.shape, positive=entry.name in positive)
+        found[entry.name] = pyro.sample(entry.name, place.to_event(len(entry.shape)).mask(False))
     return {entry.name: found[entry.name].to(entry.dtype) for entry in model.layout.entries}
 
 
