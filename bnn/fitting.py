@@ -176,7 +176,11 @@ def method_options(method: Method) -> dict[str, Any]:
         if isinstance(value, (list, tuple)):
             return [plain(inner) for inner in value]
         if isinstance(value, functools.partial):
-            return {"partial": plain(value.func), **{key: plain(inner) for key, inner in value.keywords.items()}}
+            options = {key: plain(inner) for key, inner in value.keywords.items()}
+            arguments = {"arguments": plain(value.args)} if value.args else {}
+            return {"partial": plain(value.func), **arguments, **options}
+        if isinstance(value, torch.Tensor):
+            return f"tensor {list(value.shape)} {digest_of((value,))}"
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}:{named.__qualname__}"
 

@@ -19,7 +19,7 @@ from bnn.errors import ConfigError, FitError, NotConverged, choose
 from bnn.inference import svi
 from bnn.inference.climbing import weighted_batches
 from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFamily, Point
-from bnn.inference.row_noise import Noise, PerRow, RowNoise, Watch, eligible
+from bnn.inference.row_noise import RowNoise, eligible_rows, row_noise_loss
 from bnn.model import BayesianModel
 from bnn.seeding import derive, generator, isolated
 from bnn.types import Batch, Block, Data, Params, State, make_block
@@ -158,6 +158,14 @@ class Guide:
                 got=f"{self.family!r}, which knows one flat vector",
                 fix="pass 'AutoNormal' or a guide of your own",
             )
+        changed = [name for name in ("rank", "hidden", "init_scale") if getattr(self, name) != getattr(Guide, name)]
+        if not self.is_own and changed:
+            raise ConfigError(
+                f"Guide({changed[0]}=)",
+                want="none for a guide of Pyro, whose options are its own",
+                got=str(getattr(self, changed[0])),
+                fix="pass a functools.partial of its class",
+            )
         if self.pyro_model is not None and self.sites != "parameter":
             raise ConfigError(
                 "Guide(pyro_model=)", want="sites='parameter'", got="'flat'", fix="pass sites='parameter' beside it"
@@ -171,6 +179,12 @@ class Guide:
     @property
     def name(self) -> str:
         return str(self.family) if self.is_own else "guide"
+
+    @property
+    def title(self) -> str:
+        """The family, or the name of the guide, for people."""
+        kind = getattr(self.family, "func", self.family)
+        return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
 
     def run(
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
@@ -239,15 +253,20 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
     if options.family == "map":
         model.require_mode("Guide('map')")
     family = make_family(options, model, seed)
-    rows = eligible_rows(options, model, data, seed)
+    how: RowNoise | None = None
+    if options.variance_reduction == "local" or options.variance_reduction == "flipout":
+        how = options.variance_reduction
+    batch = moved(next(minibatches(data, options.batch_size, seed=seed)), model.device)
+    model.check_rows(batch)
+    rows: frozenset[str] = frozenset() if how is None else eligible_rows(model, batch, how)
 
     def loss(batch: Batch, weight: float, step: int) -> Tensor:
         # Draws are made where they are used: by (seed, step), whatever ran before.
         source = generator(seed, "step", step, device=model.device)
         normals = torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
-        if rows:
+        if how is not None:
             assert isinstance(family, NormalFamily)
-            return row_noise_loss(family, model, batch, weight, normals, rows, options, source)
+            return row_noise_loss(family, model, batch, weight, normals, rows, how, source)
         if options.variance_reduction == "antithetic":
             pair = (family_loss(family, model, batch, weight, z, options) for z in (normals, -normals))
             return 0.5 * (next(pair) + next(pair))
@@ -284,43 +303,6 @@ def family_loss(
     return -log_joint if options.family == "map" else -(log_density + draw.surprise)
 
 
-def eligible_rows(options: Guide, model: BayesianModel, data: Data, seed: int) -> frozenset[str]:
-    """Names of the tensors that get noise a row: none, unless that was asked for."""
-    if options.variance_reduction not in ("local", "flipout"):
-        return frozenset()
-    batch = moved(next(minibatches(data, options.batch_size, seed=seed)), model.device)
-    params = model.module_params()
-    model.check_rows(batch)
-    with torch.no_grad(), Watch(params) as watch:
-        model.forward(params, batch.x)
-    return eligible(watch.uses, options.variance_reduction)
-
-
-def row_noise_loss(
-    family: NormalFamily,
-    model: BayesianModel,
-    batch: Batch,
-    weight: float,
-    normals: Tensor,
-    rows: frozenset[str],
-    options: Guide,
-    source: torch.Generator,
-) -> Tensor:
-    """The loss of `family_loss` with noise of its own a row in the likelihood; the prior is taken at one draw."""
-    draw = family.draw(normals)
-    own = {e.name: torch.full(e.shape, not e.name.startswith("@")) for e in model.layout.entries}
-    of_module = torch.cat([flag.flatten() for flag in own.values()]).to(model.device)  # [P]
-    middle = torch.where(of_module, family.parameters["loc"], draw.flat)  # unknowns keep the draw of the batch
-    drawn, log_jacobian = model.constrain(draw.flat)
-    mean, _ = model.constrain(middle)
-    wider, _ = model.constrain(middle + torch.where(of_module, family.scale, torch.zeros_like(middle)))
-    noise = Noise(drawn, mean, {name: wider[name] - mean[name] for name in rows})
-    how: RowNoise = "local" if options.variance_reduction == "local" else "flipout"
-    with PerRow(noise, rows, how, source):
-        log_joint = model.log_joint(drawn, batch, weight=weight)
-    return -(log_joint + log_jacobian + draw.surprise)
-
-
 def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fitted:
     """A guide of Pyro under SVI."""
     batch = moved(next(minibatches(data, options.batch_size, seed=seed)), model.device)
@@ -331,9 +313,9 @@ def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fi
         try:
             return svi.loss(fit, batch, weight)
         except ValueError as error:
-            if (found := svi.refuse_pyro(error, options.name)) is None:
+            if not svi.is_improper(error):
                 raise
-            raise found from error
+            return torch.full((), math.nan, requires_grad=True)  # `_optimise` raises, with the step
 
     def draw(indices: range) -> Params:
         with svi.apart(fit.store):
@@ -372,11 +354,13 @@ def _optimise(
     bad = (~elbos.isfinite()).nonzero()
     if len(bad) or not all(bool(p.isfinite().all()) for p in fitted.parameters.values()):
         first = int(bad[0]) if len(bad) else len(steps) - 1
-        good = float(elbos[first - 1]) if first > 0 and len(bad) else last_good
+        good = last_good
+        if first > 0 or not len(bad):
+            good = float(elbos[first - 1 if len(bad) else first])
         raise FitError(
-            f"Guide('{options.name}')",
+            f"Guide('{options.title}')",
             want="a finite loss and gradient",
-            got=f"{'a loss' if len(bad) else 'parameters'} that is not at step {steps[first]}; "
+            got=f"{'a loss that is not' if len(bad) else 'parameters that are not'} at step {steps[first]}; "
             + ("none was before it" if good is None else f"the last good ELBO a row was {good:.6g}"),
             fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
         )
@@ -395,7 +379,7 @@ def _warn_if_rising(options: Guide, trend: Tensor) -> None:
     noise = math.sqrt(float(before.var() + last.var()) / quarter)
     if gain > 3 * noise and gain > STILL_RISING * whole:
         warnings.warn(
-            f"Guide('{options.name}'): the ELBO a row still rose from {float(before.mean()):.4g} to "
+            f"Guide('{options.title}'): the ELBO a row still rose from {float(before.mean()):.4g} to "
             f"{float(last.mean()):.4g} in the last quarter of {options.num_steps} steps; raise num_steps or lr",
             NotConverged,
             stacklevel=2,
@@ -418,7 +402,7 @@ def _check_memory(options: Guide, model: BayesianModel) -> None:
     if need > options.memory:
         other = "a smaller hidden, 'low-rank'" if options.family == "flow" else "'low-rank'"
         raise ConfigError(
-            f"Guide('{options.name}', memory=)",
+            f"Guide('{options.title}', memory=)",
             want=f"at least {need:,} bytes for {size:,} values",
             got=f"{options.memory:,}",
             fix=f"raise memory, choose {other}, or make fewer parameters Bayesian",

@@ -12,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bnn.errors import ConfigError
-from bnn.types import Params
+from bnn.inference.families import NormalFamily
+from bnn.model import BayesianModel
+from bnn.types import Batch, Params
 
 RowNoise: TypeAlias = Literal["local", "flipout"]
 
@@ -23,7 +25,7 @@ class Use(NamedTuple):
     """How a forward uses a tensor: as weight or bias of a layer, or otherwise."""
 
     kind: Literal["linear", "convolution", "other"]
-    dims: int = 0  # of the layer's inputs
+    shape: tuple[int, ...] = ()  # of the layer's inputs
 
 
 class Noise(NamedTuple):
@@ -44,20 +46,22 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":  # reading a shape or dtype is no use
+        found = func(*args, **kwargs)
+        # Reading a shape or dtype is no use, reading a transpose is.
+        if getattr(func, "__name__", "") != "__get__" or isinstance(found, Tensor):
             use = Use("other")
-            if func is functional.linear:
-                use = Use("linear", args[0].dim())
-            elif func in CONVOLUTIONS:
-                use = Use("convolution", args[0].dim())
+            if func is functional.linear and args:
+                use = Use("linear", tuple(args[0].shape))
+            elif func in CONVOLUTIONS and args:
+                use = Use("convolution", tuple(args[0].shape))
             for place, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
                 if isinstance(leaf, Tensor) and id(leaf) in self.names:
                     # Inputs of a layer, in place 0, may not be parameters of the sample.
                     self.uses[self.names[id(leaf)]].append(use if place > 0 else Use("other"))
-        return func(*args, **kwargs)
+        return found
 
 
-def eligible(uses: Mapping[str, list[Use]], how: RowNoise) -> frozenset[str]:
+def eligible(uses: Mapping[str, list[Use]], how: RowNoise, num_rows: int) -> frozenset[str]:
     """Names of the tensors that may have noise a row: used once, by a layer that allows it.
 
     Local reparameterisation is exact where a row meets each weight once: a linear layer on inputs [B, C].
@@ -68,7 +72,9 @@ def eligible(uses: Mapping[str, list[Use]], how: RowNoise) -> frozenset[str]:
     """
 
     def allowed(use: Use) -> bool:
-        return use == Use("linear", 2) if how == "local" else use.kind != "other"
+        if use.kind == "other" or len(use.shape) < 2 or use.shape[0] != num_rows:
+            return False
+        return how == "flipout" or (use.kind == "linear" and len(use.shape) == 2)
 
     found = frozenset(name for name, seen in uses.items() if len(seen) == 1 and allowed(seen[0]))
     if not found:
@@ -79,6 +85,14 @@ def eligible(uses: Mapping[str, list[Use]], how: RowNoise) -> frozenset[str]:
             fix="try 'flipout' or 'antithetic'" if how == "local" else "try 'antithetic'",
         )
     return found
+
+
+def eligible_rows(model: BayesianModel, batch: Batch, how: RowNoise) -> frozenset[str]:
+    """Names of the tensors of a model that may have noise a row, seen from one forward."""
+    params = model.module_params()
+    with torch.no_grad(), Watch(params) as watch:
+        model.forward(params, batch.x)
+    return eligible(watch.uses, how, len(batch.y))
 
 
 class PerRow(TorchFunctionMode):
@@ -143,3 +157,29 @@ class PerRow(TorchFunctionMode):
 def layer_is_linear(weight: Tensor) -> bool:
     """Whether a weight is a linear layer's, [out, in]; those of convolutions have more axes."""
     return weight.dim() == 2
+
+
+def row_noise_loss(
+    family: NormalFamily,
+    model: BayesianModel,
+    batch: Batch,
+    weight: float,
+    normals: Tensor,
+    rows: frozenset[str],
+    how: RowNoise,
+    source: torch.Generator,
+) -> Tensor:
+    """-ELBO of one draw with noise of its own a row in the likelihood; the prior is taken at the draw of the batch."""
+    draw = family.draw(normals)
+    own = {e.name: torch.full(e.shape, not e.name.startswith("@")) for e in model.layout.entries}
+    of_module = torch.cat([flag.flatten() for flag in own.values()]).to(model.device)  # [P]
+    drawn, log_jacobian = model.constrain(draw.flat)
+    # Unknowns keep the draw of the batch. Scales are found at zero, where low precision has room for small ones.
+    mean, none, one = (
+        model.constrain(torch.where(of_module, flat, draw.flat))[0]
+        for flat in (family.parameters["loc"], torch.zeros_like(draw.flat), family.scale)
+    )
+    noise = Noise(drawn, mean, {name: one[name] - none[name] for name in rows})
+    with PerRow(noise, rows, how, source):
+        log_joint = model.log_joint(drawn, batch, weight=weight)
+    return -(log_joint + log_jacobian + draw.surprise)

@@ -15,9 +15,10 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide.initialization import init_to_sample, init_to_value
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bnn.errors import ConfigError, FitError
+from bnn.errors import ConfigError
 from bnn.model import BayesianModel
 from bnn.seeding import GLOBAL_STATE, isolated
 from bnn.types import Batch, Params
@@ -65,6 +66,8 @@ def autoguide_named(name: str) -> Any:
     Raises:
         ConfigError: there is none, or it is the Laplace approximation by a bare Hessian.
     """
+    if name == "AutoLaplaceApproximation":
+        raise _bare_hessian()
     if name not in AUTOGUIDES:
         raise ConfigError(
             "Guide", want=f"a guide of Pyro: {', '.join(sorted(AUTOGUIDES))}", got=repr(name), fix="choose one of them"
@@ -105,13 +108,22 @@ def build(family: Any, sites: Sites, own_model: Program | None, model: BayesianM
     Raises:
         ConfigError: a site without a guide, one that the model has not, or one of another shape.
     """
+    if own_model is not None and (model.temperature != 1.0 or batch.weight is not None):
+        raise ConfigError(
+            "Guide(pyro_model=)",
+            want="temperature 1 and rows that weigh alike: its density is its own",
+            got=f"temperature {model.temperature:g}" if batch.weight is None else "importance weights",
+            fix="scale the sites in the Pyro model with pyro.poutine.scale, or leave pyro_model out",
+        )
+    if isinstance(own_model, nn.Module):
+        own_model = _copied(own_model)
     place = own_model or _place(model, sites)
     store: dict[str, Any] = {}
     with apart(store), isolated(seed, "guide"):
         if isinstance(family, (type, functools.partial)):
             guide = _made(family, place, model, sites, own_model)
         else:
-            guide = copy.deepcopy(family) if isinstance(family, nn.Module) else family
+            guide = _copied(family) if isinstance(family, nn.Module) else family
         traced = poutine.trace(guide).get_trace(batch.x, batch.y)
         if isinstance(guide, nn.Module):
             guide.to(model.device)
@@ -121,12 +133,25 @@ def build(family: Any, sites: Sites, own_model: Program | None, model: BayesianM
             wanted = {name: tuple(value.shape) for name, value in found.items()}
     fit = Fit(guide, store, model, sites, own_model)
     _check_sites(fit, wanted, _latent(traced))
+    if not parameters(fit):
+        raise ConfigError("Guide", want="a guide with parameters", got="none", fix="add pyro.param(...) to the guide")
     return fit
+
+
+def _copied(program: nn.Module) -> nn.Module:
+    """A copy that keeps its own parameters, as `apart` says, also if it was made under the user's settings."""
+    copied = copy.deepcopy(program)
+    for part in copied.modules():
+        if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
+            part._pyro_context.param_state = {"params": {}, "constraints": {}}
+    return copied
 
 
 def parameters(fit: Fit) -> dict[str, Tensor]:
     """Unconstrained parameters of a guide, by name."""
     own = dict(fit.guide.named_parameters()) if isinstance(fit.guide, nn.Module) else {}
+    if isinstance(fit.own_model, nn.Module):
+        own |= {f"model.{name}": value for name, value in fit.own_model.named_parameters()}
     return own | {f"store.{name}": value for name, value in fit.store.get("params", {}).items()}
 
 
@@ -196,14 +221,10 @@ def _made(family: Any, place: Program, model: BayesianModel, sites: Sites, own_m
     """An automatic guide, started at the module's present values where it can be told so."""
     kind = family.func if isinstance(family, functools.partial) else family
     if inspect.isclass(kind) and issubclass(kind, autoguide.AutoLaplaceApproximation):
-        raise ConfigError(
-            "Guide",
-            want="a guide whose covariance is positive",
-            got="AutoLaplaceApproximation, which inverts the bare Hessian of the log joint",
-            fix="use the method Laplace, whose curvature is a generalised Gauss-Newton matrix",
-        )
+        raise _bare_hessian()
     options: dict[str, Any] = {}
-    if inspect.isclass(kind) and "init_loc_fn" in inspect.signature(kind).parameters:
+    is_flow = inspect.isclass(kind) and issubclass(kind, autoguide.AutoNormalizingFlow)  # starts as its transform does
+    if inspect.isclass(kind) and not is_flow and "init_loc_fn" in inspect.signature(kind).parameters:
         start = {name: value.to(model.device) for name, value in model.module_params().items()}
         if own_model is None and sites == "flat":
             start = {FLAT: model.unconstrain(start)}
@@ -218,6 +239,15 @@ def _shapes(model: BayesianModel, sites: Sites) -> dict[str, tuple[int, ...]]:
     if sites == "flat":
         return {FLAT: (model.layout.num_values,)}
     return {entry.name: entry.shape for entry in model.layout.entries}
+
+
+def _bare_hessian() -> ConfigError:
+    return ConfigError(
+        "Guide",
+        want="a guide whose covariance is positive",
+        got="AutoLaplaceApproximation, which inverts the bare Hessian of the log joint",
+        fix="use the method Laplace, whose curvature is a generalised Gauss-Newton matrix",
+    )
 
 
 def _latent(trace: Any) -> dict[str, Tensor]:
@@ -270,11 +300,6 @@ def _check_shape(place: str, name: str, want: tuple[int, ...], got: tuple[int, .
         )
 
 
-def refuse_pyro(error: Exception, place: str) -> FitError | None:
-    """Pyro's refusal of a distribution whose parameters are no numbers, in our words; None for other errors."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    if not isinstance(error, ValueError) or "Expected" not in text:
-        return None
-    return FitError(
-        place, want="a proper distribution", got=text, fix="lower lr or init_scale, or standardise the data"
-    )
+def is_improper(error: ValueError) -> bool:
+    """Whether this is Pyro's refusal of a distribution whose parameters are no numbers."""
+    return "Expected" in str(error)

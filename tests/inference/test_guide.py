@@ -118,7 +118,10 @@ def test_the_start_is_the_modules_own_values() -> None:
 
 def test_a_loss_that_is_not_finite_says_at_which_step() -> None:
     model, (x, y) = classifier()
-    with pytest.raises(FitError, match=r"want a finite loss and gradient, got a loss that is not at step 1; the last good ELBO a row was -\d"):
+    with pytest.raises(
+        FitError,
+        match=r"want a finite loss and gradient, got a loss that is not at step 1; the last good ELBO a row was -\d",
+    ):
         list(Guide(lr=1e30, num_steps=100).run(model, (x, y), num_samples=1, seed=0))
 
 
