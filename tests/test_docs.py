@@ -108,7 +108,7 @@ def test_no_block_escapes(page: Path) -> None:
     [
         "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "throughput", "pitfalls", "cli",
         "priors-and-likelihoods", "own-guide",
-        *(f"methods/{name}" for name in ("guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc")),
+        *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc")),
     ],
 )  # fmt: skip
 def test_guides_have_blocks_that_run(name: str) -> None:
