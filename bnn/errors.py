@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 
 class BnnError(Exception):
     """Something the caller can put right.
@@ -79,3 +82,25 @@ def choose(place: str, value: str, table: dict[str, object] | tuple[str, ...] | 
     if value not in table:
         raise ConfigError(place, want=f"one of {', '.join(table)}", got=repr(value), fix="choose from that list")
     return value
+
+
+def check_kinds(options: Any) -> None:
+    """Raise ConfigError for a field of a dataclass of options that is not of the kind of number it is declared as."""
+    for option in dataclasses.fields(options):
+        value, kinds = getattr(options, option.name), str(option.type).split(" | ")
+        if (value is None and "None" in kinds) or not {"int", "float", "bool"} & set(kinds):
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fine = {
+            "int": whole,
+            "float": whole or (isinstance(value, float) and value == value),
+            "bool": isinstance(value, bool),
+        }
+        if not any(fine.get(kind, False) for kind in kinds):
+            words = {"int": "a whole number", "float": "a number", "bool": "True or False"}
+            raise ConfigError(
+                f"{type(options).__name__}({option.name}=)",
+                want=" or ".join(words.get(kind, kind) for kind in kinds),
+                got=repr(value)[:100],
+                fix=f"the default is {option.default!r}",
+            )

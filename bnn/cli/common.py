@@ -25,12 +25,37 @@ if TYPE_CHECKING:
 TABLES = "bnn.tables"  # where the tables of a configuration file wait for their flags
 
 
-def pairs_of(context: typer.Context, flag: str, given: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE pairs of a repeatable flag over those of the table of its name in the configuration file."""
+def options_of(
+    context: typer.Context, flag: str, pairs: list[str] | None, flags: dict[str, tuple[str, Any]]
+) -> dict[str, Any]:
+    """The options of a repeatable KEY=VALUE flag, with those that have flags of their own.
+
+    A table of the configuration file comes first, then the flags, then the pairs.
+
+    Args:
+        context: of the command.
+        flag: such as `--option`.
+        pairs: what was given with it.
+        flags: option -> the name of its flag's parameter, and its value; None is not given.
+
+    Raises:
+        ConfigError: an option given twice on the command line.
+    """
     from bnn.cli.options import parse_pairs
 
     table = context.meta.get(TABLES, {}).get(flag.removeprefix("--").replace("-", "_"), {})
-    return {key.replace("-", "_"): value for key, value in table.items()} | parse_pairs(flag, given or ())
+    found, given = {key.replace("-", "_"): value for key, value in table.items()}, parse_pairs(flag, pairs or ())
+    for key, (parameter, value) in flags.items():
+        source = getattr(context.get_parameter_source(parameter), "name", "DEFAULT")
+        own = f"--{parameter.replace('_', '-')}"
+        if source == "COMMANDLINE" and key in given:
+            raise ConfigError(own, want=f"it or {flag} {key}=", got="both", fix="leave one of them out")
+        if value is not None and (source != "DEFAULT" or key not in found):
+            found[key] = value
+    for key in found | given:
+        if key == "name":
+            raise ConfigError(flag, want="an option", got="'name'", fix="say it with a flag of its own")
+    return found | given
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,13 +160,18 @@ def fit(
         "rank": rank,
         "draws": draws,
     }
-    given = {key: value for key, value in flags.items() if value is not None}
-    table = common.pairs_of(context, "--option", None)
-    chosen = make_method(method, table | given | common.pairs_of(context, "--option", option))
-    made_prior = make_prior(prior, prior_scale, common.pairs_of(context, "--prior-option", prior_option))
-    dataset = load_data(data, split=split, task=task, root=data_root, counts=likelihood == "poisson")  # type: ignore[arg-type]
+    chosen = make_method(
+        method, common.options_of(context, "--option", option, {key: (key, value) for key, value in flags.items()})
+    )
+    scale = {"scale": ("prior_scale", parse_scale(prior_scale))}
+    made_prior = make_prior(prior, common.options_of(context, "--prior-option", prior_option, scale))
+    said = task
+    if task is None and ".csv:" in data and likelihood in ("categorical", "bernoulli"):
+        said = "classification"  # numbers in the target's column are classes, then
+    dataset = load_data(data, split=split, task=said, root=data_root, counts=likelihood == "poisson")  # type: ignore[arg-type]
+    noise = {"scale": ("noise_scale", noise_scale)}
     made_likelihood = make_likelihood(
-        likelihood, dataset, noise_scale, common.pairs_of(context, "--likelihood-option", likelihood_option)
+        likelihood, dataset, noise_scale, common.options_of(context, "--likelihood-option", likelihood_option, noise)
     )
     samples = num_samples if num_samples is not None else 1 if draws == "mean" else SAMPLES.get(method, 200)
     if print_config:
@@ -188,7 +194,7 @@ def fit(
         temperature=temperature,
     )
     rows = len(dataset.train.y)
-    num_epochs = num_batches(chosen, samples) * min(getattr(chosen, "batch_size", 1), rows) / rows
+    num_epochs = num_batches(chosen, samples, rows) * min(getattr(chosen, "batch_size", 1), rows) / rows
     sampler, importance = common.make_sampler(
         balance, dataset.train, task=dataset.task, num_epochs=num_epochs, seed=seed
     )
@@ -224,6 +230,10 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     known = {field.name: getattr(made, field.name) for field in fields}
     types = {field.name: str(field.type) for field in fields}
     for key, value in options.items():
+        if name == "guide" and key == "family" and not str(value).startswith("Auto"):
+            raise ConfigError(
+                "--option family", want="a guide of Pyro, Auto...", got=repr(value), fix="or take its own --method"
+            )
         if key not in known or (key == "family" and name != "guide"):
             raise ConfigError(
                 f"--{key.replace('_', '-')}" if key in FLAGS else f"--option {key}",
@@ -236,23 +246,26 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     return METHODS[name](**options)
 
 
-def num_batches(method: Method, num_samples: int) -> int:
+def num_batches(method: Method, num_samples: int, num_rows: int) -> int:
     """Batches that a method meets, over which a schedule of classes runs."""
-    from bnn.inference import SGHMC, SGLD
+    from bnn.inference import SGHMC, SGLD, SWAG
     from bnn.inference.sgmcmc import num_turns
 
     if isinstance(method, SGHMC | SGLD):
         return method.climb_steps + num_turns(method, num_samples // method.num_chains)
+    if isinstance(method, SWAG):
+        every = method.collect_every or math.ceil(num_rows / method.batch_size)
+        return method.num_steps + method.num_models * every
     return getattr(method, "num_steps", 1)
 
 
-def make_prior(name: str, scale: str, options: dict[str, Any]) -> Prior:
+def make_prior(name: str, options: dict[str, Any]) -> Prior:
     """The prior that `--prior`, `--prior-scale` and `--prior-option` name."""
     from bnn.errors import choose
     from bnn.priors import prior_from_config
 
     choose("--prior", name, list(PRIOR_NAMES))
-    return prior_from_config({"name": PRIOR_NAMES[name], "scale": parse_scale(scale), **options})
+    return prior_from_config({"name": PRIOR_NAMES[name], **options})
 
 
 def parse_scale(text: str) -> Any:
@@ -292,7 +305,7 @@ def make_likelihood(
     name = choose("--likelihood", name or default, list(LIKELIHOOD_NAMES))
     config: dict[str, Any] = {"name": LIKELIHOOD_NAMES[name]}
     if name in ("gaussian", "student-t"):
-        config["scale"] = {"name": "HalfCauchy", "scale": 1.0} if noise_scale is None else noise_scale
+        config["scale"] = {"name": "HalfCauchy", "scale": 1.0}
     elif noise_scale is not None:
         wanted = "a regression" if dataset.task == "classification" else "the likelihood gaussian or student-t"
         raise ConfigError("--noise-scale", want=wanted, got=f"likelihood {name}", fix="leave it out")

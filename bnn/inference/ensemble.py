@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from bnn.arrays import read_tensors
 from bnn.batches import Sampled, minibatches, moved, num_batches, num_rows
-from bnn.errors import ConfigError, DataError, choose
+from bnn.errors import ConfigError, DataError, check_kinds, choose
 from bnn.inference.climbing import Climb, Gradient, climb, gradient_of, require_finite, starts, weighted_batches
 from bnn.model import BayesianModel
 from bnn.seeding import generator
@@ -86,6 +86,7 @@ class Ensemble:
     name: ClassVar[str] = "ensemble"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         choose("Ensemble(start=)", self.start, MEMBER_STARTS)
         least = {"num_steps": 0 if self.checkpoints else 1, "batch_size": 1, "group_size": 1, "patience": 1}
         for name, bound in least.items():
@@ -262,10 +263,8 @@ def _total(function: Callable[..., Tensor], flat: Tensor, batches: Iterable[tupl
     total = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     with torch.no_grad():
         for batch in batches:
-            if len(flat) == 1:  # as in training: what vmap cannot take can be trained one by one
-                total += function(flat[0], *batch)
-            else:
-                total += torch.func.vmap(function, in_dims=(0, *(None for _ in batch)))(flat, *batch)
+            # One by one: without a gradient vmap has no rule for some layers that it trains, such as nn.LSTM.
+            total += torch.stack([function(one, *batch) for one in flat])
     return total
 
 

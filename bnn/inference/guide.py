@@ -15,7 +15,7 @@ from torch.quasirandom import SobolEngine
 
 from bnn import adam
 from bnn.batches import minibatches, moved
-from bnn.errors import ConfigError, FitError, NotConverged, choose
+from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
 from bnn.inference.climbing import weighted_batches
 from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFamily, Point
@@ -113,11 +113,11 @@ class Guide:
     memory: int = 4 * 1024**3
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if isinstance(self.family, str):
-            if self.family.startswith("Auto"):
+            if self.family == "AutoLaplaceApproximation":
                 svi.autoguide_named(self.family)
-            else:
-                choose("Guide", self.family, FAMILIES)
+            choose("Guide", self.family, [*FAMILIES, *svi.AUTOGUIDES])
         elif not callable(self.family):
             raise ConfigError("Guide", want="a family or a guide", got=repr(self.family), fix="pass 'mean-field'")
         choose("Guide(draws=)", self.draws, DRAWS)
@@ -126,13 +126,11 @@ class Guide:
         for name in ("num_steps", "batch_size", "rank", "hidden", "block_size", "memory"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Guide({name}=)", want="at least 1", got=str(getattr(self, name)), fix="raise it")
-        if not (self.lr > 0 and self.init_scale > 0):
-            raise ConfigError(
-                "Guide(lr=, init_scale=)",
-                want="positive numbers",
-                got=f"{self.lr}, {self.init_scale}",
-                fix="pass ones such as 0.01 and 0.05",
-            )
+        for name in ("lr", "init_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"Guide({name}=)", want="a positive number", got=str(getattr(self, name)), fix="try 0.01"
+                )
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -322,11 +320,17 @@ def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fi
             found = [svi.draw(fit, batch, seed, index) for index in indices]
         return {name: torch.stack([params[name] for params in found]) for name in model.layout.names}
 
+    known = svi.parameters(fit).keys()
+
     @contextmanager
     def around(step: int) -> Iterator[None]:
         with svi.apart(fit.store), isolated(seed, "svi", step), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
             yield
+        if late := svi.parameters(fit).keys() - known:
+            raise ConfigError(
+                "Guide", want="all parameters at its first call", got=f"'{min(late)}' later", fix="make it there too"
+            )
 
     return Fitted(svi.parameters(fit), loss, draw, around)
 

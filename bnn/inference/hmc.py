@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnn.batches import full_batch, moved
-from bnn.errors import ConfigError, FitError, choose
+from bnn.errors import ConfigError, FitError, check_kinds, choose
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, State, make_block
@@ -66,6 +66,7 @@ class HMC:
     thin: int = 1
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         choose("HMC(init=)", self.init, INITS)
         for name, least in (("num_chains", 1), ("num_warmup", 0), ("num_steps", 1), ("thin", 1)):
             value = getattr(self, name)

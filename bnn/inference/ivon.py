@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnn.errors import ConfigError, choose
+from bnn.errors import ConfigError, check_kinds, choose
 from bnn.inference.climbing import STARTS, Gradient, Start, gradient_of, require_finite, starts, weighted_batches
 from bnn.model import BayesianModel
 from bnn.seeding import generator, isolated
@@ -62,6 +62,7 @@ class IVON:
     name: ClassVar[str] = "ivon"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         choose("IVON(start=)", self.start, STARTS)
         for name in ("num_steps", "batch_size", "mc_samples", "block_size"):
             if getattr(self, name) < 1:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn.batches import Sampled, full_batch, minibatches, moved, num_batches
-from bnn.errors import ConfigError, choose
+from bnn.errors import ConfigError, FitError, ModuleError, check_kinds, choose
 from bnn.inference.climbing import STARTS, Climb, Start, climb, gradient_of, require_finite, starts, weighted_batches
 from bnn.inference.curvature import STRUCTURES, Piece, Plan, Root, Structure, measure, not_finite, places_of, plan
-from bnn.layout import select
+from bnn.layout import as_patterns, select
 from bnn.model import BayesianModel
 from bnn.priors import LOG_2PI
 from bnn.seeding import generator
@@ -86,8 +86,11 @@ class Laplace:
     name: ClassVar[str] = "laplace"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         choose("Laplace(structure=)", self.structure, STRUCTURES)
         choose("Laplace(start=)", self.start, STARTS)
+        if not all(isinstance(pattern, str) for pattern in as_patterns(self.on)):
+            raise ConfigError("Laplace(on=)", want="globs of names", got=repr(self.on), fix="pass on='*'")
         choose("Laplace(prior_precision=)", self.prior_precision, PRIOR_PRECISIONS)
         if self.structure == "full" and self.prior_precision == "evidence-per-tensor":
             raise ConfigError(
@@ -199,7 +202,23 @@ def check_form(options: Laplace, model: BayesianModel, data: Data, flat: Tensor,
             got=f"{options.memory:,}",
             fix=f"raise it, take structure={others}, or choose fewer parameters with on=",
         )
+    _try(options, model, found, params, batch)
     return found
+
+
+def _try(options: Laplace, model: BayesianModel, form: Plan, params: dict[str, Tensor], batch: Batch) -> None:
+    """Raise ModuleError, before the climb, for a module whose curvature cannot be taken: of two rows here."""
+    try:
+        measure(model, form, params, iter([_rows_of(batch, slice(2))]))
+    except (torch.linalg.LinAlgError, FitError):  # type: ignore[attr-defined]
+        return  # values that are not finite, which are told of in their own words
+    except RuntimeError as error:
+        raise ModuleError(
+            f"Laplace('{options.structure}')",
+            want="a module whose rows torch.func.vmap can take one by one",
+            got=str(error).strip().splitlines()[0],
+            fix="take structure='kron' on its linear layers with on=, or another method such as Guide",
+        ) from error
 
 
 def posterior_at(
@@ -255,7 +274,11 @@ def _epoch(data: Data, batch_size: int, seed: int) -> Iterator[Batch]:
     everything = full_batch(data)
     for begin in range(0, len(everything.y), batch_size):
         part = slice(begin, begin + batch_size)
-        yield Batch(*(pytree.tree_map(lambda leaf: leaf[part], field) for field in everything))  # noqa: B023
+        yield _rows_of(everything, part)
+
+
+def _rows_of(batch: Batch, part: slice) -> Batch:
+    return Batch(*(pytree.tree_map(lambda leaf: leaf[part] if isinstance(leaf, Tensor) else leaf, f) for f in batch))
 
 
 def _climb(

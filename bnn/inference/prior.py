@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from bnn.errors import ConfigError
+from bnn.errors import ConfigError, check_kinds
 from bnn.model import BayesianModel
 from bnn.types import Block, Data, State, make_block
 
@@ -25,6 +25,7 @@ class Prior:
     name: ClassVar[str] = "prior"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.block_size < 1:
             raise ConfigError("Prior(block_size=)", want="at least 1", got=str(self.block_size), fix="raise it")
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bnn.errors import ConfigError, NotConverged, choose
+from bnn.errors import ConfigError, NotConverged, check_kinds, choose
 from bnn.inference.climbing import (
     STARTS,
     Climb,
@@ -380,6 +380,7 @@ def _warn(options: _Options, temperature: float) -> None:
 
 def _check(options: _Options) -> None:
     """Raise ConfigError for an option that is out of range."""
+    check_kinds(options)
     name = type(options).__name__
     choose(f"{name}(init=)", options.init, STARTS)
     choose(f"{name}(preconditioner=)", options.preconditioner, PRECONDITIONERS)

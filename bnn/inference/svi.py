@@ -124,7 +124,7 @@ def build(family: Any, sites: Sites, own_model: Program | None, model: BayesianM
             guide = _made(family, place, model, sites, own_model)
         else:
             guide = _copied(family) if isinstance(family, nn.Module) else family
-        traced = poutine.trace(guide).get_trace(batch.x, batch.y)
+        traced = _traced(guide, batch)
         if isinstance(guide, nn.Module):
             guide.to(model.device)
         wanted = _shapes(model, sites)
@@ -135,12 +135,59 @@ def build(family: Any, sites: Sites, own_model: Program | None, model: BayesianM
     _check_sites(fit, wanted, _latent(traced))
     if not parameters(fit):
         raise ConfigError("Guide", want="a guide with parameters", got="none", fix="add pyro.param(...) to the guide")
+    _try(fit, batch, seed)
     return fit
+
+
+def _traced(guide: Program, batch: Batch) -> Any:
+    """A run of the guide; what cannot be called with (x, y) is refused in words."""
+    if not isinstance(guide, nn.Module):
+        try:
+            inspect.signature(guide).bind(batch.x, batch.y)
+        except TypeError as error:
+            raise ConfigError(
+                "Guide",
+                want="a guide of inputs and targets, guide(x, y)",
+                got=str(error),
+                fix="give it these arguments",
+            ) from error
+    return poutine.trace(guide).get_trace(batch.x, batch.y)
+
+
+def _try(fit: Fit, batch: Batch, seed: int) -> None:
+    """Raise ConfigError, before the first step, where Pyro cannot bring model and guide together."""
+    with apart(fit.store), isolated(seed, "try"):
+        try:
+            found = loss(fit, batch, 1.0)
+        except ValueError as error:
+            if is_improper(error):
+                return  # the first step says so
+            raise ConfigError(
+                "Guide",
+                want="sites whose tensors are one event each, as the model's",
+                got=str(error).strip().splitlines()[0],
+                fix="add .to_event(...) to the guide's distributions",
+            ) from error
+    if not found.requires_grad:
+        raise ConfigError(
+            "Guide",
+            want="a loss that depends on the guide's parameters",
+            got="one that does not",
+            fix="leave .detach() out",
+        )
 
 
 def _copied(program: nn.Module) -> nn.Module:
     """A copy that keeps its own parameters, as `apart` says, also if it was made under the user's settings."""
+    automatic = [part for part in program.modules() if isinstance(part, autoguide.AutoGuide)]
+    kept = [(part._model, part.master) for part in automatic]
     copied = copy.deepcopy(program)
+    # Pyro takes the model away from an automatic guide that is copied, and from the copy.
+    for part, (model, master) in zip(automatic, kept, strict=True):
+        part._model, part.master = model, master
+    twins = (part for part in copied.modules() if isinstance(part, autoguide.AutoGuide))
+    for part, (model, _) in zip(twins, kept, strict=True):
+        part._model = model
     for part in copied.modules():
         if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
             part._pyro_context.param_state = {"params": {}, "constraints": {}}
@@ -230,7 +277,15 @@ def _made(family: Any, place: Program, model: BayesianModel, sites: Sites, own_m
             start = {FLAT: model.unconstrain(start)}
         wide = {name: value.to(model.layout.dtype) for name, value in start.items()}
         options["init_loc_fn"] = init_to_value(values=wide, fallback=init_to_sample)
-    guide: Program = family(place, **(options | getattr(family, "keywords", {})))
+    try:
+        guide: Program = family(place, **(options | getattr(family, "keywords", {})))
+    except TypeError as error:
+        raise ConfigError(
+            "Guide",
+            want="a class or functools.partial that makes a guide from a Pyro model alone",
+            got=str(error),
+            fix="give the rest with functools.partial, or pass the guide itself",
+        ) from error
     return guide
 
 

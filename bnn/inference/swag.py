@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnn.batches import num_batches
-from bnn.errors import ConfigError, choose
+from bnn.errors import ConfigError, check_kinds, choose
 from bnn.inference.climbing import STARTS, Climb, Start, climb, gradient_of, require_finite, starts, weighted_batches
 from bnn.model import BayesianModel
 from bnn.seeding import generator
@@ -70,6 +70,7 @@ class SWAG:
     name: ClassVar[str] = "swag"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         choose("SWAG(start=)", self.start, STARTS)
         least_of = {"num_steps": 1, "batch_size": 1, "num_models": 3, "rank": 2, "block_size": 1, "collect_every": 1}
         for name, least in least_of.items():

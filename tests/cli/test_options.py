@@ -169,8 +169,38 @@ def test_flags_win_over_the_file_key_by_key(bnn: Callable[[str], tuple[int, str,
     assert (told["option"]["lr"], told["option"]["num_steps"]) == (0.5, 30)
     assert told["prior-option"]["bias_scale"] == 2.0
     assert told["likelihood-option"]["scale"] == 0.25
-    told = tomllib.loads(bnn("fit --config run.toml --lr 0.1 --option lr=0.2 --print-config")[1])
+    told = tomllib.loads(bnn("fit --config run.toml --option lr=0.2 --noise-scale 3 --prior-scale 7 --print-config")[1])
     assert told["option"]["lr"] == 0.2
+    assert told["likelihood-option"]["scale"] == 3.0
+    assert told["prior-option"] == {"scale": 7.0, "bias_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "table", "key", "value"),
+    [
+        ("--lr 0.5", "option", "lr", 0.5),
+        ("--num-steps 9", "option", "num_steps", 9),
+        ("--batch-size 3", "option", "batch_size", 3),
+        ("--draws sobol", "option", "draws", "sobol"),
+        ("--option hidden=5", "option", "hidden", 5),
+        ("--prior-scale 7", "prior-option", "scale", 7.0),
+        ("--prior-option scale=6.0", "prior-option", "scale", 6.0),
+        ("--noise-scale 0.25", "likelihood-option", "scale", 0.25),
+        ("--likelihood-option scale=0.125", "likelihood-option", "scale", 0.125),
+    ],
+)
+def test_a_flag_wins_over_a_printed_file(
+    bnn: Callable[[str], tuple[int, str, str]], flags: str, table: str, key: str, value: Any
+) -> None:
+    """Such a file has every option in its tables, those with flags of their own too."""
+    write_table("number")
+    told = bnn("fit --data t.csv:y --method mean-field --print-config")[1]
+    Path("run.toml").write_text(told)
+    changed = tomllib.loads(bnn(f"fit --config run.toml {flags} --print-config")[1])
+    expected = tomllib.loads(told)
+    assert expected[table][key] != value
+    expected[table][key] = value
+    assert changed == expected
 
 
 FIT = "fit --data t.csv:y --model mlp:3 --out bank --num-samples 2"
@@ -181,19 +211,28 @@ FIT = "fit --data t.csv:y --model mlp:3 --out bank --num-samples 2"
     [
         (f"{FIT} --option lr", "--option: want KEY=VALUE, got 'lr'"),
         (f"{FIT} --method swag --option lr=1 --option lr=2", "--option: want each key once, got 'lr' twice"),
+        (f"{FIT} --method swag --lr 1 --option lr=2", "--lr: want it or --option lr=, got both"),
+        (f"{FIT} --prior-scale 2 --prior-option scale=3", "--prior-scale: want it or --prior-option scale=, got both"),
+        (f"{FIT} --noise-scale 2 --likelihood-option scale=3", "--noise-scale: want it or --likelihood-option scale="),
+        (f"{FIT} --prior-option name=Laplace", "--prior-option: want an option, got 'name'"),
+        (f"{FIT} --method swag --option collect_every=2.5", "SWAG(collect_every=): want a whole number or None, got 2.5"),
+        (f"{FIT} --method ensemble --option patience=abc", "Ensemble(patience=): want a whole number or None, got 'abc'"),
+        (f"{FIT} --method laplace --option on=[1]", "Laplace(on=): want globs of names, got [1]"),
+        (f"{FIT} --method guide --option family=flow", "--option family: want a guide of Pyro, Auto..., got 'flow'"),
+        (f"{FIT} --method map --lr inf --num-samples 1", "Guide(lr=): want a positive number, got inf"),
         (f"{FIT} --method swag --option lr=fast", "--option lr: want a number, got 'fast'"),
         (f"{FIT} --method swag --option num_models=2.5", "--option num_models: want a whole number, got 2.5"),
         (f"{FIT} --method hmc --option adapt_mass=1", "--option adapt_mass: want true or false, got 1"),
         (f"{FIT} --method hmc --option thin=true", "--option thin: want a whole number, got True"),
         (f"{FIT} --method swag --option friction=0.1", "--option friction: want an option of the method swag: num_steps"),
         (f"{FIT} --method flow --option family=map", "--option family: want an option of the method flow"),
-        (f"{FIT} --method guide --option family=AutoNope", "want a guide of Pyro: AutoDelta, AutoDiagonalNormal"),
+        (f"{FIT} --method guide --option family=AutoNope", "want one of mean-field, low-rank, full-rank, flow, map, Auto"),
         (f"{FIT} --method laplace --option structure=dense", "Laplace(structure=): want one of full, kron, diag"),
         (f"{FIT} --prior cauchy", "--prior: want one of fan-in, normal, laplace, student-t, scale-mixture"),
         (f"{FIT} --prior-scale wide", "--prior-scale: want a number, half-cauchy:SCALE or log-normal:LOC,SCALE"),
         (f"{FIT} --prior-scale half-cauchy:-1", "HalfCauchy(scale=): want a positive number, got -1.0"),
         (f"{FIT} --prior-option df=3", "prior FanIn: want options among scale, bias_scale, family, shared, got 'df'"),
-        (f"{FIT} --likelihood categorical", "--likelihood: want one for a regression, as the data are, got categorical"),
+        (f"{FIT} --task regression --likelihood categorical", "--likelihood: want one for a regression, as the data are, got categorical"),
         (f"{FIT} --likelihood cauchy", "--likelihood: want one of categorical, bernoulli, gaussian"),
         (f"{FIT} --likelihood poisson --method map --num-samples 1", "likelihood Poisson: want counts 0, 1, 2, ..."),
         (f"{FIT} --likelihood poisson --noise-scale 1", "--noise-scale: want the likelihood gaussian or student-t"),

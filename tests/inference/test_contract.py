@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +120,21 @@ def test_methods_are_frozen_dataclasses(row: Row) -> None:
     assert dataclasses.is_dataclass(row.method)
     with pytest.raises(dataclasses.FrozenInstanceError):
         row.method.block_size = 3  # type: ignore[attr-defined,misc]
+
+
+def test_options_of_another_kind_are_refused(row: Row) -> None:
+    """By name, when the method is made: not in the middle of a fit."""
+    for option in dataclasses.fields(row.method):  # type: ignore[arg-type]
+        kinds = str(option.type).split(" | ")
+        if {"int", "float", "bool"} & set(kinds):
+            for value in (
+                "2",
+                [1],
+                True if "bool" not in kinds else 1,
+                *([2.5] if "float" not in kinds else [math.nan]),
+            ):
+                with pytest.raises(ConfigError, match=rf"{type(row.method).__name__}\({option.name}=\): want"):
+                    dataclasses.replace(row.method, **{option.name: value})
 
 
 def test_blocks_hold_what_the_layout_says(row: Row, case: tuple[BayesianModel, Data]) -> None:

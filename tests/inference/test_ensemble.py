@@ -664,3 +664,27 @@ def test_diagnostics_are_of_a_row() -> None:
     info = found[-1][1]["info"]
     assert set(info) == {"log_joint_per_row"}
     assert info["log_joint_per_row"] == pytest.approx(float(found[-1][0].log_joint.mean()) / 23, rel=1e-3)
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer over two positions of two inputs."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.body, self.head = kind(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, _ = self.body(x.unflatten(1, (2, 2)))
+        return self.head(outputs[:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, of nn.LSTM under vmap
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_trained_side_by_side(kind: type[nn.RNNBase]) -> None:
+    """vmap has no rule for them where no gradient is asked for."""
+    _, data = classifier()
+    model = BayesianModel(Last(kind), prior=priors.FanIn(1.5), likelihood=likelihoods.Categorical(), num_data=23)
+    found = run(Ensemble(num_steps=4, batch_size=7, group_size=3, patience=2), model, data, 3)
+    block = found[-1][0]
+    assert block.num_samples == 3
+    assert bool(block.log_joint.isfinite().all())

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import LinearRegression, linear_regression
+from scenarios import LinearRegression, classifier, linear_regression
 from torch import Tensor, nn
-from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, kl_divergence
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
 from torch.nn.functional import softplus
 
 from bnn import likelihoods, priors
@@ -22,6 +22,7 @@ from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFam
 from bnn.inference.guide import family_loss, make_family
 from bnn.model import BayesianModel
 from bnn.seeding import generator
+from bnn.types import Batch
 
 FAMILIES: dict[str, Callable[[Tensor, Tensor], Family]] = {
     "mean-field": lambda start, scale: NormalFamily(start, scale, 0, generator(0, "family")),
@@ -389,3 +390,21 @@ def test_a_normal_finds_one_mode() -> None:
     assert float(drawn.mean()) == pytest.approx(mean, abs=0.1)
     elbo = 4 * bank.info["diagnostics"]["main"]["elbo_per_row"]
     assert elbo < log_evidence - 0.3
+
+
+def test_the_divergence_from_the_prior_is_summed_once_over_all_layers() -> None:
+    """Not a mean over layers or values, and not divided by the batch: as other toolkits have had it.
+
+    Of a normal prior the expectation is exact at z = 1 and z = -1, since it is quadratic.
+    """
+    model, (x, y) = classifier()
+    options = Guide("mean-field", init_scale=0.3)
+    family = make_family(options, model, 0)
+    batch = Batch(x[:4], y[:4])
+    ones = torch.ones(model.layout.num_values)
+    found = (
+        sum(float(family_loss(family, model, batch, 0.0, z, options).detach()) for z in (ones, -ones)) / 2
+    )  # no likelihood
+    loc, scale = family.parameters["loc"].detach(), family.scale.detach()  # type: ignore[attr-defined]
+    expected = kl_divergence(Normal(loc, scale), Normal(0.0, model.prior_scale()))
+    assert found == pytest.approx(float(expected.sum()), rel=1e-5)

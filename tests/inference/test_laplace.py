@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bnn
 from bnn.batches import full_batch, sampled
-from bnn.errors import ConfigError, FitError
+from bnn.errors import ConfigError, FitError, ModuleError
 from bnn.fitting import fit
 from bnn.inference.laplace import Laplace, Posterior, best_factor, posterior_at
-from bnn.likelihoods import Gaussian
+from bnn.likelihoods import Categorical, Gaussian
 from bnn.model import BayesianModel
 from bnn.priors import LogNormal, Normal
 from bnn.samplers import WeightedIndexSampler
@@ -384,3 +384,37 @@ def test_laplace_torch_agrees(structure: Any) -> None:
     torch.testing.assert_close(torch.linalg.inv(covariance(posterior)), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(covariance(posterior), torch.linalg.inv(expected), rtol=1e-4, atol=1e-5)
     assert info["log_evidence"] == pytest.approx(log_evidence, rel=1e-5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, _ = self.body(x.unflatten(1, (2, 2)))
+        return self.head(outputs[:, -1])
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_a_module_whose_rows_cannot_be_taken_apart_is_refused_before_the_climb(structure: Any) -> None:
+    _, data = classifier()
+    model = BayesianModel(Recurrent(), prior=Normal(), likelihood=Categorical(), num_data=23)
+    with pytest.raises(
+        ModuleError, match=r"want a module whose rows .* can take one by one, got .*; take structure='kron'"
+    ):
+        next(Laplace(structure, num_steps=1000).run(model, data, num_samples=2, seed=0))
+    head = Laplace("kron", on="head", num_steps=5).run(model, data, num_samples=2, seed=0)
+    assert sum(block.num_samples for block, _ in head) == 2
+
+
+def test_importance_weights_of_a_sampler_keep_the_target() -> None:
+    """Rows drawn unlike, with weights that make up for it: the full pass takes each row once, as they are."""
+    case = linear_regression()
+    sampler = WeightedIndexSampler(torch.linspace(1.0, 3.0, 30), seed=0)
+    method = Laplace("full", num_steps=0)
+    banks = [
+        fit(case.model, case.data, method=method, num_samples=3, **options)
+        for options in ({}, {"sampler": sampler, "importance_weights": True})
+    ]
+    assert torch.equal(banks[0][2]["weight"], banks[1][2]["weight"])

@@ -553,7 +553,7 @@ FLAT = "AutoNormal"
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"family": "AutoFoo"}, "want a guide of Pyro: .*AutoNormal.*, got 'AutoFoo'"),
+        ({"family": "AutoFoo"}, "want one of mean-field, .*AutoNormal.*, got 'AutoFoo'"),
         ({"family": "AutoLaplaceApproximation"}, "want a guide whose covariance is positive.*use the method Laplace"),
         ({"family": "AutoNormal", "rank": 3}, r"Guide\(rank=\): want none for a guide of Pyro"),
         ({"family": flat_guide, "init_scale": 0.1}, r"Guide\(init_scale=\): want none for a guide of Pyro"),
@@ -692,3 +692,62 @@ def test_sites_may_be_attributes_of_a_module() -> None:
     case = linear_regression()
     bank = fit(case.model, case.data, method=Guide(Attributes(), num_steps=40, lr=0.1), num_samples=2, seed=0)
     assert float(bank[0]["weight"].abs().max()) > 0.5  # it has moved
+
+
+# What goes wrong in programs of users
+
+
+def test_an_automatic_guide_that_was_made_before_is_fitted_and_left_as_it_was() -> None:
+    """Pyro takes the model away from such a guide when it is copied."""
+    case = linear_regression()
+    guide = autoguide.AutoNormal(own_model)
+    before = guide.model
+    model, data = case.model, case.data
+    bank = fit(model, data, method=Guide(guide, num_steps=5, sites="parameter", pyro_model=own_model), num_samples=2)
+    assert len(bank) == 2
+    assert guide.model is before
+    assert guide.prototype_trace is None
+
+
+def late_guide(x: Tensor, y: Tensor) -> None:
+    flat_guide(x, y)
+    if (count := len(late_guide.calls)) > 9:  # type: ignore[attr-defined]
+        pyro.param(f"late{count}", torch.zeros(()))
+    late_guide.calls.append(count)  # type: ignore[attr-defined]
+
+
+late_guide.calls = []  # type: ignore[attr-defined]
+
+
+def without_event(x: Tensor, y: Tensor) -> None:
+    pyro.sample("theta", dist.Normal(pyro.param("loc", torch.zeros(5)), 0.1))
+
+
+def detached(x: Tensor, y: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(5)).detach()
+    pyro.sample("theta", dist.Normal(loc, 0.1).to_event(1))
+
+
+def without_arguments() -> None:
+    pyro.sample("theta", dist.Normal(pyro.param("loc", torch.zeros(5)), 0.1).to_event(1))
+
+
+class NotMade(pyro.nn.PyroModule):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        (late_guide, "want all parameters at its first call, got 'store.late10' later"),
+        (without_event, r"want sites whose tensors are one event each.*to_event"),
+        (detached, "want a loss that depends on the guide's parameters"),
+        (without_arguments, r"want a guide of inputs and targets, guide\(x, y\)"),
+        (NotMade, "want a class or functools.partial that makes a guide from a Pyro model alone"),
+    ],
+)
+def test_common_mistakes_in_a_guide_are_told_in_words(family: Any, match: str) -> None:
+    case = linear_regression()
+    with pytest.raises(ConfigError, match=match):
+        fit(case.model, case.data, method=Guide(family, num_steps=60), num_samples=2)
