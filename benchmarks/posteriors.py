@@ -4,8 +4,9 @@ Digits: MLP 64-32-10 tanh, prior FanIn(2), rows with permuted pixels as outside.
 one hidden layer of 50, prior FanIn(1), noise learnt. `--uci FOLDER` holds the folders `energy` and `yacht` with
 `data.txt` and the index files of the splits; without it digits alone are run.
 
-Options are defaults, but for steps and rates: of regressions those with the higher ELBO or log density on the training
-rows of energy, split 0, among lr 0.01 and 0.03 and a few numbers of steps. No test row had a say.
+Options are defaults, but for steps and rates. Of regressions these were found on training rows alone, by the ELBO or the
+log density: lr among 0.01 and 0.03, rates of SWAG, SGLD and SGHMC lowered until no chain fell from its mode on energy
+and yacht.
 Every fit runs on one thread; `--jobs 2` runs two at once.
 """
 
@@ -40,15 +41,16 @@ def methods(task: str) -> dict[str, tuple[Method, int]]:
         swag, cycle = SWAG(), 1000
     else:
         steps, guide = {"num_steps": 5000, "lr": 0.03}, {"num_steps": 8000, "lr": 0.03}
-        swag, cycle = SWAG(num_steps=5000, lr=0.03, swag_lr=3e-4), 500
-    climb = {"climb_steps": steps["num_steps"], "climb_lr": steps.get("lr", 0.01)}
+        swag, cycle = SWAG(num_steps=5000, lr=0.03, swag_lr=3e-5), 500
+    climb = {"climb_steps": steps["num_steps"], "climb_lr": steps.get("lr", 0.01), "cycle_steps": cycle}
+    sgld, sghmc = (0.01, 0.003) if task == "digits" else (0.001, 0.0003)
     return {
         "prior": (Prior(), SAMPLES),
         "map": (Guide("map", **steps), 1),
         "mean-field": (Guide("mean-field", **guide), SAMPLES),
         "mean-field, local": (Guide("mean-field", variance_reduction="local", **guide), SAMPLES),
         "low-rank": (Guide("low-rank", **guide), SAMPLES),
-        "full-rank": (Guide("full-rank", **(steps if task == "digits" else guide)), SAMPLES),
+        "full-rank": (Guide("full-rank", **({"num_steps": 1000} if task == "digits" else guide)), SAMPLES),
         "flow": (Guide("flow", **steps), SAMPLES),
         "ivon": (IVON(num_steps=guide["num_steps"]), SAMPLES),
         "laplace, kron": (Laplace("kron", **steps), SAMPLES),
@@ -57,8 +59,8 @@ def methods(task: str) -> dict[str, tuple[Method, int]]:
         "laplace, full, last layer": (Laplace("full", on="3.*", **steps), SAMPLES),
         "swag": (swag, SAMPLES),
         "ensemble": (Ensemble(**steps), 10),
-        "sgld": (SGLD(cycle_steps=cycle, **climb), SAMPLES),
-        "sghmc": (SGHMC(cycle_steps=cycle, **climb), SAMPLES),
+        "sgld": (SGLD(lr=sgld, **climb), SAMPLES),
+        "sghmc": (SGHMC(lr=sghmc, **climb), SAMPLES),
         "hmc": (HMC(num_chains=4, num_warmup=200, num_steps=32), SAMPLES),
     }
 
