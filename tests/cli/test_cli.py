@@ -548,7 +548,7 @@ FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
     ("words", "message"),
     [
         (f"{FIT} --data digitz", "data: want digits, digits-shuffled, diabetes, FILE.csv:TARGET"),
-        (f"{FIT} --data diabetes --method nutz", "--method: want one of prior, mean-field, low-rank, map, hmc, got 'nutz'"),
+        (f"{FIT} --data diabetes --method nutz", "--method: want one of prior, mean-field, low-rank, full-rank, flow, map, guide, laplace"),
         (f"{FIT} --data diabetes --model resnet", "model: want mlp:WIDTHS[,ACTIVATION]"),
         (f"{FIT} --data diabetes --bayesian head.*", "bayesian: want patterns that match a parameter, got 'head.*'"),
         (f"{FIT} --data d.csv:z", "d.csv: want a column 'z', got columns a, y"),
