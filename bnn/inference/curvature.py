@@ -208,6 +208,7 @@ def measure(model: BayesianModel, plan: Plan, params: Params, batches: Iterable[
 
 
 def not_finite(got: str) -> FitError:
+    """The error of a curvature that no normal has."""
     return FitError("Laplace", want="a curvature that is finite", got=got, fix="lower lr, or standardise the data")
 
 

@@ -50,9 +50,10 @@ class Watch(TorchFunctionMode):
         # Reading a shape or dtype is no use, reading a transpose is.
         if getattr(func, "__name__", "") != "__get__" or isinstance(found, Tensor):
             use = Use("other")
-            if func is functional.linear and args:
+            # A weight that is given by keyword is not one that `PerRow` replaces.
+            if func is functional.linear and len(args) > 1:
                 use = Use("linear", tuple(args[0].shape))
-            elif func in CONVOLUTIONS and args:
+            elif func in CONVOLUTIONS and len(args) > 1:
                 use = Use("convolution", tuple(args[0].shape))
             for place, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
                 if isinstance(leaf, Tensor) and id(leaf) in self.names:
@@ -88,11 +89,21 @@ def eligible(uses: Mapping[str, list[Use]], how: RowNoise, num_rows: int) -> fro
 
 
 def eligible_rows(model: BayesianModel, batch: Batch, how: RowNoise) -> frozenset[str]:
-    """Names of the tensors of a model that may have noise a row, seen from one forward."""
+    """Names of the tensors of a model that may have noise a row.
+
+    Seen from a forward of the batch and one of twice its rows: an axis of so many positions as the batch has rows
+    does not grow with it, and is not taken for the rows.
+    """
     params = model.module_params()
-    with torch.no_grad(), Watch(params) as watch:
-        model.forward(params, batch.x)
-    return eligible(watch.uses, how, len(batch.y))
+
+    def seen(times: int) -> frozenset[str]:
+        x = pytree.tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) else leaf, batch.x)
+        with torch.no_grad(), Watch(params) as watch:
+            model.forward(params, x)
+        return eligible(watch.uses, how, times * len(batch.y))
+
+    once = seen(1)
+    return once & seen(2)
 
 
 class PerRow(TorchFunctionMode):

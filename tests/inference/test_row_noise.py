@@ -130,6 +130,37 @@ def test_layers_on_other_rows_than_those_of_the_batch_are_not_eligible(how: RowN
     assert eligible_rows(model, batch, how) == {"last.weight", "last.bias"}
 
 
+class Transposed(nn.Module):
+    """Positions first, and as many of them as rows: only the size of the batch tells the two apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).mean(dim=0)  # [B, T, 3] -> [B, 1]
+
+
+class ByKeyword(nn.Module):
+    """A weight that no draw a row would replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, weight=self.layer.weight, bias=self.layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"), [(Transposed(), torch.ones(B, B, 3)), (ByKeyword(), torch.ones(B, 3))], ids=["axes", "keyword"]
+)
+def test_layers_whose_rows_or_weights_cannot_be_reached_are_refused(module: nn.Module, x: Tensor) -> None:
+    model = BayesianModel(module, prior=priors.Normal(), likelihood=likelihoods.Gaussian(1.0), num_data=B)
+    with pytest.raises(ConfigError, match=r"want a linear or convolutional layer used once, got none"):
+        eligible_rows(model, Batch(x, torch.zeros(B, 1)), "flipout")
+
+
 def test_nothing_to_flip_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a linear or convolutional layer used once, got none.*try 'antithetic'"):
         eligible(uses_of(nn.LayerNorm(3), torch.ones(B, 3)), "flipout", B)
