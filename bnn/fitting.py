@@ -161,6 +161,7 @@ def describe(model: BayesianModel, method: Method, seed: int, record: Mapping[st
         "method": {"name": method.name, "options": method_options(method)},
         "seed": seed,
         "versions": versions(),
+        **({"columns": list(method.columns)} if hasattr(method, "columns") else {}),
         "model": None,
         "data": None,
         **(record or {}),

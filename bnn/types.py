@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -43,6 +43,8 @@ class Block(NamedTuple):
     `params` has a tensor [K, *shape] a parameter. `chain` and `draw` (int64 [K]) say where a sample
     came from. `log_joint` (float64 [K]) is the full-data log joint of the constrained values, NaN
     where it was not computed. `log_weight` (float64 [K]) is 0 unless samples are truly weighted.
+    `columns` (float64 [K] each) are what the method declares in its own `columns` and says of each
+    sample beside, such as the acceptance of the trajectory that led to it.
     """
 
     params: Params
@@ -50,6 +52,7 @@ class Block(NamedTuple):
     draw: Tensor
     log_joint: Tensor
     log_weight: Tensor
+    columns: dict[str, Tensor]
 
     @property
     def num_samples(self) -> int:
@@ -63,8 +66,9 @@ def make_block(
     draw: Tensor,
     log_joint: Tensor | None = None,
     log_weight: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
 ) -> Block:
-    """A block from `params` [K, *shape] with the columns left out filled in: NaN and 0."""
+    """A block from `params` [K, *shape] with what is left out filled in: NaN, 0 and no more columns."""
     size = len(chain)
     return Block(
         params=params,
@@ -72,11 +76,15 @@ def make_block(
         draw=draw.to(torch.int64),
         log_joint=torch.full((size,), torch.nan, dtype=torch.float64) if log_joint is None else log_joint.double(),
         log_weight=torch.zeros(size, dtype=torch.float64) if log_weight is None else log_weight.double(),
+        columns={name: column.double() for name, column in (columns or {}).items()},
     )
 
 
 class Method(Protocol):
-    """A way of making samples: a frozen dataclass of options with one verb."""
+    """A way of making samples: a frozen dataclass of options with one verb.
+
+    A method whose blocks have more columns names them in a class variable `columns`.
+    """
 
     @property
     def name(self) -> str: ...

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bnn.errors import BankCorrupt, BankError, ConfigError
+from bnn.types import Block
 
 FORMAT = "bnn-bank"
 VERSION = 1
-FEATURES: frozenset[str] = frozenset()  # features beyond version 1 that this reader knows
+FEATURES: frozenset[str] = frozenset({"columns"})  # features beyond version 1 that this reader knows
 
 DATA_ALIGNMENT = 4096  # direct I/O and GPU-direct reads want pages
 TENSOR_ALIGNMENT = 256  # what cuBLAS and vector loads ask of a base pointer
@@ -42,6 +43,7 @@ DTYPE_CODES = {
 }
 CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
+COLUMN_NAME = re.compile(r"[a-z][a-z_]{0,31}")
 WRITER_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
 SHARD_NAME = re.compile(r"([a-z0-9][a-z0-9_]{0,31})-([0-9]{6})\.safetensors")
 STATE_NAME = re.compile(r"state-([a-z0-9][a-z0-9_]{0,31})-([0-9]{6})\.safetensors")
@@ -180,6 +182,30 @@ def check_version(config: Mapping[str, Any], place: str) -> None:
     if config.get("version") != VERSION or missing:
         got = f"version {config.get('version')}" + (f" with {', '.join(sorted(missing))}" if missing else "")
         raise BankError(place, want=f"format version {VERSION}", got=got, fix="install a newer bnn-toolkit")
+
+
+def more_columns(config: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """Names of the columns, float64 each, that a bank has beyond those of every bank.
+
+    Raises:
+        BankCorrupt: they are no list of names, each once.
+    """
+    names = config.get("columns", [])
+    legal = isinstance(names, list) and all(isinstance(name, str) and COLUMN_NAME.fullmatch(name) for name in names)
+    if not legal or len(set(names)) < len(names) or any(f"@{name}" in COLUMNS for name in names):
+        raise corrupt(place, "columns with names of their own, of small letters and '_'", repr(names)[:100])
+    return tuple(names)
+
+
+def column_dtypes(more: Sequence[str]) -> dict[str, torch.dtype]:
+    """The columns of a bank under their names on disk: those of every bank, then its own."""
+    return COLUMNS | {f"@{name}": torch.float64 for name in more}
+
+
+def columns_of(block: Block) -> dict[str, Tensor]:
+    """The columns of a block under their names on disk."""
+    own = dict(zip(COLUMNS, (block.chain, block.draw, block.log_joint, block.log_weight), strict=True))
+    return own | {f"@{name}": column for name, column in block.columns.items()}
 
 
 def check_rows(params: Mapping[str, Tensor], place: str, first_row: int) -> None:

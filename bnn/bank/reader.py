@@ -31,7 +31,7 @@ class Bank(Sequence[Params]):
 
     `len(bank)` is S, `bank[i]` the params of sample i (views, no copy), `bank.block(indices)` K of
     them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
-    `log_joint` and `log_weight` are columns [S].
+    `log_joint` and `log_weight` are columns [S], `columns` those of the method beside.
 
     Examples:
         >>> import bnn, torch
@@ -54,6 +54,8 @@ class Bank(Sequence[Params]):
     ) -> None:
         self.layout, self.info, self.path = layout, dict(info), path
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
+        self._more = fmt.more_columns(self.info, "bank.json")
+        self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         self._touched: OrderedDict[int, int] = OrderedDict()  # shard -> bytes seen since it was released
 
@@ -91,8 +93,9 @@ class Bank(Sequence[Params]):
             if not isinstance(config.get(key), (dict, type(None))):
                 raise fmt.corrupt(str(config_path), f"an object or null as '{key}'", repr(config[key])[:100])
         manifests = read_manifests(folder)
+        columns = fmt.more_columns(config, str(config_path))
         shards = [
-            MappedShard(folder / fact["file"], fact, layout, verify)
+            MappedShard(folder / fact["file"], fact, layout, verify, columns=columns)
             for manifest in manifests
             for fact in manifest["shards"]
         ]
@@ -130,12 +133,9 @@ class Bank(Sequence[Params]):
         if not kept:
             return Bank([], layout, info, base=base)
         tensors = {name: torch.cat([block.params[name] for block in kept]) for name in layout.names}
-        tensors |= {
-            "@chain": torch.cat([b.chain for b in kept]),
-            "@draw": torch.cat([b.draw for b in kept]),
-            "@log_joint": torch.cat([b.log_joint for b in kept]),
-            "@log_weight": torch.cat([b.log_weight for b in kept]),
-        }
+        columns = [fmt.columns_of(block) for block in kept]
+        tensors |= {name: torch.cat([each[name] for each in columns]) for name in columns[0]}
+        info = {**info, "columns": list(kept[0].columns)} if kept[0].columns else info
         return Bank([MemoryShard(len(tensors["@chain"]), tensors)], layout, info, base=base)
 
     @staticmethod
@@ -227,7 +227,7 @@ class Bank(Sequence[Params]):
             raise IndexError(f"bank indices {rows.min()} to {rows.max()}: want 0 <= index < {size}")
         rows = np.where(rows < 0, rows + size, rows)
         places = np.searchsorted(self._firsts, rows, side="right") - 1
-        names = (*self.layout.names, *fmt.COLUMNS)
+        names = (*self.layout.names, *self._columns)
         if rows.size and (places == places[0]).all():
             local = rows - self._firsts[places[0]]
             consecutive = bool((np.diff(local) == 1).all())
@@ -238,7 +238,9 @@ class Bank(Sequence[Params]):
         else:
             tensors = self._gather(rows, places, names)
         params = {name: tensors[name] for name in self.layout.names}
-        return Block(params, *(tensors[name] for name in fmt.COLUMNS))
+        more = {name: tensors[f"@{name}"] for name in self._more}
+        chain, draw, log_joint, log_weight = (tensors[name] for name in fmt.COLUMNS)
+        return Block(params, chain, draw, log_joint, log_weight, more)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
         """The bank from first to last in blocks of at most `size`, with their first index; never a copy."""
@@ -266,6 +268,11 @@ class Bank(Sequence[Params]):
     def log_weight(self) -> Tensor:
         """Log weight of each sample, float64 [S]; 0 unless samples are truly weighted."""
         return self._column("@log_weight")
+
+    @cached_property
+    def columns(self) -> dict[str, Tensor]:
+        """What the method says of each sample beside, float64 [S] each: HMC has acceptance, divergent and more."""
+        return {name: self._column(f"@{name}") for name in self._more}
 
     @cached_property
     def digest(self) -> str:
@@ -328,12 +335,12 @@ class Bank(Sequence[Params]):
 
     def _column(self, name: str) -> Tensor:
         columns = [shard.tensor(name) for shard in self._shards]
-        return torch.cat(columns) if columns else torch.empty(0, dtype=fmt.COLUMNS[name])
+        return torch.cat(columns) if columns else torch.empty(0, dtype=self._columns[name])
 
     def _gather(self, rows: np.ndarray, places: np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:
         """Rows from several shards: one indexed copy a shard and entry."""
         shapes = {e.name: (e.dtype, e.shape) for e in self.layout.entries}
-        shapes |= {name: (dtype, ()) for name, dtype in fmt.COLUMNS.items()}
+        shapes |= {name: (dtype, ()) for name, dtype in self._columns.items()}
         tensors = {name: torch.empty(len(rows), *shapes[name][1], dtype=shapes[name][0]) for name in names}
         for place in np.unique(places).tolist():
             here = np.flatnonzero(places == place)

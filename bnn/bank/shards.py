@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -43,9 +43,11 @@ class MemoryShard:
 class MappedShard:
     """Rows of one file, mapped and checked when first touched."""
 
-    def __init__(self, path: Path, fact: Mapping[str, Any], layout: Layout, verify: Verify) -> None:
+    def __init__(
+        self, path: Path, fact: Mapping[str, Any], layout: Layout, verify: Verify, *, columns: Sequence[str] = ()
+    ) -> None:
         self.path, self.rows, self.bytes = path, fact["rows"], fact["bytes"]
-        self._layout, self._crc32 = layout, fact["crc32"]
+        self._layout, self._columns, self._crc32 = layout, fmt.column_dtypes(columns), fact["crc32"]
         self._verify, self._checked = verify != "never", set[str]()
         self._mapped: files.MappedFile | None = None
 
@@ -78,7 +80,7 @@ class MappedShard:
     def _map(self) -> files.MappedFile:
         mapped = files.map_tensors(self.path, self.bytes)
         expected = {e.name: (e.dtype, (self.rows, *e.shape)) for e in self._layout.entries}
-        expected |= {name: (dtype, (self.rows,)) for name, dtype in fmt.COLUMNS.items()}
+        expected |= {name: (dtype, (self.rows,)) for name, dtype in self._columns.items()}
         found = {n: (t.dtype, tuple(t.shape)) for n, t in mapped.tensors.items() if not n.startswith("@pad.")}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):

@@ -76,10 +76,11 @@ class BankWriter:
         if not fmt.WRITER_NAME.fullmatch(writer):
             raise ConfigError("writer", want="1 to 32 small letters, digits or '_'", got=repr(writer), fix="rename it")
         self.path, self.layout, self.writer = Path(path), layout, writer
+        self._columns = fmt.more_columns(config, "bank.json")
         self._config = {
             "format": fmt.FORMAT,
             "version": fmt.VERSION,
-            "requires": [],
+            "requires": ["columns"] if self._columns else [],
             "layout": layout.to_config(),
             "fingerprint": layout.fingerprint,
             **config,
@@ -96,6 +97,7 @@ class BankWriter:
         self._started = False
         self._capacity = rows_per_shard(layout.num_bytes)
         self._buffer: dict[str, Tensor] = {}
+        self._dtypes = fmt.column_dtypes(self._columns)
         self._first_row_at = self._last_commit_at = time.monotonic()
         self._made = _missing_folders(self.path)
         self._fresh = bool(self._made)  # whether what stands in the folder is this writer's own
@@ -326,6 +328,13 @@ class BankWriter:
         if block.params.keys() - set(self.layout.names):
             extra = sorted(block.params.keys() - set(self.layout.names))[0]
             raise BankMismatch("block", want="the entries of the layout", got=f"'{extra}' too", fix="leave it out")
+        if set(block.columns) != set(self._columns):
+            raise BankMismatch(
+                "block columns",
+                want=f"{', '.join(self._columns) or 'none'}, as bank.json says",
+                got=", ".join(block.columns) or "none",
+                fix="name them in the method's `columns`",
+            )
         if torch.isnan(block.log_weight).any() or torch.isposinf(block.log_weight).any():
             raise BankError(
                 "block log_weight", want="numbers, or -inf for none", got="NaN or +inf", fix="normalise the weights"
@@ -336,8 +345,8 @@ class BankWriter:
         """Rows start to stop of a block into the buffer at `place`, after the rows that count so far."""
         if not self._buffer:  # empty memory costs nothing until it is written to
             self._buffer = {e.name: torch.empty(self._capacity, *e.shape, dtype=e.dtype) for e in self.layout.entries}
-            self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in fmt.COLUMNS.items()}
-        columns = dict(zip(fmt.COLUMNS, block[1:], strict=True))
+            self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in self._dtypes.items()}
+        columns = fmt.columns_of(block)
         here = slice(place, place + stop - start)
         for name, tensor in {**block.params, **columns}.items():
             self._buffer[name][here].copy_(tensor[start:stop].detach())

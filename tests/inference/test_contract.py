@@ -269,9 +269,10 @@ def test_fit_writes_a_bank_and_resumes_it_bit_for_bit(
     )
     assert resumed.info["complete"]
     expected, found = whole.block(slice(None)), resumed.block(slice(None))
-    for mine, theirs in zip(found[1:], expected[1:], strict=True):
+    for mine, theirs in zip(found[1:5], expected[1:5], strict=True):
         assert torch.equal(mine.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
     assert equal(found.params, expected.params)
+    assert equal(found.columns, expected.columns)
     in_memory = fit(model, data, method=row.method, num_samples=row.num_samples, seed=3).block(slice(None))
     assert all(torch.equal(in_memory.params[name], expected.params[name]) for name in model.layout.names)
 
