@@ -109,7 +109,15 @@ def full_batch(data: Data) -> Batch:
     if isinstance(data, DataLoader):
         parts = [_as_batch(part) for part in parts_of(data, 0, "full batch")]
         x = pytree.tree_map(lambda *leaves: torch.cat(leaves), *(part.x for part in parts))
-        return check(Batch(x, torch.cat([part.y for part in parts])))
+        y = torch.cat([part.y for part in parts])
+        if not reweights(data) and len(y) != num_rows(data):
+            raise DataError(
+                "data",
+                want=f"all {num_rows(data)} rows of the loader's data set",
+                got=f"{len(y)}",
+                fix="leave out drop_last, or pass the data set",
+            )
+        return check(Batch(x, y))
     if isinstance(data, Dataset):
         everything = Request(0, 0, list(range(len(cast(Sized, data)))))
         return check(_as_batch(Fetcher(data, None, 0).__getitems__(everything).data))

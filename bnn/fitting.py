@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from bnn.bank import Bank, BankWriter
 from bnn.batches import changes, num_rows, reweights, sampled
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.model import BayesianModel
+from bnn.progress import with_progress
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
 from bnn.types import Block, Data, Method, State
 
@@ -111,9 +111,13 @@ def fit(
         )
     if out is None:
         run = method.run(model, data, num_samples=num_samples, seed=seed)
-        found = list(_with_progress(run, method.name, progress))
-        info = {**config, "complete": True, "diagnostics": {"main": found[-1][1]["info"]}}
-        return Bank.from_blocks([block for block, _ in found], layout=model.layout, info=info, base=model.base())
+        blocks, told = [], {}
+        for block, state in with_progress(run, method.name, progress):
+            told = state["info"]  # of the last one: states are large
+            if block.num_samples:
+                blocks.append(block)
+        info = {**config, "complete": True, "diagnostics": {"main": told}}
+        return Bank.from_blocks(blocks, layout=model.layout, info=info, base=model.base())
     writer = BankWriter(out, layout=model.layout, config=config, base=model.base(), resume=resume, overwrite=overwrite)
     if writer.num_rows < num_samples:
         run = method.run(model, data, num_samples=num_samples, seed=seed, state=writer.state)
@@ -132,7 +136,7 @@ def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str,
     stays. On other errors a folder in which nothing was committed but states is taken away.
     """
     try:
-        for block, state in _with_progress(run, title, progress):
+        for block, state in with_progress(run, title, progress):
             writer.append(block, state)
         writer.close()
     except KeyboardInterrupt:
@@ -182,6 +186,8 @@ def method_options(method: Method) -> dict[str, Any]:
             return {"partial": plain(value.func), **arguments, **options}
         if isinstance(value, torch.Tensor):
             return f"tensor {list(value.shape)} {digest_of((value,))}"
+        if hasattr(value, "digest"):
+            return f"bank {value.digest}"
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}:{named.__qualname__}"
 
@@ -238,16 +244,3 @@ def digest_of(data: Data) -> str | None:
                 str((rows.dtype, tuple(leaf.shape))).encode() + rows.flatten().view(torch.uint8).numpy().tobytes()
             )
     return digest.hexdigest() if len(tensors) else None
-
-
-def _with_progress(
-    run: Iterable[tuple[Block, State]], title: str, progress: bool | None
-) -> Iterable[tuple[Block, State]]:
-    """The run itself, with a bar of the producer's own steps on stderr."""
-    with tqdm(desc=title, unit="step", delay=1.0, disable=None if progress is None else not progress) as bar:
-        for block, state in run:
-            bar.total = state["num_steps"]
-            bar.update(state["step"] - bar.n)
-            shown = {key: f"{value:.3g}" for key, value in state["info"].items()}
-            bar.set_postfix(shown, refresh=False)
-            yield block, state

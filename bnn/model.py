@@ -94,9 +94,10 @@ class BayesianModel:
         return self._skeleton(params, x)
 
     def log_likelihood(self, params: Params, batch: Batch) -> Tensor:
-        """sum_b w_b log p(y_b | x_b, theta), a scalar; w_b are the batch's weights, 1 where it has none."""
+        """sum_b w_b log p(y_b | x_b, theta), a scalar in float64; w_b are the batch's weights, 1 where it has none."""
         each = self.likelihood.log_prob(self.forward(params, batch.x), batch.y, params)  # [B]
-        return each.sum() if batch.weight is None else (batch.weight.to(each) * each).sum()
+        weighed = each if batch.weight is None else batch.weight.to(each) * each
+        return weighed.sum(dtype=torch.float64)
 
     def log_prior(self, params: Params) -> Tensor:
         """log p(theta), unknowns included, a scalar."""

@@ -38,9 +38,11 @@ def test_log_joint_is_the_sum_of_its_parts() -> None:
         for name, parameter in module.named_parameters():
             parameter.copy_(params[name])
         log_likelihood = -nn.functional.cross_entropy(module(x), y, reduction="sum")
-    torch.testing.assert_close(model.log_likelihood(params, Batch(x, y)), log_likelihood)
+    found = model.log_likelihood(params, Batch(x, y))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), log_likelihood)
     log_prior = priors.log_prob(model.prior, model.layout.entries, params)
-    torch.testing.assert_close(model.log_joint(params, Batch(x, y)), log_likelihood + log_prior)
+    torch.testing.assert_close(model.log_joint(params, Batch(x, y)), found + log_prior)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
@@ -58,8 +60,8 @@ def test_weights_multiply_the_log_likelihood_of_their_rows_alone(temperature: fl
     log_prior = priors.log_prob(model.prior, model.layout.entries, params)
     expected = (0.5 * 23 / 7 * (weight.float() * each).sum() + log_prior) / temperature
     found = model.log_joint(params, Batch(x[:7], y[:7], weight), weight=0.5)
-    torch.testing.assert_close(found, expected)
-    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1.3e-6, atol=0.0)
+    assert found.dtype == torch.float64
     gradients = [torch.autograd.grad(value, [flat], retain_graph=True)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients)
     density, log_joint = model.log_density(flat, Batch(x[:7], y[:7], weight), weight=0.5)
@@ -278,8 +280,9 @@ def test_the_log_prior_is_that_of_the_values_given_their_scales_and_that_of_the_
     batch = Batch(torch.randn(7, 3, generator=generator(2)), torch.randn(7, 2, generator=generator(3)))
     expected = values + scales + model.log_likelihood(params, batch)
     density, log_joint = model.log_density(model.unconstrain(params), batch)
-    torch.testing.assert_close(log_joint, expected)
-    torch.testing.assert_close(density, expected + model.constrain(model.unconstrain(params))[1])
+    single = {"rtol": 1.3e-6, "atol": 1e-5}  # the values themselves go through float32
+    torch.testing.assert_close(log_joint, expected, **single)
+    torch.testing.assert_close(density, expected + model.constrain(model.unconstrain(params))[1], **single)
 
 
 @hierarchies
@@ -528,7 +531,7 @@ def check_hierarchy(prior: priors.Prior, groups: list[list[int]], names: list[st
     design = torch.cat([x, torch.ones(9, 1)], dim=1).double()
     truth = Quadrature(design, y.flatten().double(), 2.5, groups, LogNormal(0.2, 0.7))
     model = BayesianModel(nn.Linear(2, 1), prior=prior, likelihood=likelihoods.Gaussian(2.5), num_data=9)
-    method = inference.HMC(num_chains=16, num_warmup=100, num_steps=12)
+    method = inference.HMC(num_chains=16, num_warmup=100, num_steps=12, trajectory="jittered")
     bank = fit(model, (x, y), method=method, num_samples=num_samples, seed=4)
     params = bank.block(slice(None)).params
     theta = torch.cat([params["weight"].flatten(1), params["bias"]], dim=1).double()

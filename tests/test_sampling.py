@@ -429,7 +429,7 @@ def cut_fit(folder: Path, states: int, run: Callable[..., Bank]) -> Bank:
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", cut)
+        patch.setattr("bnn.fitting.with_progress", cut)
         with pytest.raises(KeyboardInterrupt):
             run(out=folder)
     assert len(Bank.open(folder)) == 0  # in the middle of the optimisation

@@ -355,7 +355,7 @@ def test_draws_are_the_same_bits_after_a_resume_and_when_a_bank_grows(family: An
                 yield found
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bnn.fitting._with_progress", cut)
+            patch.setattr("bnn.fitting.with_progress", cut)
             with pytest.raises(KeyboardInterrupt):
                 run(f"cut-{states}")
         assert len(Bank.open(tmp_path / f"cut-{states}")) == max(0, 3 * (states - 3))

@@ -151,7 +151,7 @@ def test_resume_after_an_interruption_is_bit_equal(tmp_path: Path) -> None:
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", interrupted)
+        patch.setattr("bnn.fitting.with_progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("broken")
     assert len(Bank.open(tmp_path / "broken")) == 0
@@ -490,7 +490,7 @@ def interrupted(after: int) -> Iterator[None]:
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", cut)
+        patch.setattr("bnn.fitting.with_progress", cut)
         with pytest.raises(KeyboardInterrupt):
             yield
 

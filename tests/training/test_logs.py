@@ -49,7 +49,7 @@ def cut_after(step: int) -> Iterator[None]:
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", cut)
+        patch.setattr("bnn.fitting.with_progress", cut)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -91,7 +91,7 @@ def test_the_curve_follows_the_run(tmp_path: Path, written_at_once: None) -> Non
 
     run(tmp_path / "warm")  # its bank is fitted under the patch as well, so that only the run itself is looked at
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", watch)
+        patch.setattr("bnn.fitting.with_progress", watch)
         run(tmp_path / "s")
     steps = found[1:]  # without the bank's own
     assert steps[0] == (1, None)  # no bank was begun yet

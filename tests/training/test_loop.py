@@ -471,7 +471,7 @@ def cut_after(states: int) -> Iterator[list[int]]:
             yield block, state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", cut)
+        patch.setattr("bnn.fitting.with_progress", cut)
         with pytest.raises(KeyboardInterrupt):
             yield steps
 
