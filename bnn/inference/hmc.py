@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bnn.batches import full_batch, moved
-from bnn.errors import ConfigError, FitError, check_kinds, choose
+from bnn.errors import ConfigError, check_kinds, choose
+from bnn.inference import starting
+from bnn.inference.chains import COLUMNS, Draw, run_chains
+from bnn.inference.density import target_of_function, target_of_model
+from bnn.inference.starting import Init
 from bnn.model import BayesianModel
-from bnn.seeding import generator
-from bnn.types import Block, Data, State, make_block
+from bnn.progress import with_progress
+from bnn.types import Block, Data, Params, State, make_block
 
-Init: TypeAlias = Literal["prior", "ensemble", "module"]
-INITS: tuple[str, ...] = ("prior", "ensemble", "module")
+Trajectory: TypeAlias = Literal["auto", "fixed", "jittered", "chees"]
+Mass: TypeAlias = Literal["diagonal", "low-rank", "unit"]
+TRAJECTORIES: tuple[str, ...] = ("auto", "fixed", "jittered", "chees")
+MASSES: tuple[str, ...] = ("diagonal", "low-rank", "unit")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent, as in Stan
-# Dual averaging (Hoffman and Gelman 2014, section 3.2.1): shrinkage, early damping, decay of the average.
-GAMMA, EARLY, KAPPA = 0.05, 10.0, 0.75
-CLIMB_STEPS, CLIMB_RATE = 300, 0.05  # of the optimisation before warm-up, in prior standard deviations a step
+MANY_CHAINS = 16  # from here on their spread is worth a trajectory length learnt by ChEES
+STEPS, MOST_STEPS = 64, 512  # leapfrog steps of a trajectory, at most: of a given length, and of a learnt one
 
 
 @dataclass(frozen=True)
@@ -32,54 +39,94 @@ class HMC:
 
     H(u, p) = -log pi(u) + p^T M^-1 p / 2, integrated by leapfrog, accepted with min(1, exp(-dH)).
 
-    Chains run side by side on one `vmap` axis. During warm-up the step size, one for all chains, is
-    adapted by dual averaging and the diagonal mass is learnt from the pooled within-chain variances.
-    The number of steps is drawn anew for each trajectory, from half of `num_steps` to all of it, so
-    that no chain falls into step with a period of its target. The data are used in full at each step.
+    Chains run side by side on one `vmap` axis, and the data are used in full at each step. During warm-up the
+    step size of each chain is adapted by dual averaging, and one mass for all is learnt from the pooled
+    within-chain variances. Energies are summed in float64.
 
     Args:
-        num_chains: chains, at least 1; `num_samples` must be a multiple of it.
-        num_warmup: draws a chain for adaptation, not kept.
-        num_steps: most leapfrog steps of a trajectory, at least 1.
+        num_chains: C, at least 1; `num_samples` must be a multiple of it.
+        num_warmup: draws a chain for adaptation, not kept; under 40 no mass is learnt.
+        num_steps: most leapfrog steps of a trajectory, at least 1; by default 64, and 512 under ChEES.
+        trajectory: `"fixed"` takes `num_steps`; `"jittered"` draws their number anew for each trajectory, from half of
+            `num_steps` to all of it, so that no chain falls into step with a period of its target; `"chees"` learns
+            the trajectory's length in warm-up from how far all chains move, and takes a changing share of it;
+            `"auto"` is `"chees"` from 16 chains on, below it `"jittered"`.
         target_accept: mean acceptance that the step size is adapted to, in (0, 1).
-        step_size: of the first step, in units of the mass matrix; found by doubling where None.
-        adapt_mass: whether the mass is learnt; the prior's scales are used without.
+        step_size: of the first step, in units of the mass; found by doubling where None.
+        mass: `"diagonal"`; `"low-rank"`, with up to `rank` directions of large variance beside it; or `"unit"`: the
+            prior's scales, not learnt.
+        rank: of `"low-rank"`, at least 1.
         init: where chains start: `"prior"` at a draw of the prior each, `"ensemble"` there and then
             climbed by Adam, all at once, so that no chain begins far from every mode, `"module"` at
-            the module's values.
+            the module's values, `"map"` at one mode, climbed to from there; or a bank, at rows of it.
         thin: keep every n-th draw.
+        dtype: `"float32"` or `"float64"`, in which chains move and the module computes; by default that of its
+            parameters, float32 at least.
+        memory: bytes that the values of one gradient may take at once; data are cut into slices to fit, and on a CPU
+            also where None, into slices that its cache holds.
+        compile: whether gradients are compiled; by default where they would take more than half a minute without, and
+            there is a compiler.
 
     Raises:
         ConfigError: an option out of range.
-        FitError: the log joint is not finite at the start.
+        FitError: the log joint is not finite at the start, or infinite later; every chain has stood still for
+            100 trajectories.
 
-    Source: Neal (2011), arXiv:1206.1901; Hoffman and Gelman (2014), arXiv:1111.4246.
+    Source: Neal (2011), arXiv:1206.1901; Hoffman and Gelman (2014), arXiv:1111.4246; of ChEES, Hoffman, Radul and
+    Sountsov (2021), AISTATS.
     """
 
     num_chains: int = 4
     num_warmup: int = 200
-    num_steps: int = 32
+    num_steps: int | None = None
+    trajectory: Trajectory = "auto"
     target_accept: float = 0.8
     step_size: float | None = None
-    adapt_mass: bool = True
-    init: Init = "ensemble"
+    mass: Mass = "diagonal"
+    rank: int = 10
+    init: Init | Sequence[Params] = "ensemble"
     thin: int = 1
+    dtype: Literal["float32", "float64"] | None = None
+    memory: int | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        choose("HMC(init=)", self.init, INITS)
-        for name, least in (("num_chains", 1), ("num_warmup", 0), ("num_steps", 1), ("thin", 1)):
+        choose("HMC(trajectory=)", self.trajectory, TRAJECTORIES)
+        choose("HMC(mass=)", self.mass, MASSES)
+        starting.check_init("HMC(init=)", self.init)
+        if self.dtype is not None:
+            choose("HMC(dtype=)", self.dtype, tuple(DTYPES))
+        for name, least in (
+            ("num_chains", 1),
+            ("num_warmup", 0),
+            ("num_steps", 1),
+            ("thin", 1),
+            ("rank", 1),
+            ("memory", 1),
+        ):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"HMC({name}=)", want=f"at least {least}", got=str(value), fix="raise it")
         if not 0 < self.target_accept < 1:
             raise ConfigError(
                 "HMC(target_accept=)", want="a number in (0, 1)", got=str(self.target_accept), fix="try 0.8"
             )
-        if self.step_size is not None and not self.step_size > 0:
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ConfigError("HMC(step_size=)", want="a positive number", got=str(self.step_size), fix="leave it out")
 
     name: ClassVar[str] = "hmc"
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+
+    @property
+    def learns_length(self) -> bool:
+        """Whether trajectories are ChEES's."""
+        return self.trajectory == "chees" or (self.trajectory == "auto" and self.num_chains >= MANY_CHAINS)
+
+    @property
+    def most_steps(self) -> int:
+        """Leapfrog steps of a trajectory, at most."""
+        return self.num_steps or (MOST_STEPS if self.learns_length else STEPS)
 
     def run(
         self, model: BayesianModel, data: Data, *, num_samples: int, seed: int, state: State | None = None
@@ -92,328 +139,225 @@ class HMC:
                 got=str(num_samples),
                 fix=f"pass {near} or {near + self.num_chains}",
             )
-        yield from _run(self, model, data, num_samples // self.num_chains, seed, state)
+        inner, batch = _in_dtype(self, model, full_batch(data))
+        batch = moved(batch, inner.device)
+        inner.check_rows(batch)
+        scale = inner.prior_scale().to(inner.device, inner.layout.dtype)
 
+        def start() -> Tensor:
+            return starting.positions(inner, self.init, self.num_chains, seed)
 
-class Position(NamedTuple):
-    """Where the chains stand: C positions with their densities and gradients."""
-
-    flat: Tensor  # [C, P] unconstrained
-    log_density: Tensor  # [C]
-    log_joint: Tensor  # [C]
-    gradient: Tensor  # [C, P]
-
-
-class Adaptation(NamedTuple):
-    """What warm-up learns: the step size by dual averaging, the mass from variances of the draws."""
-
-    log_step: float  # of the next trajectory
-    log_step_mean: float  # its average, used after warm-up
-    error_mean: float  # running mean of (target - acceptance)
-    num_updates: int  # trajectories since the last restart
-    centre: float  # what log_step is drawn towards
-    inverse_mass: Tensor  # [P]
-    num_draws: int  # draws in the running moments below
-    mean: Tensor  # [C, P]
-    squares: Tensor  # [C, P] sums of squared deviations
+        for draw, following in run_chains(
+            self, target_of_model(inner, batch), start, scale, seed, num_samples // self.num_chains, state
+        ):
+            yield _block(self, model, draw), following
 
 
 class Info(NamedTuple):
-    """Diagnostics of one trajectory."""
+    """What `sample` tells beside the draws."""
 
-    acceptance: Tensor  # [C] probabilities
-    divergent: Tensor  # [C] bool
-
-
-Density: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""u [C, P] -> log density [C], log joint [C], gradient of the former [C, P]."""
-
-
-def density_of(model: BayesianModel, data: Data) -> Density:
-    """The full-data log density of a model, with its gradient, over chains."""
-    batch = moved(full_batch(data), model.device)
-    model.check_rows(batch)
-
-    def log_density(flat: Tensor) -> tuple[Tensor, Tensor]:
-        return model.log_density(flat, batch)
-
-    gradient = torch.func.vmap(torch.func.grad_and_value(log_density, has_aux=True))
-
-    def density(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slope, (value, log_joint) = gradient(flat)
-        return value.detach(), log_joint.detach(), slope.detach()
-
-    return density
+    acceptance: Tensor  # [C, D] mean acceptance probability of the trajectories that led to a draw
+    divergent: Tensor  # [C, D] how many of them diverged
+    energy: Tensor  # [C, D] Hamiltonian energy of each draw
+    log_density: Tensor  # [C, D]
+    num_steps: Tensor  # [D] leapfrog steps of the last trajectory that led to a draw
+    step_size: Tensor  # [C] of each chain, after warm-up
+    scale: Tensor  # [P] standard deviations that warm-up learnt: the diagonal of the inverse mass, rooted
+    mode: str  # compiled, traced or eager
+    compile_seconds: float
+    warmup_seconds: float  # without the compilation
+    sampling_seconds: float
 
 
-def trajectory(
-    density: Density, at: Position, momentum: Tensor, inverse_mass: Tensor, step_size: float, num_steps: int
-) -> tuple[Position, Tensor]:
-    """num_steps of the leapfrog integrator: the position reached and the momentum there.
+class Sampled(NamedTuple):
+    """Draws of `sample`, and what is known of them."""
 
-    p <- p + e/2 grad; repeat { u <- u + e M^-1 p; p <- p + e grad }; the last p half a step back
-    """
-    flat, gradient = at.flat, at.gradient
-    momentum = momentum + 0.5 * step_size * gradient
-    for step in range(num_steps):
-        flat = flat + step_size * inverse_mass * momentum
-        value, log_joint, gradient = density(flat)
-        momentum = momentum + (step_size if step < num_steps - 1 else 0.5 * step_size) * gradient
-    return Position(flat, value, log_joint, gradient), momentum
+    draws: Any  # [C, D, P], or a dict of [C, D, *shape]
+    info: Info
 
 
-def transition(
-    density: Density,
-    at: Position,
-    noise: Tensor,
-    uniform: Tensor,
-    inverse_mass: Tensor,
-    step_size: float,
-    num_steps: int,
-) -> tuple[Position, Info]:
-    """One draw of every chain: fresh momentum, a trajectory, accept or stay.
+def sample(
+    log_density: Callable[..., Tensor],
+    initial: Any,
+    *,
+    num_draws: int,
+    num_warmup: int,
+    seed: int = 0,
+    context: Tensor | None = None,
+    num_steps: int | None = None,
+    trajectory: Trajectory = "auto",
+    target_accept: float = 0.8,
+    step_size: float | None = None,
+    mass: Mass = "diagonal",
+    rank: int = 10,
+    thin: int = 1,
+    compile: bool | None = None,
+    progress: bool | None = None,
+) -> Sampled:
+    """Draws of any differentiable log density, by HMC on all chains at once; no module is needed.
+
+    H(u, p) = -log pi(u) + p^T M^-1 p / 2, integrated by leapfrog, accepted with min(1, exp(-dH))
 
     Args:
-        noise: standard normals [C, P]; momentum is noise / sqrt(M^-1).
-        uniform: [C] in [0, 1), float64.
-    """
-    momentum = noise / inverse_mass.sqrt()
-    new, end = trajectory(density, at, momentum, inverse_mass, step_size, num_steps)
-    # Energies are summed in float64: the difference of two sums over P terms decides.
-    kinetic = 0.5 * ((end.double().square() - momentum.double().square()) * inverse_mass.double()).sum(dim=1)  # [C]
-    error = (at.log_density.double() - new.log_density.double()) + kinetic
-    error = torch.where(error.isfinite() & new.gradient.isfinite().all(dim=1), error, math.inf)
-    acceptance = (-error).clamp(max=0.0).exp()
-    accept = uniform < acceptance
-    moved = Position(*(torch.where(_like(accept, n), n, o) for n, o in zip(new, at, strict=True)))
-    return moved, Info(acceptance, error > MAX_ENERGY_ERROR)
-
-
-def update_step_size(adaptation: Adaptation, acceptance: float, target: float) -> Adaptation:
-    """One step of dual averaging.
-
-    x <- m - sqrt(t) / GAMMA * mean(target - acceptance);  x_mean <- t^-KAPPA x + (1 - t^-KAPPA) x_mean
-    """
-    count = adaptation.num_updates + 1
-    error_mean = adaptation.error_mean * (1 - 1 / (count + EARLY)) + (target - acceptance) / (count + EARLY)
-    log_step = adaptation.centre - math.sqrt(count) / GAMMA * error_mean
-    weight = count**-KAPPA
-    mean = weight * log_step + (1 - weight) * adaptation.log_step_mean
-    return adaptation._replace(log_step=log_step, log_step_mean=mean, error_mean=error_mean, num_updates=count)
-
-
-def restart_step_size(adaptation: Adaptation, step_size: float) -> Adaptation:
-    """Forget the average; draw the step size towards ten times this one, since long steps are cheap to try."""
-    log_step = math.log(step_size)
-    return adaptation._replace(
-        log_step=log_step, log_step_mean=log_step, error_mean=0.0, num_updates=0, centre=math.log(10 * step_size)
-    )
-
-
-def update_moments(adaptation: Adaptation, flat: Tensor) -> Adaptation:
-    """Add one draw a chain to the running variances (Welford)."""
-    num = adaptation.num_draws + 1
-    delta = flat - adaptation.mean
-    mean = adaptation.mean + delta / num
-    return adaptation._replace(num_draws=num, mean=mean, squares=adaptation.squares + delta * (flat - mean))
-
-
-def learn_mass(adaptation: Adaptation, prior_variance: Tensor) -> Adaptation:
-    """Set M^-1 to the variances seen, pooled over chains about each chain's own mean; forget them.
-
-    With n draws in all the estimate is drawn by 5 / (n + 5) towards a thousandth of the prior's
-    variance, as Stan does towards 1e-3.
-    """
-    chains = len(adaptation.mean)
-    count = chains * (adaptation.num_draws - 1)
-    variance = adaptation.squares.sum(dim=0) / max(count, 1)  # [P]
-    inverse_mass = (count * variance + 5e-3 * prior_variance) / (count + 5)
-    zeros = torch.zeros_like(adaptation.mean)
-    return adaptation._replace(inverse_mass=inverse_mass, num_draws=0, mean=zeros, squares=zeros)
-
-
-def windows(num_warmup: int) -> list[int]:
-    """Warm-up draws after which the mass is learnt: windows that double, between a start and an end without.
-
-    The first 15 % find the typical set, and at the end the step size settles for 50 draws, as in
-    Stan, or a tenth or at most a third of the warm-up. Below 40 draws no mass is learnt: there are
-    too few for a variance and for the step size that follows it.
-    """
-    if num_warmup < 40:
-        return []
-    begin, end = int(0.15 * num_warmup), num_warmup - max(min(50, num_warmup // 3), num_warmup // 10)
-    edges: list[int] = []
-    width = max((end - begin) // 7, 5)
-    edge = begin
-    while edge + width <= end:
-        following = edge + width + 2 * width
-        edge = end if following > end else edge + width
-        edges.append(edge)
-        width *= 2
-        if edge == end:
-            break
-    return edges
-
-
-def _run(
-    options: HMC, model: BayesianModel, data: Data, num_draws: int, seed: int, state: State | None
-) -> Iterator[tuple[Block, State]]:
-    chains = options.num_chains
-    density = density_of(model, data)
-    prior_variance = model.prior_scale().to(model.device, model.layout.dtype).square()
-    if state is None:
-        at = _start(options, model, density, seed)
-        adaptation = _first_adaptation(options, density, at, prior_variance, seed)
-        step, divergences, accepted = 0, 0, 0.0
-    else:
-        at, adaptation = _restore(state, model.device)
-        step, accepted = state["step"], state["accepted"]
-        divergences = state["info"]["divergences"]
-    total, edges = options.num_warmup + num_draws * options.thin, set(windows(options.num_warmup))
-    while step < total:
-        warm = step < options.num_warmup
-        step_size = math.exp(adaptation.log_step if warm else adaptation.log_step_mean)
-        noise, uniform, length = _randomness(options, at.flat, seed, step)
-        at, found = transition(density, at, noise, uniform, adaptation.inverse_mass, step_size, length)
-        acceptance = float(found.acceptance.mean())
-        step += 1
-        if warm:
-            adaptation = update_step_size(adaptation, acceptance, options.target_accept)
-            adaptation = _learn(options, adaptation, at.flat, prior_variance, step, edges)
-        else:
-            divergences, accepted = divergences + int(found.divergent.sum()), accepted + acceptance
-        after = max(step - options.num_warmup, 0)
-        info = {
-            "acceptance": accepted / after if after else acceptance,
-            "divergences": divergences,
-            "step_size": step_size,
-        }
-        state = {**_save(at, adaptation), "accepted": accepted, "step": step, "num_steps": total, "info": info}
-        yield _block(options, model, at, after), state
-    if total > options.num_warmup:
-        _warn(accepted / (total - options.num_warmup), divergences, chains * num_draws * options.thin)
-
-
-def _block(options: HMC, model: BayesianModel, at: Position, after: int) -> Block:
-    """The chains' draws, one row a chain, where draw number `after` of the sampling phase is kept; else no row."""
-    rows = slice(None) if after > 0 and after % options.thin == 0 else slice(0, 0)
-    params, _ = model.constrain(at.flat[rows].cpu())  # [C, P], or none of them
-    chain = torch.arange(options.num_chains)[rows]
-    draw = torch.full_like(chain, after // options.thin - 1)
-    return make_block(params, chain=chain, draw=draw, log_joint=at.log_joint[rows].cpu())
-
-
-def _warn(acceptance: float, divergences: int, num_trajectories: int) -> None:
-    """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
-    if acceptance < 0.2 or divergences > 0.05 * num_trajectories:
-        warnings.warn(
-            f"HMC: acceptance {acceptance:.2f}, {divergences} of {num_trajectories} trajectories "
-            "diverged: the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision",
-            stacklevel=2,
-        )
-
-
-def _learn(
-    options: HMC, adaptation: Adaptation, flat: Tensor, prior_variance: Tensor, step: int, edges: set[int]
-) -> Adaptation:
-    """The mass part of warm-up after draw `step`."""
-    if not options.adapt_mass or step <= int(0.15 * options.num_warmup):
-        return adaptation
-    adaptation = update_moments(adaptation, flat)
-    if step in edges:
-        adaptation = restart_step_size(learn_mass(adaptation, prior_variance), math.exp(adaptation.log_step_mean))
-    return adaptation
-
-
-def _start(options: HMC, model: BayesianModel, density: Density, seed: int) -> Position:
-    if options.init == "module":
-        flat = model.unconstrain(model.module_params()).expand(options.num_chains, -1).clone()
-    else:
-        draws = [model.sample_prior(seed, "start", chain) for chain in range(options.num_chains)]
-        flat = torch.stack([model.unconstrain(draw) for draw in draws])  # [C, P]
-    flat = flat.to(model.device)
-    if options.init == "ensemble":
-        flat = climb(density, flat, model.prior_scale().to(flat))
-    value, log_joint, gradient = density(flat)
-    if not (value.isfinite().all() and gradient.isfinite().all()):
-        raise FitError(
-            "HMC",
-            want="a finite log joint at the start",
-            got=f"{value.tolist()}",
-            fix="use a narrower prior, standardise the data, or init='module'",
-        )
-    return Position(flat, value, log_joint, gradient)
-
-
-def climb(density: Density, flat: Tensor, scale: Tensor) -> Tensor:
-    """Adam on the log density of every chain at once: u <- u + rate * scale * m / (sqrt v + eps).
-
-    Args:
-        flat: where the chains are [C, P].
-        scale: of each number [P], in whose units steps are taken: the prior's.
+        log_density: one position -> log pi, a scalar tensor, up to a constant; natural logarithm. Written with
+            tensor operations alone, since it runs under `torch.func.vmap`. A position is [P], or a dict as `initial`.
+        initial: where chains start, [C, P], or a dict of tensors [C, *shape]; floating, of one dtype, in which
+            chains move.
+        num_draws: D, kept draws a chain, at least 1.
+        num_warmup: draws a chain for adaptation, not kept.
+        context: [C, ...], a slice a chain, given to the density as a second argument: chains of unlike targets.
+        progress: show a bar on stderr; by default where it is a terminal.
+        seed, num_steps, trajectory, target_accept, step_size, mass, rank, thin, compile: as of `HMC`;
+            `mass="unit"` is the identity.
 
     Returns:
-        Positions [C, P] nearer to a mode. They are no draws: warm-up makes those.
+        draws [C, D, P] in the dtype of `initial`, or a dict of [C, D, *shape], on its device; and `Info`.
+
+    Raises:
+        ConfigError: an option out of range; `initial` or `context` of another form; a density that is no scalar.
+        FitError: the density is not finite at the start, or infinite later; every chain has stood still.
+
+    Examples:
+        >>> import torch
+        >>> from bnn.inference.hmc import sample
+        >>> found = sample(lambda u: -0.5 * (u**2).sum(), torch.zeros(4, 3), num_draws=50, num_warmup=50, seed=0)
+        >>> found.draws.shape, found.info.acceptance.shape
+        (torch.Size([4, 50, 3]), torch.Size([4, 50]))
+
+    Source: as of `HMC`.
     """
-    mean, square = torch.zeros_like(flat), torch.zeros_like(flat)
-    for step in range(1, CLIMB_STEPS + 1):
-        _, _, gradient = density(flat)
-        slope = gradient * scale
-        mean, square = 0.9 * mean + 0.1 * slope, 0.99 * square + 0.01 * slope.square()
-        rate = CLIMB_RATE * (1.0 - step / (CLIMB_STEPS + 1))
-        update = (mean / (1 - 0.9**step)) / ((square / (1 - 0.99**step)).sqrt() + 1e-8)
-        flat = flat + rate * scale * update
-    return flat
+    flat, piece, rebuild = _flattened(log_density, initial, context)
+    if not isinstance(num_draws, int) or isinstance(num_draws, bool) or num_draws < 1:
+        raise ConfigError("num_draws", want="a whole number of at least 1", got=repr(num_draws), fix="raise it")
+    options = HMC(
+        num_chains=len(flat),
+        num_warmup=num_warmup,
+        num_steps=num_steps,
+        trajectory=trajectory,
+        target_accept=target_accept,
+        step_size=step_size,
+        mass=mass,
+        rank=rank,
+        init="prior",  # without a climb
+        thin=thin,
+        compile=compile,
+    )
+    draws = flat.new_empty(len(flat), num_draws, flat.shape[1])  # [C, D, P]
+    told = {name: torch.empty(len(flat), num_draws, dtype=torch.float64) for name in (*COLUMNS, "log_density")}
+    steps = torch.empty(num_draws, dtype=torch.int64)
+    run = run_chains(
+        options, target_of_function(piece, context), lambda: flat, torch.ones_like(flat[0]), seed, num_draws, None
+    )
+    started = warm_until = time.perf_counter()
+    for draw, state in with_progress(run, "hmc", progress):
+        if state["step"] <= num_warmup:
+            warm_until = time.perf_counter()
+        if draw.number is not None:
+            draws[:, draw.number] = draw.at.flat
+            told["log_density"][:, draw.number] = draw.at.log_density.cpu()
+            for name, column in draw.columns.items():
+                told[name][:, draw.number] = column.cpu()
+            steps[draw.number] = draw.num_steps
+    info = Info(
+        acceptance=told["acceptance"],
+        divergent=told["divergent"],
+        energy=told["energy"],
+        log_density=told["log_density"],
+        num_steps=steps,
+        step_size=draw.columns["step_size"],
+        scale=state["metric.scale"],
+        mode=state["plan.mode"],
+        compile_seconds=state["info"]["compile_seconds"],
+        warmup_seconds=max(warm_until - started - state["info"]["compile_seconds"], 0.0),
+        sampling_seconds=time.perf_counter() - warm_until - (0.0 if num_warmup else state["info"]["compile_seconds"]),
+    )
+    return Sampled(rebuild(draws), info)
 
 
-def _first_adaptation(options: HMC, density: Density, at: Position, prior_variance: Tensor, seed: int) -> Adaptation:
-    zeros = torch.zeros_like(at.flat)
-    start = Adaptation(0.0, 0.0, 0.0, 0, 0.0, prior_variance, 0, zeros, zeros)
-    step_size = options.step_size or _reasonable_step_size(density, at, prior_variance, seed)
-    return restart_step_size(start, step_size)
+def _flattened(
+    log_density: Callable[..., Tensor], initial: Any, context: Tensor | None
+) -> tuple[Tensor, Callable[..., Tensor], Callable[[Tensor], Any]]:
+    """Positions [C, P], the density of one of them, and the way back from [C, D, P] to the form of `initial`."""
+    leaves, structure = pytree.tree_flatten(initial)
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+        raise ConfigError(
+            "initial",
+            want="a tensor [chains, P] or a dict of tensors [chains, ...]",
+            got=", ".join(sorted({_kind(leaf) for leaf in leaves})) or "nothing",
+            fix="pass floats",
+        )
+    kinds = {(len(leaf) if leaf.dim() else 0, leaf.dtype, leaf.device) for leaf in leaves}
+    if len(kinds) > 1 or not all(leaf.dim() and leaf.numel() for leaf in leaves):
+        raise ConfigError(
+            "initial",
+            want="as many chains, one dtype and one device in all",
+            got=", ".join(sorted({_kind(leaf) for leaf in leaves})),
+            fix="stack the starts of all chains",
+        )
+    plain = isinstance(initial, Tensor)
+    if plain and initial.dim() != 2:
+        raise ConfigError("initial", want="[chains, P]", got=str(list(initial.shape)), fix="flatten it, or pass a dict")
+    if context is not None and (not isinstance(context, Tensor) or not context.dim() or len(context) != len(leaves[0])):
+        got = str(list(context.shape)) if isinstance(context, Tensor) else type(context).__name__
+        raise ConfigError(
+            "context", want=f"a tensor [{len(leaves[0])}, ...], a slice a chain", got=got, fix="stack one a chain"
+        )
+    shapes = [leaf.shape[1:] for leaf in leaves]
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def rebuild(flat: Tensor) -> Any:
+        """[*, P] -> the form of `initial`, with the leading axes of `flat`."""
+        pieces = zip(flat.split(sizes, dim=-1), shapes, strict=True)
+        return pytree.tree_unflatten([piece.reshape(flat.shape[:-1] + shape) for piece, shape in pieces], structure)
+
+    def density(flat: Tensor, *rest: Tensor) -> Tensor:
+        value = log_density(rebuild(flat), *rest)
+        if not isinstance(value, Tensor) or value.shape != () or not value.is_floating_point():
+            raise ConfigError(
+                "log_density", want="a real scalar tensor for one position", got=_kind(value), fix="sum over the axes"
+            )
+        return value
+
+    flat = torch.cat([leaf.detach().reshape(len(leaf), -1) for leaf in leaves], dim=1)  # [C, P]
+    return flat, density, rebuild
 
 
-def _reasonable_step_size(density: Density, at: Position, inverse_mass: Tensor, seed: int) -> float:
-    """A step size, found by doubling or halving, at which one step is accepted about half of the time."""
-    noise = torch.randn(at.flat.shape, generator=generator(seed, "step size"), dtype=at.flat.dtype)
-    noise, uniform = noise.to(at.flat.device), torch.ones(len(noise), dtype=torch.float64, device=at.flat.device)
+def _kind(value: Any) -> str:
+    """A tensor's dtype and shape, or what else it is, in a word."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
 
-    def acceptance(step_size: float) -> float:
-        return float(transition(density, at, noise, uniform, inverse_mass, step_size, 1)[1].acceptance.mean())
 
-    step_size = 0.1
-    direction = 1 if acceptance(step_size) > 0.5 else -1
-    for _ in range(50):
-        following = step_size * 2.0**direction
-        if (acceptance(following) > 0.5) != (direction == 1):
-            return step_size if direction == 1 else following
-        step_size = following
-    raise FitError(
-        "HMC", want="a step size between 1e-16 and 1e14", got="none", fix="check the scale of prior and data"
+def _in_dtype(options: HMC, model: BayesianModel, batch: Any) -> tuple[BayesianModel, Any]:
+    """The model and rows in the dtype asked for: a copy of the module is converted."""
+    if options.dtype is None:
+        return model, batch
+    dtype = DTYPES[options.dtype]
+    inner = BayesianModel(
+        copy.deepcopy(model.module).to(dtype),
+        prior=model.prior,
+        likelihood=model.likelihood,
+        num_data=model.num_data,
+        bayesian=model.bayesian,
+        temperature=model.temperature,
     )
 
+    def converted(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-def _randomness(options: HMC, like: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, int]:
-    """Momenta [C, P], uniforms [C] and the length of draw `step`: by (seed, chain, step), whatever runs beside."""
-    sources = [generator(seed, "chain", chain, step) for chain in range(options.num_chains)]
-    noise = torch.stack([torch.randn(like.shape[1], generator=source, dtype=like.dtype) for source in sources])
-    uniform = torch.stack([torch.rand((), generator=source, dtype=torch.float64) for source in sources])
-    shortest = math.ceil(options.num_steps / 2)
-    length = torch.randint(shortest, options.num_steps + 1, (), generator=generator(seed, "length", step))
-    return noise.to(like.device), uniform.to(like.device), int(length)
+    return inner, pytree.tree_map(converted, batch)
 
 
-def _save(at: Position, adaptation: Adaptation) -> State:
-    state = {f"at.{name}": value for name, value in at._asdict().items()}
-    return state | {f"adaptation.{name}": value for name, value in adaptation._asdict().items()}
-
-
-def _restore(state: State, device: torch.device) -> tuple[Position, Adaptation]:
-    here: dict[str, Any] = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in state.items()}
-    at = Position(*(here[f"at.{name}"] for name in Position._fields))
-    return at, Adaptation(*(here[f"adaptation.{name}"] for name in Adaptation._fields))
-
-
-def _like(flags: Tensor, tensor: Tensor) -> Tensor:
-    """[C] -> [C] or [C, 1], to stand beside a tensor over chains."""
-    return flags if tensor.dim() == 1 else flags.unsqueeze(1)
+def _block(options: HMC, model: BayesianModel, draw: Draw) -> Block:
+    """The chains' draws, one row a chain, where the draw is kept; else no row."""
+    rows = slice(None) if draw.number is not None else slice(0, 0)
+    params, _ = model.constrain(draw.at.flat[rows].cpu())  # [C, P], or none of them
+    chain = torch.arange(options.num_chains)[rows]
+    return make_block(
+        params,
+        chain=chain,
+        draw=torch.full_like(chain, draw.number or 0),
+        log_joint=draw.at.log_joint[rows].cpu(),
+        columns={name: column[rows].cpu() for name, column in draw.columns.items()},
+    )

@@ -1,0 +1,419 @@
+"""The run of HMC: climb, warm-up and sampling, trajectory by trajectory, each with the state to go on from."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnn.errors import FitError
+from bnn.inference import starting
+from bnn.inference.adaptation import (
+    Length,
+    Moments,
+    StepSize,
+    first_length,
+    first_step_size,
+    learn_metric,
+    no_moments,
+    update_length,
+    update_moments,
+    update_step_size,
+    window_start,
+    windows,
+)
+from bnn.inference.climbing import Climb
+from bnn.inference.density import Plan, Prepared, Target, prepare
+from bnn.inference.hamiltonian import Metric, Position, Transition, diagonal, transition
+from bnn.inference.starting import CLIMB_STEPS
+from bnn.seeding import generator
+from bnn.types import State
+
+if TYPE_CHECKING:
+    from bnn.inference.hmc import HMC
+
+COLUMNS = ("acceptance", "divergent", "step_size", "energy")
+FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
+STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
+
+
+class Adaptation(NamedTuple):
+    """Everything that warm-up learns."""
+
+    step_size: StepSize
+    metric: Metric
+    moments: Moments
+    length: Length
+
+
+class Sums(NamedTuple):
+    """Running figures of the trajectories since the last kept draw, and of all after warm-up."""
+
+    acceptance: Tensor  # [C] probabilities since the last kept draw
+    divergent: Tensor  # [C] trajectories since the last kept draw
+    accepted: Tensor  # [C] probabilities after warm-up
+    divergences: int  # after warm-up
+    leapfrogs: int  # a chain, in all
+    still: int  # trajectories in a row in which no chain moved
+
+
+class Draw(NamedTuple):
+    """Where the chains stand after a step of the run."""
+
+    at: Position
+    number: int | None  # of the kept draw; None in climb and warm-up, and between kept draws
+    columns: dict[str, Tensor]  # [C] each, of COLUMNS
+    num_steps: int  # leapfrog steps of the trajectory
+
+
+def run_chains(
+    options: HMC,
+    target: Target,
+    start: Callable[[], Tensor],
+    scale: Tensor,
+    seed: int,
+    num_draws: int,
+    state: State | None,
+) -> Iterator[tuple[Draw, State]]:
+    """Climb, warm up and sample, yielding after each step where the chains stand and the state to go on from.
+
+    Randomness is by (seed, chain, trajectory), whatever runs beside.
+
+    Args:
+        start: positions [C, P] to begin at; asked where there is no state.
+        scale: of the prior [P]: units of the climb, and of the first mass.
+        num_draws: kept draws a chain.
+    """
+    plan = None if state is None else Plan.load(state)
+    flat = start() if state is None else _flat_in(state, scale)
+    num_gradients = (options.num_warmup + 100) * min(options.most_steps, 64)  # not num_draws: a bank may grow
+    density = prepare(
+        target, flat, num_gradients=num_gradients, memory=options.memory, compile=options.compile, plan=plan
+    )
+    climb_steps = CLIMB_STEPS if starting.climbs(options.init) else 0
+    total = climb_steps + options.num_warmup + num_draws * options.thin
+    if state is None or "climb.flat" in state:
+        if climb_steps:
+            for draw, following in _climb(density, flat, scale, state, total):
+                yield draw, following
+                flat = draw.at.flat
+        at = _checked_start(flat, density)
+        step, adaptation, sums = 0, _first_adaptation(options, density, at, scale, seed), _no_sums(at)
+    else:
+        step, (at, adaptation, sums) = state["step"] - climb_steps, _restored(state, scale)
+    edges = set(windows(options.num_warmup))
+    while step < total - climb_steps:
+        warm = step < options.num_warmup
+        learnt = adaptation.step_size
+        step_size = (learnt.log_step if warm else learnt.log_step_mean).exp()  # [C]
+        num_steps = _num_steps(options, adaptation.length, step_size, seed, step)
+        noise, uniform = _randomness(at.flat, seed, step)
+        before = at.flat
+        at, found = transition(density, at, noise, uniform, adaptation.metric, step_size, num_steps)
+        step += 1
+        sums = _added(sums, found, num_steps, warm=warm, moved=bool((at.flat != before).any()))
+        _require_moving(options, found, sums, step)
+        if warm:
+            adaptation = update_adaptation(
+                options,
+                adaptation,
+                found,
+                before,
+                at.flat,
+                scale,
+                step_size=step_size,
+                num_steps=num_steps,
+                step=step,
+                edges=edges,
+            )
+        draw = _draw(options, at, found, sums, step - options.num_warmup, step_size, num_steps)
+        if draw.number is not None:
+            sums = sums._replace(acceptance=torch.zeros_like(sums.accepted), divergent=torch.zeros_like(sums.accepted))
+        after = max(step - options.num_warmup, 0)
+        phase = ("sampling", after, num_draws * options.thin) if after else ("warm-up", step, options.num_warmup)
+        info = {
+            "acceptance": float(sums.accepted.mean()) / after if after else float(found.acceptance.mean()),
+            "divergences": float(sums.divergences),
+            "step_size": float(step_size.log().mean().exp()),
+            "leapfrogs": float(sums.leapfrogs),
+            "compile_seconds": density.compile_seconds,
+        }
+        progress = {"step": climb_steps + step, "num_steps": total, "phase": _phase(*phase), "info": info}
+        yield draw, {**_saved(density.plan, at, adaptation, sums), **progress}
+    if num_draws:
+        _warn(sums, num_draws * options.thin)
+
+
+def _climb(
+    density: Prepared, flat: Tensor, scale: Tensor, state: State | None, total: int
+) -> Iterator[tuple[Draw, State]]:
+    """Adam up the log density from `flat`, or from where the state left it, fifty steps a turn."""
+    at = starting.first_climb(flat, scale) if state is None else Climb.load(state, scale.device)
+    step = 0 if state is None else state["step"]
+    nothing = torch.full((len(flat),), math.nan, dtype=torch.float64, device=flat.device)
+    while step < CLIMB_STEPS:
+        at = starting.climb_step(density, at, scale, step)
+        step += 1
+        if step % 50 == 0:
+            climbed = at.flat * scale
+            state = {
+                **at.save(),
+                **density.plan.save(),
+                "step": step,
+                "num_steps": total,
+                "phase": _phase("climb", step, CLIMB_STEPS),
+                "info": {"compile_seconds": density.compile_seconds},
+            }
+            none = dict.fromkeys(COLUMNS, nothing)
+            yield Draw(Position(climbed, nothing, nothing, climbed), None, none, 0), state
+
+
+def _checked_start(flat: Tensor, density: Prepared) -> Position:
+    """The chains where they start.
+
+    Raises:
+        FitError: a density or gradient that is not finite there; the chains are named.
+    """
+    values = density(flat)
+    bad = ~(values.log_density.isfinite() & values.gradient.isfinite().all(dim=1))
+    if bad.any():
+        chains = bad.nonzero().flatten().tolist()
+        raise FitError(
+            "HMC",
+            want="a finite log density and gradient at the start",
+            got=f"{float(values.log_density[chains[0]])} in chain {chains[0]}"
+            + (f", as in {len(chains)} chains" * (len(chains) > 1)),
+            fix="start elsewhere; of a model, use a narrower prior, standardise the data, or init='module'",
+        )
+    return Position(flat, *values)
+
+
+def _require_moving(options: HMC, found: Transition, sums: Sums, step: int) -> None:
+    """Raise FitError where a density has turned infinite, or no chain has moved for long."""
+    after = step - options.num_warmup - 1
+    when = f"trajectory {step - 1} of warm-up" if after < 0 else f"draw {after // options.thin}"
+    if found.infinite.any():
+        raise FitError(
+            "HMC",
+            want="a log density below infinity",
+            got=f"inf in chain {int(found.infinite.nonzero()[0])} at {when}",
+            fix="look for a scale that reaches 0, or a logarithm or division without a bound; what was committed stays",
+        )
+    if sums.still >= STUCK:
+        raise FitError(
+            "HMC",
+            want="chains that move",
+            got=f"every chain standing still for {STUCK} trajectories, up to {when}",
+            fix="raise num_warmup or target_accept, or look for a density that is NaN beside the chains; what was committed stays",
+        )
+
+
+def _first_adaptation(options: HMC, density: Prepared, at: Position, scale: Tensor, seed: int) -> Adaptation:
+    metric = diagonal(scale)
+    if options.step_size is None:
+        step_size = _reasonable_step_size(density, at, metric, seed)
+    else:
+        step_size = torch.full_like(at.log_density, options.step_size)
+    common = _common(step_size)
+    room = _room(options) if windows(options.num_warmup) else 0
+    length = min(max(FIRST_LENGTH, common), common * options.most_steps)
+    return Adaptation(first_step_size(step_size), metric, no_moments(at.flat, room), first_length(length, at.flat))
+
+
+def _room(options: HMC) -> int:
+    """Draws a chain that a window keeps for the correlations of a low-rank mass: twenty for each direction, all chains together."""
+    return math.ceil(20 * options.rank / options.num_chains) + 1 if options.mass == "low-rank" else 0
+
+
+def update_adaptation(
+    options: HMC,
+    adaptation: Adaptation,
+    found: Transition,
+    before: Tensor,
+    after: Tensor,
+    scale: Tensor,
+    *,
+    step_size: Tensor,
+    num_steps: int,
+    step: int,
+    edges: set[int],
+) -> Adaptation:
+    """What one trajectory of warm-up, number `step` from 1, teaches."""
+    learnt = update_step_size(adaptation.step_size, found.acceptance, options.target_accept)
+    adaptation = adaptation._replace(step_size=learnt)
+    if options.learns_length:
+        length = update_length(
+            adaptation.length,
+            found,
+            before,
+            after,
+            adaptation.metric,
+            time=step_size * num_steps,
+            shortest=_common(step_size),
+            longest=_common(step_size) * options.most_steps,
+        )
+        adaptation = adaptation._replace(length=length)
+    if options.mass == "unit" or not window_start(options.num_warmup) < step <= max(edges, default=0):
+        return adaptation
+    borders = sorted({window_start(options.num_warmup), *edges})
+    width = next((stop - start for start, stop in pairwise(borders) if step <= stop), 1)
+    every = max(width // max(_room(options), 1), 1)
+    moments = update_moments(adaptation.moments, after, every)
+    if step not in edges:
+        return adaptation._replace(moments=moments)
+    metric = learn_metric(moments, scale.square(), options.rank if options.mass == "low-rank" else 0)
+    return Adaptation(
+        first_step_size(learnt.log_step_mean.exp()),
+        metric,
+        no_moments(after, _room(options) if step < max(edges) else 0),
+        adaptation.length._replace(num_updates=0, square=0.0),
+    )
+
+
+def _common(step_size: Tensor) -> float:
+    """Geometric mean of the chains' steps."""
+    return float(step_size.log().mean().exp())
+
+
+def _reasonable_step_size(density: Prepared, at: Position, metric: Metric, seed: int) -> Tensor:
+    """Step sizes [C], found by doubling or halving, at which one step of a chain is accepted with about a half."""
+    noise = torch.randn(at.flat.shape, generator=generator(seed, "step size"), dtype=at.flat.dtype)
+    noise, uniform = noise.to(at.flat.device), torch.ones_like(at.log_density)
+
+    def easy(step_size: Tensor) -> Tensor:
+        return transition(density, at, noise, uniform, metric, step_size, 1)[1].acceptance > 0.5  # [C]
+
+    step_size = torch.full_like(at.log_density, 0.1)
+    grows = easy(step_size)
+    settled = torch.zeros_like(grows)
+    for _ in range(50):
+        following = torch.where(grows, 2.0 * step_size, 0.5 * step_size)
+        crossed = easy(following) != grows
+        # Of two neighbours the one that is still easy.
+        step_size = torch.where(settled | (crossed & grows), step_size, following)
+        settled = settled | crossed
+        if settled.all():
+            return step_size
+    if not (settled | ~grows).all():
+        chain = int((~settled & grows).nonzero()[0])
+        raise FitError(
+            "HMC",
+            want="a step that is ever too long",
+            got=f"none up to {float(step_size[chain]):.1e} in chain {chain}",
+            fix="look for a log density that is flat, or add a prior",
+        )
+    return step_size  # where none is easy the run will find its chains standing still
+
+
+def _num_steps(options: HMC, length: Length, step_size: Tensor, seed: int, step: int) -> int:
+    """Leapfrog steps of trajectory number `step`."""
+    if options.learns_length:
+        warm = step < options.num_warmup
+        time = van_der_corput(step + 1) * math.exp(length.log_length if warm else length.log_length_mean)
+        return min(max(math.ceil(time / _common(step_size)), 1), options.most_steps)
+    if options.trajectory == "fixed":
+        return options.most_steps
+    shortest = math.ceil(options.most_steps / 2)
+    source = generator(seed, "length", step)
+    return int(torch.randint(shortest, options.most_steps + 1, (), generator=source))
+
+
+def van_der_corput(number: int) -> float:
+    """Element `number` >= 1 of a sequence that fills (0, 1) evenly: its binary digits, mirrored at the point."""
+    value, place = 0.0, 0.5
+    while number:
+        number, digit = divmod(number, 2)
+        value, place = value + digit * place, place / 2
+    return value
+
+
+def _randomness(like: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Normals [C, P] and uniforms [C] of trajectory `step`: by (seed, chain, step), whatever runs beside."""
+    sources = [generator(seed, "chain", chain, step) for chain in range(len(like))]
+    noise = torch.stack([torch.randn(like.shape[1], generator=source, dtype=like.dtype) for source in sources])
+    uniform = torch.stack([torch.rand((), generator=source, dtype=torch.float64) for source in sources])
+    return noise.to(like.device), uniform.to(like.device)
+
+
+def _no_sums(at: Position) -> Sums:
+    zeros = torch.zeros_like(at.log_density)
+    return Sums(zeros, zeros, zeros, 0, 0, 0)
+
+
+def _added(sums: Sums, found: Transition, num_steps: int, *, warm: bool, moved: bool) -> Sums:
+    """The sums with one more trajectory; those of draws begin after warm-up."""
+    sums = sums._replace(leapfrogs=sums.leapfrogs + num_steps, still=0 if moved else sums.still + 1)
+    if warm:
+        return sums
+    return sums._replace(
+        acceptance=sums.acceptance + found.acceptance,
+        divergent=sums.divergent + found.divergent.double(),
+        accepted=sums.accepted + found.acceptance,
+        divergences=sums.divergences + int(found.divergent.sum()),
+    )
+
+
+def _draw(
+    options: HMC, at: Position, found: Transition, sums: Sums, after: int, step_size: Tensor, num_steps: int
+) -> Draw:
+    """What the chains' positions are `after` so many trajectories past warm-up: a kept draw or none."""
+    kept = after > 0 and after % options.thin == 0
+    columns = {
+        "acceptance": sums.acceptance / options.thin,
+        "divergent": sums.divergent,
+        "step_size": step_size,
+        "energy": found.energy,
+    }
+    return Draw(at, after // options.thin - 1 if kept else None, columns, num_steps)
+
+
+def _warn(sums: Sums, num_trajectories: int) -> None:
+    """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
+    each = sums.accepted / num_trajectories  # [C]
+    slow = (each < 0.2).nonzero().flatten().tolist()
+    if slow or sums.divergences > 0.05 * num_trajectories * len(each):
+        named = (
+            f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "
+            if slow
+            else ""
+        )
+        warnings.warn(
+            f"HMC: {named}{sums.divergences} of {num_trajectories * len(each)} trajectories diverged: "
+            "the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision",
+            stacklevel=2,
+        )
+
+
+def _phase(name: str, step: int, num_steps: int) -> dict[str, Any]:
+    """Where a run stands, for its bar."""
+    return {"name": name, "step": step, "num_steps": num_steps}
+
+
+def _saved(plan: Plan, at: Position, adaptation: Adaptation, sums: Sums) -> State:
+    """All that the next trajectory needs, under flat names."""
+    parts: dict[str, Any] = {"at": at, **adaptation._asdict(), "sums": sums}
+    found = {f"{name}.{key}": value for name, part in parts.items() for key, value in part._asdict().items()}
+    return found | plan.save()
+
+
+def _flat_in(state: State, scale: Tensor) -> Tensor:
+    """Positions that a state holds, climbing or sampling."""
+    climbing = state.get("climb.flat")
+    flat: Tensor = state["at.flat"].to(scale.device) if climbing is None else climbing.to(scale.device) * scale
+    return flat
+
+
+def _restored(state: State, scale: Tensor) -> tuple[Position, Adaptation, Sums]:
+    here = {key: v.to(scale.device) if isinstance(v, Tensor) else v for key, v in state.items()}
+
+    def part(name: str, kind: Any) -> Any:
+        return kind(*(here[f"{name}.{key}"] for key in kind._fields))
+
+    kinds = {"step_size": StepSize, "metric": Metric, "moments": Moments, "length": Length}
+    adaptation = Adaptation(**{name: part(name, kind) for name, kind in kinds.items()})
+    return part("at", Position), adaptation, part("sums", Sums)

@@ -1,0 +1,411 @@
+"""Log densities of many positions at once, with gradients: vectorised over chains, traced, and compiled where it pays."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import operator
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import config as inductor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from bnn.errors import BnnError, ConfigError, FitError
+from bnn.inference import products
+from bnn.model import BayesianModel
+from bnn.types import Batch
+
+Mode: TypeAlias = Literal["compiled", "traced", "eager"]
+
+# What a gradient costs without a compiler, for the rule that decides: measured with small networks on one core.
+SECONDS_PER_CALL, SECONDS_PER_VALUE, SECONDS_PER_OPERATION = 4e-6, 6e-10, 2.5e-11
+WORTH_COMPILING = 30.0  # seconds of gradients; a compilation takes 3 to 20, and halves them
+ONE_THREAD = 5e-4  # seconds of arithmetic a gradient, under which two threads only wait for each other
+CACHE, FEW_ROWS = 32 * 2**20, 256  # bytes of a slice where memory is not bounded, about a cache; and its rows, at least
+
+
+class Plan(NamedTuple):
+    """How gradients are computed. Choices change bits, so that a run keeps them: by rule at first, recorded after."""
+
+    mode: Mode
+    slices: int  # of the data, whose gradients are summed
+    threads: int  # 0: as many as torch has
+    onednn: bool = False  # whether large products of matrices are oneDNN's
+
+    def save(self) -> dict[str, Any]:
+        return {f"plan.{name}": value for name, value in self._asdict().items()}
+
+    @staticmethod
+    def load(state: dict[str, Any]) -> Plan:
+        return Plan(*(state[f"plan.{name}"] for name in Plan._fields))
+
+
+class Values(NamedTuple):
+    """What a density says of C positions. Sums are in float64: their differences decide."""
+
+    log_density: Tensor  # [C] float64
+    log_joint: Tensor  # [C] float64
+    gradient: Tensor  # [C, P] of the log density, in the dtype of the positions
+
+
+Density: TypeAlias = Callable[[Tensor], Values]
+"""Positions u [C, P] -> values. Its `plan` and `compile_seconds` say how it was made."""
+
+Piece: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""u [P], then tensors of data -> log density and log joint, scalars: those of all data, or estimates from a slice."""
+
+
+class Target(NamedTuple):
+    """A log density as a sum over slices of data: log pi(u) = sum_i share_i piece(u, *slices_i)."""
+
+    piece: Piece
+    slices: Callable[[int], list[tuple[float, tuple[Tensor, ...]]]]  # shares and data of so many slices
+    most_slices: int
+    in_dims: tuple[int | None, ...]  # of the tensors of data: 0 for one slice a chain, None for all chains alike
+
+
+def target_of_model(model: BayesianModel, batch: Batch) -> Target:
+    """The full-data log density of a model, in slices of rows that differ by one row at most.
+
+    log pi(u) = sum_i B_i / N log_density(u; slice i), each with its likelihood scaled by N / B_i
+    """
+    leaves, structure = pytree.tree_flatten(batch)
+    rows = len(batch.y)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def piece(flat: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        whole = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            whole[place] = tensor
+        return model.log_density(flat, pytree.tree_unflatten(whole, structure))
+
+    def slices(count: int) -> list[tuple[float, tuple[Tensor, ...]]]:
+        edges = [rows * number // count for number in range(count + 1)]
+        return [
+            ((stop - start) / rows, tuple(leaves[place][start:stop] for place in places))
+            for start, stop in pairwise(edges)
+        ]
+
+    return Target(piece, slices, rows, (None,) * len(places))
+
+
+def target_of_function(log_density: Callable[..., Tensor], context: Tensor | None) -> Target:
+    """Any log density u [P] -> scalar; with a context, one slice of it a chain as a second argument."""
+
+    def piece(flat: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        value = log_density(flat, *tensors)
+        return value, value
+
+    tensors = () if context is None else (context,)
+    return Target(piece, lambda count: [(1.0, tensors)] * count, 1, (0,) * len(tensors))
+
+
+def prepare(
+    target: Target,
+    flat: Tensor,
+    *,
+    num_gradients: int,
+    memory: int | None,
+    compile: bool | None,
+    plan: Plan | None = None,
+) -> Prepared:
+    """The density of a target at positions such as `flat` [C, P], by the plan recorded or the rule.
+
+    Data are cut where the values that a gradient keeps at once would need more than `memory` bytes, and on a CPU, where
+    that is None, into slices that a cache holds; gradients are compiled where there is a compiler and they would take
+    longer than half a minute without; one thread serves where the work is small. All of this follows from shapes and options.
+
+    Args:
+        num_gradients: that will be asked for, about.
+        compile: True or False overrule the rule.
+        plan: of the run that goes on.
+
+    Raises:
+        ConfigError: `compile=True`, or a plan that was compiled, without a compiler; `memory` for not even one row.
+        FitError: the density cannot be vectorised over chains.
+    """
+    resumed = plan is not None
+    if plan is None:
+        plan, graph = _plan(target, flat, num_gradients, memory, compile)
+    else:
+        graph = None
+    if plan.mode == "compiled" and not has_compiler(flat.device):
+        raise ConfigError(
+            "compile",
+            want="a C++ compiler (c++, g++ or clang++)",
+            got="none on this machine" + ("" if compile else ", where the run that goes on had one"),
+            fix="install one" + (", or pass compile=False" if compile else ""),
+        )
+    if plan.onednn and not products.available():
+        raise ConfigError(
+            "plan",
+            want="a CPU and a torch with oneDNN, as the run that goes on had",
+            got="none",
+            fix="go on where it began",
+        )
+    try:
+        return Prepared(target, plan, flat, graph)
+    except TorchDynamoException as error:  # a compiler that is there and does not work
+        first = (str(error).strip().splitlines() or [""])[0]
+        if compile or resumed:
+            raise ConfigError(
+                "compile", want="a C++ compiler that works", got=first, fix="mend it, or begin with compile=False"
+            ) from error
+        warnings.warn(f"gradients are not compiled: {first}", stacklevel=2)
+        return Prepared(target, plan._replace(mode="traced"), flat, graph)
+
+
+class Prepared:
+    """A density with its plan: holds the traced or compiled functions, one for each shape of a slice."""
+
+    def __init__(self, target: Target, plan: Plan, flat: Tensor, graph: fx.GraphModule | None = None) -> None:
+        self.plan, self.compile_seconds = plan, 0.0
+        self._vectorised = _vectorised(target)
+        self._slices = target.slices(plan.slices)
+        self._functions: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        started = time.perf_counter()
+        for _, tensors in self._slices:
+            shapes = tuple(tensor.shape for tensor in tensors)
+            if shapes not in self._functions:
+                self._functions[shapes] = self._made(flat, tensors, graph if plan.slices == 1 else None)
+        if plan.mode == "compiled":
+            self.compile_seconds = time.perf_counter() - started
+
+    def __call__(self, flat: Tensor) -> Values:
+        with torch.no_grad(), threads(self.plan.threads):
+            if len(self._slices) == 1:
+                tensors = self._slices[0][1]
+                gradient, value, log_joint = self._functions[tuple(t.shape for t in tensors)](flat, *tensors)
+                return Values(value, log_joint, gradient)
+            gradient = torch.zeros_like(flat)
+            value = log_joint = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+            for share, tensors in self._slices:
+                part = self._functions[tuple(t.shape for t in tensors)](flat, *tensors)
+                gradient = gradient + share * part[0]
+                value, log_joint = value + share * part[1], log_joint + share * part[2]
+            return Values(value, log_joint, gradient)
+
+    def _made(self, flat: Tensor, tensors: Sequence[Tensor], graph: fx.GraphModule | None) -> Callable[..., Any]:
+        if self.plan.mode == "eager":
+            return self._vectorised
+        with threads(self.plan.threads):
+            graph = graph or trace(self._vectorised, flat, tensors)
+            if self.plan.onednn:
+                products.replaced(graph)
+            if self.plan.mode == "traced":
+                return graph
+            return _compiled(graph, flat, tensors, self.plan.threads)
+
+
+def _vectorised(target: Target) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """u [C, P], data -> gradient [C, P], log density [C] and log joint [C]."""
+    one = torch.func.grad_and_value(target.piece, has_aux=True)
+    many = torch.func.vmap(one, in_dims=(0, *target.in_dims))
+
+    def vectorised(flat: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope, (value, log_joint) = many(flat, *tensors)
+        return slope.detach(), value.detach().double(), log_joint.detach().double()
+
+    return vectorised
+
+
+def trace(function: Callable[..., Any], flat: Tensor, tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """The tensor operations that a function runs on such arguments, without the Python and autograd around them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of its own tracing
+        graph = make_fx(function)(flat, *tensors)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _compiled(graph: fx.GraphModule, flat: Tensor, tensors: Sequence[Tensor], threads: int) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(graph, dynamic=False)
+    # tanh by way of exp: to rounding of 1, not of the value, and three times as fast.
+    settings = {"cpp.threads": threads or -1, "cpp.use_decompose_tanh": True}
+    with torch.no_grad(), warnings.catch_warnings(), inductor.patch(settings):
+        warnings.simplefilter("ignore")
+        compiled(flat, *tensors)  # compiled now, under these settings, not at the first step
+    return compiled
+
+
+def _plan(
+    target: Target, flat: Tensor, num_gradients: int, memory: int | None, compile: bool | None
+) -> tuple[Plan, fx.GraphModule | None]:
+    vectorised = _vectorised(target)
+    slices, cost, graph = 1, None, None
+    try:
+        slices = _num_slices(target, vectorised, flat, memory)
+        tensors = target.slices(slices)[0][1]
+        graph = trace(vectorised, flat, tensors)
+        cost = cost_of(graph)
+    except BnnError:
+        raise
+    except Exception as error:  # tracing runs anybody's code: whether it can be vectorised at all is asked next
+        _require_vectorisable(vectorised, flat, target.slices(slices)[0][1], error)
+    if cost is None or graph is None:
+        return Plan("eager", slices, 0), None
+    threads = 1 if cost.seconds - cost.overhead < ONE_THREAD and flat.device.type == "cpu" else 0
+    by_rule = slices * cost.seconds * num_gradients > WORTH_COMPILING and has_compiler(flat.device)
+    wanted = by_rule if compile is None else compile
+    onednn = products.available() and products.replaced(graph) > 0
+    return Plan("compiled" if wanted else "traced", slices, threads, onednn), graph
+
+
+def _require_vectorisable(
+    function: Callable[..., Any], flat: Tensor, tensors: Sequence[Tensor], error: Exception
+) -> None:
+    """Warn where only tracing fails, which costs speed; raise FitError where `vmap` does."""
+    try:
+        function(flat, *tensors)
+    except BnnError:
+        raise
+    except Exception as failure:
+        raise FitError(
+            "log density",
+            want="one that torch.func.vmap takes: tensors in, a scalar out, no `if` and no .item() on values",
+            got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}",
+            fix="use torch.where in place of `if`, and tensor operations throughout",
+        ) from failure
+    warnings.warn(
+        f"the log density cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+        "each gradient runs through Python",
+        stacklevel=2,
+    )
+
+
+def _num_slices(target: Target, vectorised: Callable[..., Any], flat: Tensor, memory: int | None) -> int:
+    """The least number of slices with which a gradient keeps at most `memory` bytes at once.
+
+    The bytes of each value are a + b rows: two small traces tell them for any number of rows.
+    """
+    if target.most_slices < 16 or (memory is None and flat.device.type != "cpu"):
+        return 1
+    few, many = (target.slices(target.most_slices // rows)[0][1] for rows in (4, 8))
+    graphs = [trace(vectorised, flat, tensors) for tensors in (few, many)]
+    sizes = [{node.name: _num_bytes(node) for node in graph.graph.nodes} for graph in graphs]
+    rows_few, rows_many = len(few[0]), len(many[0])
+
+    def bytes_of(rows: int) -> float:
+        share = (rows - rows_few) / (rows_many - rows_few)
+        return _peak(
+            graphs[1], {n: sizes[0].get(n, 0.0) + share * (s - sizes[0].get(n, 0.0)) for n, s in sizes[1].items()}
+        )
+
+    fixed = max(bytes_of(0), 0.0)
+    budget = fixed + CACHE if memory is None else memory
+    fewest = max(target.most_slices // FEW_ROWS, 1)
+    if memory is None and bytes_of(1) > budget:
+        return fewest  # no slice fits a cache
+    if bytes_of(1) > budget:
+        raise ConfigError(
+            "memory",
+            want=f"at least {math.ceil(bytes_of(1)):,} bytes, for one row of data and {len(flat)} chains",
+            got=f"{memory:,}",
+            fix="raise it, or take fewer chains",
+        )
+    counts = range(1, target.most_slices + 1)  # of slices, of which the first that fits is sought
+    fits = bisect.bisect_left(counts, True, key=lambda n: bytes_of(math.ceil(target.most_slices / n)) <= budget)
+    return min(counts[fits], fewest) if memory is None else counts[fits]
+
+
+class Cost(NamedTuple):
+    """Of one run of a graph, from its shapes alone."""
+
+    bytes: float  # of the values that are kept at once, at most
+    operations: float  # multiplications and additions of matrix products
+    seconds: float  # about, without a compiler
+    overhead: float  # of them, that of calls
+
+
+def cost_of(graph: fx.GraphModule) -> Cost:
+    """What a graph costs: the peak of its living values, its matrix products, and a rough time on one core."""
+    sizes = {node.name: _num_bytes(node) for node in graph.graph.nodes}
+    made = [node for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node)]
+    operations = sum(_operations(node) for node in made)
+    overhead = len(made) * SECONDS_PER_CALL
+    work = sum(_numel(node) for node in made) * SECONDS_PER_VALUE + operations * SECONDS_PER_OPERATION
+    return Cost(_peak(graph, sizes), operations, overhead + work, overhead)
+
+
+def _peak(graph: fx.GraphModule, sizes: dict[str, float]) -> float:
+    """The most bytes that values of the graph take at once, where each lives until it and its views are last used."""
+    owner: dict[fx.Node, fx.Node] = {}  # of the memory that a value lies in
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        inputs = node.all_input_nodes
+        owner[node] = owner[inputs[0]] if inputs and _is_view(node) else node
+        last_use.update({owner[used]: node for used in inputs})
+    ends: dict[fx.Node, float] = {}
+    for node, user in last_use.items():
+        if node.op == "call_function":
+            ends[user] = ends.get(user, 0.0) + sizes[node.name]
+    living = peak = 0.0
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and owner[node] is node:
+            living += sizes[node.name]
+            peak = max(peak, living)
+        living -= ends.get(node, 0.0)
+    return peak
+
+
+def _operations(node: fx.Node) -> float:
+    """2 m k n of a product [.., m, k] x [.., k, n]; of convolutions the same over their windows."""
+    name = str(node.target)
+    shapes: list[tuple[int, ...]] = [tuple(arg.meta["val"].shape) for arg in node.args if isinstance(arg, fx.Node)]
+    if any(word in name for word in ("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm")):
+        return 2.0 * _numel(node) * shapes[-2][-1]
+    if "convolution" in name and len(shapes) >= 2:
+        # A product for each output (forward) or each input and weight (backward): bounded by output x window.
+        largest = max(math.prod(shape[:1] + shape[2:]) for shape in shapes)
+        return 2.0 * largest * math.prod(shapes[1][:2]) * math.prod(shapes[1][2:])
+    return 0.0
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value lies in the memory of another: its operation says that it returns an alias, or picks from a list."""
+    schema = getattr(node.target, "_schema", None)
+    return node.target in (operator.getitem, torch.ops.aten._unsafe_view.default) or (
+        schema is not None and any(result.alias_info is not None for result in schema.returns)
+    )
+
+
+def _numel(node: fx.Node) -> float:
+    return float(sum(v.numel() for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)))
+
+
+def _num_bytes(node: fx.Node) -> float:
+    return float(sum(v.nbytes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)))
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can work here: with a C++ compiler, for CUDA with Triton, which torch brings there."""
+    return device.type == "cuda" or any(
+        shutil.which(name)
+        for option in (inductor.cpp.cxx,)
+        for name in (*(o for o in (option if isinstance(option, tuple) else (option,)) if o), "c++", "g++", "clang++")
+    )
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Run with so many threads of torch, 0 for as many as there are, and leave their number as it was."""
+    before = torch.get_num_threads()
+    if number in (0, before):
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
