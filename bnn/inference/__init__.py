@@ -10,6 +10,7 @@ from bnn.inference.guide import Guide
 from bnn.inference.hmc import HMC
 from bnn.inference.ivon import IVON
 from bnn.inference.laplace import Laplace
+from bnn.inference.nuts import NUTS
 from bnn.inference.prior import Prior
 from bnn.inference.sgmcmc import SGHMC, SGLD
 from bnn.inference.swag import SWAG
@@ -30,7 +31,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sgld": SGLD,
     "sghmc": SGHMC,
     "hmc": HMC,
+    "nuts": NUTS,
 }
 """The table of methods: what the command line calls them, and how they are made from options."""
 
-__all__ = ["HMC", "IVON", "METHODS", "SGHMC", "SGLD", "SWAG", "Ensemble", "Guide", "Laplace", "Prior"]
+__all__ = ["HMC", "IVON", "METHODS", "NUTS", "SGHMC", "SGLD", "SWAG", "Ensemble", "Guide", "Laplace", "Prior"]

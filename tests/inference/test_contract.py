@@ -22,7 +22,7 @@ from bnn import likelihoods, priors
 from bnn.bank import Bank
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.fitting import fit
-from bnn.inference import HMC, IVON, METHODS, SGHMC, SGLD, SWAG, Ensemble, Guide, Laplace, Prior
+from bnn.inference import HMC, IVON, METHODS, NUTS, SGHMC, SGLD, SWAG, Ensemble, Guide, Laplace, Prior
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, Method, State
@@ -53,7 +53,8 @@ TABLE: dict[str, Row] = {
     "sghmc": Row(
         SGHMC(num_chains=2, num_warmup=20, climb_steps=60, cycle_steps=30, draws_per_cycle=2, batch_size=7), 6, 10
     ),
-    "hmc": Row(HMC(num_chains=2, num_warmup=12, num_steps=4), 6, 10, has_log_joint=True),
+    "hmc": Row(HMC(num_chains=2, num_warmup=12, num_steps=4, init="prior"), 6, 10, has_log_joint=True),
+    "nuts": Row(NUTS(num_chains=2, num_warmup=8, max_tree_depth=3, init="prior"), 6, 10, has_log_joint=True),
 }
 
 
@@ -260,7 +261,7 @@ def test_fit_writes_a_bank_and_resumes_it_bit_for_bit(
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", interrupted)
+        patch.setattr("bnn.fitting.with_progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(model, data, method=row.method, num_samples=row.num_samples, out=tmp_path / "broken", seed=3)
     assert len(Bank.open(tmp_path / "broken")) < row.num_samples
