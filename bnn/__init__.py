@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnn import errors, inference, likelihoods, metrics, priors, samplers, uncertainty
+    from bnn import diagnostics, errors, inference, likelihoods, metrics, priors, samplers, uncertainty
     from bnn.bank import Bank
-    from bnn.evaluation import Report, evaluate
+    from bnn.evaluation import Report, diagnose, evaluate
     from bnn.fitting import fit
     from bnn.functional import FunctionalModel
     from bnn.model import BayesianModel
@@ -27,6 +27,8 @@ __all__ = [
     "PairedLoader",
     "Report",
     "SampleIndexSampler",
+    "diagnose",
+    "diagnostics",
     "distil",
     "errors",
     "evaluate",
@@ -49,6 +51,7 @@ _HOMES = {
     "PairedLoader": "bnn.samplers",
     "Report": "bnn.evaluation",
     "SampleIndexSampler": "bnn.samplers",
+    "diagnose": "bnn.evaluation",
     "distil": "bnn.training",
     "evaluate": "bnn.evaluation",
     "fit": "bnn.fitting",

@@ -107,8 +107,8 @@ def test_no_block_escapes(page: Path) -> None:
     "name",
     [
         "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "throughput", "pitfalls", "cli",
-        "priors-and-likelihoods", "own-guide",
-        *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc")),
+        "priors-and-likelihoods", "own-guide", "diagnostics",
+        *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc", "nuts")),
     ],
 )  # fmt: skip
 def test_guides_have_blocks_that_run(name: str) -> None:

@@ -59,7 +59,7 @@ def fit(
     method: Annotated[
         str,
         typer.Option(
-            help="prior, mean-field, low-rank, full-rank, flow, guide, map, laplace, ensemble, swag, ivon, sgld, sghmc or hmc."
+            help="prior, mean-field, low-rank, full-rank, flow, guide, map, laplace, ensemble, swag, ivon, sgld, sghmc, hmc or nuts."
         ),
     ] = "hmc",
     num_samples: Annotated[
@@ -69,22 +69,28 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    num_chains: Annotated[int | None, typer.Option(help="Chains of hmc, sghmc, sgld.", show_default=False)] = None,
+    num_chains: Annotated[
+        int | None, typer.Option(help="Chains of hmc, nuts, sghmc, sgld.", show_default=False)
+    ] = None,
     num_warmup: Annotated[
         int | None,
-        typer.Option(help="Draws or steps a chain that are not kept, of hmc, sghmc, sgld.", show_default=False),
+        typer.Option(help="Draws or steps a chain that are not kept, of hmc, nuts, sghmc, sgld.", show_default=False),
     ] = None,
     num_steps: Annotated[
         int | None, typer.Option(help="Leapfrog steps of hmc, optimisation steps of others.", show_default=False)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step; hmc takes all.", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows a step; hmc and nuts take all.", show_default=False)
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
     draws: Annotated[
         str | None,
         typer.Option(help="Draws of guides: random, antithetic, sobol or mean.", show_default=False),
     ] = None,
     balance: common.Balance = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of low-rank and swag.", show_default=False)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of low-rank, swag and the low-rank mass of hmc.", show_default=False)
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Any other option of the method; repeatable.", show_default=False),
@@ -140,9 +146,10 @@ def fit(
     """Fit a posterior over the weights of a module and keep it as a bank."""
     del config, debug  # read before the verb runs
     from bnn import fitting, modules
+    from bnn.cli.bank import diagnosis_of
     from bnn.cli.show import show_bank
     from bnn.data import load_data
-    from bnn.errors import ConfigError, choose
+    from bnn.errors import BnnError, ConfigError, choose
     from bnn.model import BayesianModel
 
     if task is not None:
@@ -212,6 +219,11 @@ def fit(
         record=record,
     )
     show_bank(bank)
+    try:
+        verdict = diagnosis_of(bank, (module, dataset)).text
+    except BnnError as error:  # the bank is there and whole, whatever keeps its chains from being judged
+        verdict = f"none: {error}"
+    typer.echo(f"verdict     {verdict}")
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
@@ -220,6 +232,7 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown method, or an option that it has not, or of another kind.
     """
+    from bnn.bank import Bank
     from bnn.cli.options import check_kind
     from bnn.errors import ConfigError, choose
     from bnn.inference import METHODS
@@ -241,6 +254,9 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
                 got="none of these",
                 fix="leave it out",
             )
+        if key == "init" and "Sequence" in types[key] and (Path(str(value)) / "bank.json").is_file():
+            options[key] = Bank.open(value)
+            continue
         may_be_none = "None" in types[key]
         options[key] = None if may_be_none and value == "none" else check_kind(f"--option {key}", value, known[key])
     return METHODS[name](**options)
@@ -256,7 +272,7 @@ def num_batches(method: Method, num_samples: int, num_rows: int) -> int:
     if isinstance(method, SWAG):
         every = method.collect_every or math.ceil(num_rows / method.batch_size)
         return method.num_steps + method.num_models * every
-    return getattr(method, "num_steps", 1)
+    return getattr(method, "num_steps", None) or 1
 
 
 def make_prior(name: str, options: dict[str, Any]) -> Prior:
@@ -335,6 +351,7 @@ def num_outputs(likelihood: Likelihood, dataset: DataSet) -> int:
 
 def _told(told: dict[str, Any], method: Method, prior: Prior, likelihood: Likelihood) -> str:
     """Everything that would run as a configuration file."""
+    from bnn.bank import Bank
     from bnn.cli.options import as_toml
     from bnn.fitting import method_options
     from bnn.inference import METHODS
@@ -342,6 +359,8 @@ def _told(told: dict[str, Any], method: Method, prior: Prior, likelihood: Likeli
     usual = method_options(METHODS[told["method"]]())
     options = {key: "none" if value is None else value for key, value in method_options(method).items()}
     options = {key: value for key, value in options.items() if value != "none" or usual[key] is not None}
+    if isinstance(getattr(method, "init", None), Bank):
+        options["init"] = str(method.init.path)  # type: ignore[attr-defined]
     if told["method"] != "guide":  # elsewhere the method's name says it
         options.pop("family", None)
     names = {value: key for key, value in LIKELIHOOD_NAMES.items()}

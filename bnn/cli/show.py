@@ -12,6 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from bnn.bank import Bank
     from bnn.evaluation import Report
+    from bnn.evaluation.verdict import Diagnosis
 
 
 def show_bank(bank: Bank) -> None:
@@ -30,6 +31,33 @@ def show_bank(bank: Bank) -> None:
         if found:
             lines.append(f"{writer:11} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
     Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """The verdict on chains in one line, then its figures."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(found.text)
+    parts = {what: getattr(found, what) for what in ("predictions", "noise", "log_joint", "parameters")}
+    if any(parts.values()):
+        table = Table(box=None, pad_edge=False)
+        for head in ("", "number", "R-hat", "above 1.01", "bulk ESS", "tail ESS"):
+            table.add_column(head, justify="right" if head else "left")
+        table.add_column("worst")
+        for what, part in parts.items():
+            if part is not None:
+                ess = f"{part.ess_bulk:.0f}", f"{part.ess_tail:.0f}"
+                name = what.replace("_", " ")
+                table.add_row(name, f"{part.num}", f"{part.rhat:.3f}", f"{part.share_noticed:.0%}", *ess, part.worst)
+        Console(highlight=False, width=None if console.is_terminal else 200).print(table)
+    moved = []
+    if found.acceptance is not None:
+        moved.append(f"acceptance {found.acceptance:.2f}")
+    if found.divergent is not None:
+        moved.append(f"{found.divergent} of {found.num_trajectories} trajectories diverged")
+    if found.ebfmi:
+        moved.append(f"E-BFMI {min(found.ebfmi):.2f} to {max(found.ebfmi):.2f}")
+    if moved:
+        console.print(", ".join(moved))
 
 
 def _posterior(sampling: Mapping[str, Any]) -> list[str]:

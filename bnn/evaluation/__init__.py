@@ -1,6 +1,8 @@
 """Metrics over a predictive, and reports of them."""
 
+from bnn.evaluation.convergence import diagnose, probe_rows
 from bnn.evaluation.report import Figure, Report, save_reports
 from bnn.evaluation.scoring import evaluate
+from bnn.evaluation.verdict import Diagnosis
 
-__all__ = ["Figure", "Report", "evaluate", "save_reports"]
+__all__ = ["Diagnosis", "Figure", "Report", "diagnose", "evaluate", "probe_rows", "save_reports"]

@@ -773,7 +773,7 @@ def test_interruption_exits_with_130_and_says_how_to_go_on(
 
     fit = "fit --data diabetes --model mlp:4 --method mean-field --num-steps 100 --num-samples 5 --out bank"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnn.fitting._with_progress", interrupted)
+        patch.setattr("bnn.fitting.with_progress", interrupted)
         code, _, err = bnn(fit)
     assert code == 130
     assert err == "interrupted; what was committed is kept, go on with the same command and --resume\n"

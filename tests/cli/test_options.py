@@ -36,6 +36,7 @@ QUICK = {
     "sgld": "--num-chains 2 --num-warmup 5 --option climb_steps=20 --option cycle_steps=none --option thin=2",
     "sghmc": "--num-chains 2 --num-warmup 5 --option climb_steps=20 --option cycle_steps=20",
     "hmc": "--num-chains 2 --num-warmup 5 --num-steps 2",
+    "nuts": "--num-chains 2 --num-warmup 5 --option max_tree_depth=2 --option init=prior",
 }
 
 
@@ -222,7 +223,9 @@ FIT = "fit --data t.csv:y --model mlp:3 --out bank --num-samples 2"
         (f"{FIT} --method map --lr inf --num-samples 1", "Guide(lr=): want a positive number, got inf"),
         (f"{FIT} --method swag --option lr=fast", "--option lr: want a number, got 'fast'"),
         (f"{FIT} --method swag --option num_models=2.5", "--option num_models: want a whole number, got 2.5"),
-        (f"{FIT} --method hmc --option adapt_mass=1", "--option adapt_mass: want true or false, got 1"),
+        (f"{FIT} --method hmc --option compile=1", "HMC(compile=): want True or False or None, got 1"),
+        (f"{FIT} --method hmc --option init=nowhere", "HMC(init=): want one of prior, ensemble, module, map, got 'nowhere'"),
+        (f"{FIT} --method hmc --option mass=dense", "HMC(mass=): want one of diagonal, low-rank, unit, got 'dense'"),
         (f"{FIT} --method hmc --option thin=true", "--option thin: want a whole number, got True"),
         (f"{FIT} --method swag --option friction=0.1", "--option friction: want an option of the method swag: num_steps"),
         (f"{FIT} --method flow --option family=map", "--option family: want an option of the method flow"),
@@ -288,3 +291,23 @@ def test_toml_reads_back() -> None:
     assert found == {
         **{key: values[key] for key in "abcde"}, "g-h": "ü", "t": {"k": 1, "odd key": {"n": [1, {"m": False}]}},
     }  # fmt: skip
+
+
+def test_chains_start_at_rows_of_a_bank(bnn: Callable[[str], tuple[int, str, str]]) -> None:
+    write_table("number")
+    words = "fit --data t.csv:y --model mlp:3"
+    assert bnn(f"{words} --method ensemble --num-steps 20 --num-samples 3 --out first")[0] == 0
+    words += " --method hmc --num-chains 2 --num-warmup 3 --num-steps 2 --num-samples 4 --option init=first"
+    told = bnn(f"{words} --print-config")[1]
+    assert tomllib.loads(told)["option"]["init"] == "first"
+    code, _, err = bnn(f"{words} --option step_size=1e-9 --out bank")
+    assert code == 0, err
+    first, bank = Bank.open("first"), Bank.open("bank")
+    assert bank.info["method"]["options"]["init"] == f"bank {first.digest}"
+    starts = {tuple(first[row]["1.weight"].flatten().tolist()) for row in range(3)}
+    for row in range(4):  # steps too short to leave the start
+        found = bank[row]["1.weight"].flatten()
+        assert min(float((found - torch.tensor(start)).abs().max()) for start in starts) < 1e-4
+    code, _, err = bnn(f"{words} --model mlp:4 --out other")
+    assert code == 2
+    assert "init: want the layout" in err
