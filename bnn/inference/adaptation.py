@@ -241,9 +241,8 @@ def _recentred(at: Length, after: Tensor, metric: Metric) -> Length:
 
 def _disagree(at: Length, centre: Tensor) -> bool:
     """Whether the chains' whitened centres are further apart than the draws of one chain make them."""
-    if len(centre) == 1:  # nobody else to be centred with
+    if len(centre) == 1 or at.num_updates < 1 / CENTRE_RATE:
+        # Nobody else to be centred with, or too early to tell: one gradient across modes far apart would weigh for long.
         return True
-    if at.num_updates < 1 / CENTRE_RATE:
-        return False
     between = float(centre.double().var(dim=0).mean())
     return between > DISAGREEMENT * float(at.spread.mean())

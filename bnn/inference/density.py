@@ -254,6 +254,10 @@ def _plan(
     except Exception as error:  # tracing runs anybody's code: whether it can be vectorised at all is asked next
         _require_vectorisable(vectorised, flat, target.slices(slices)[0][1], error)
     if cost is None or graph is None:
+        if memory is not None and target.most_slices > 1:
+            raise ConfigError(
+                "memory", want="a density that can be traced, to be cut", got="one that cannot", fix="leave memory out"
+            )
         return Plan("eager", slices, 0), None
     threads = 1 if cost.seconds - cost.overhead < ONE_THREAD and flat.device.type == "cpu" else 0
     by_rule = slices * cost.seconds * num_gradients > WORTH_COMPILING and has_compiler(flat.device)
@@ -275,7 +279,7 @@ def _require_vectorisable(
             "log density",
             want="one that torch.func.vmap takes: tensors in, a scalar out, no `if` and no .item() on values",
             got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}",
-            fix="use torch.where in place of `if`, and tensor operations throughout",
+            fix="try it on one position; where it works there, use torch.where in place of `if` on values",
         ) from failure
     warnings.warn(
         f"the log density cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "

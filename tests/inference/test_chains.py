@@ -26,14 +26,15 @@ from bnn.types import State
 
 C, P = 3, 5
 CLIMBS = CLIMB_STEPS // 50
-COVARIANCE = torch.diag(torch.tensor([0.3, 0.2, 0.5, 0.1, 0.4])) + 4.0  # one direction of large variance
+COVARIANCE = torch.diag(torch.tensor([0.03, 0.02, 0.05, 0.01, 0.04])) + 4.0  # one direction of large variance
 PRECISION = torch.linalg.inv(COVARIANCE)
 MEAN = torch.tensor([0.4, -0.2, 1.0, 0.1, -1.0])
 SCALE = torch.tensor([1.0, 0.5, 2.0, 0.7, 1.5])
 
 
 def log_density(u: Tensor) -> Tensor:
-    return -0.5 * (u - MEAN) @ PRECISION @ (u - MEAN)
+    apart = (u - MEAN).double()  # sums of which a float32 would lose digits
+    return -0.5 * apart @ PRECISION.double() @ apart
 
 
 @pytest.fixture
@@ -96,6 +97,27 @@ def test_every_state_leads_to_the_next_step_of_the_run(
     assert learnt["metric.directions"].shape[0] == P
     assert bool(learnt["metric.directions"].shape[1]) == (mass == "low-rank")
     assert torch.equal(learnt["metric.scale"], SCALE) == (mass == "unit")
+
+
+def test_the_length_is_learnt_from_the_time_of_each_chain(
+    without_tracing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is its own step size times the common number of steps; bounds are those of the mean step, in logarithms."""
+    asked: list[dict[str, Any]] = []
+    update = chains.update_length
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        asked.append(options)
+        return update(*arguments, **options)
+
+    monkeypatch.setattr(chains, "update_length", watched)
+    whole = list(run(options_of(init="prior", trajectory="chees", num_steps=11), 2))
+    assert len(asked) == 44
+    for (draw, state), options in zip(whole, asked, strict=False):
+        torch.testing.assert_close(options["time"], draw.columns["step_size"] * draw.num_steps, rtol=1e-12, atol=0)
+        shortest = state["info"]["step_size"]
+        assert (options["shortest"], options["longest"]) == pytest.approx((shortest, 11 * shortest), rel=1e-12)
+    assert len(set(asked[-1]["time"].tolist())) == C
 
 
 @pytest.mark.parametrize("init", ["prior", "map"])
@@ -254,23 +276,23 @@ def test_kept_draws_tell_of_the_trajectories_since_the_last_one(without_tracing:
 
 
 def test_divergences_are_counted_with_their_chain_and_draw() -> None:
-    """A wall that every trajectory of chain 1 runs into: what lies behind it is not finite."""
+    """A wall that every trajectory of chains 1 and 2 runs into: what lies behind it is not finite."""
 
     def walled(u: Tensor, wall: Tensor) -> Tensor:
         return torch.where(u[0] > wall, math.nan, -0.5 * u.square().sum())
 
-    context = torch.tensor([1e9, -1e9, 1e9])
+    context = torch.tensor([1e9, -1e9, -1e9])
     target = target_of_function(walled, context)
     flat = torch.zeros(C, P)
-    flat[1, 0] = -1e9 - 1000.0  # before its wall, pulled across it by the first step
+    flat[1:, 0] = -1e9 - 1000.0  # before their wall, pulled across it by the first step
     options = options_of(init="prior", num_warmup=0, step_size=0.1, thin=2, compile=False)
-    with pytest.warns(UserWarning, match=r"chains 1 accepted 0.00 .* 6 of 18 trajectories diverged"):
+    with pytest.warns(UserWarning, match=r"chains 1, 2 accepted 0.00 .* 12 of 18 trajectories diverged"):
         whole = list(run_chains(options, target, lambda: flat, torch.ones(P), 0, 3, None))
     for draw, _ in whole:
         if draw.number is not None:
-            assert draw.columns["divergent"].tolist() == [0.0, 2.0, 0.0]
-            assert torch.equal(draw.at.flat[1], flat[1])
-    assert whole[-1][1]["info"]["divergences"] == 6
+            assert draw.columns["divergent"].tolist() == [0.0, 2.0, 2.0]
+            assert torch.equal(draw.at.flat[1:], flat[1:])
+    assert whole[-1][1]["info"]["divergences"] == 12
 
 
 def steps_of(options: HMC, log_length: float, step_size: float, steps: range, seed: int = 0) -> list[int]:
@@ -287,6 +309,19 @@ def test_numbers_of_leapfrog_steps(without_tracing: None) -> None:
     assert drawn == steps_of(jittered, 0.0, 0.1, range(300))
     assert drawn != steps_of(jittered, 0.0, 0.1, range(300), seed=1)
     assert set(steps_of(options_of(trajectory="jittered", num_steps=1), 0.0, 0.1, range(40))) == {1}
+
+
+def test_randomness_is_keyed_by_seed_chain_and_trajectory() -> None:
+    like = torch.zeros(C, P)
+    noise, uniform = chains._randomness(like, 3, 20)
+    for chain in range(C):
+        source = generator(3, "chain", chain, 20)
+        assert torch.equal(noise[chain], torch.randn(P, generator=source))
+        assert torch.equal(uniform[chain], torch.rand((), generator=source, dtype=torch.float64))
+    for seed, step in ((3, 21), (4, 20)):
+        others = chains._randomness(like, seed, step)
+        assert not torch.isclose(others[0], noise).any()
+        assert not torch.isclose(others[1], uniform).any()
 
 
 def test_chees_takes_changing_shares_of_its_length() -> None:

@@ -161,6 +161,7 @@ def test_trajectories_into_what_is_not_finite_are_rejected_and_divergent(broken:
     alone, fine = transition(normal, start, noise, uniform, metric, STEPS, 4)
     assert found.accepted.tolist() == [True, True, False, True]
     assert found.divergent.tolist() == [False, False, True, False]
+    assert found.infinite.tolist() == [False, False, broken == "infinite value", False]
     assert float(found.acceptance[2]) == 0.0
     assert bool(found.energy.isfinite().all())
     others = [0, 1, 3]
