@@ -56,7 +56,7 @@ class Bar:
     made: ClassVar[list[Bar]] = []
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.n, self.total, self.closed, self.told = options, 0, None, False, {}  # type: ignore[var-annotated]
+        self.options, self.n, self.total, self.closed, self.told = options, options.get("initial", 0), None, False, {}  # type: ignore[var-annotated]
         Bar.made.append(self)
 
     def update(self, steps: int) -> None:
@@ -121,6 +121,15 @@ def test_bars_close_when_the_run_fails_and_when_nobody_goes_on(bars: list[Bar]) 
     with pytest.raises(KeyboardInterrupt):
         interrupted.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
     assert bars[-1].closed
+
+
+def test_a_run_that_goes_on_does_not_count_what_was_done_before_in_its_speed(bars: list[Bar]) -> None:
+    """Else the first step of it would seem to have been five hundred, and the time left next to nothing."""
+    rest = [("draw", state_of(step, 1000, ("sampling", step, 1000))) for step in (500, 501, 502)]
+    list(with_progress(rest, "hmc", True))
+    (bar,) = bars
+    assert bar.options["initial"] in (499, 500)
+    assert bar.n == 502
 
 
 def test_a_run_without_steps_opens_no_bar(bars: list[Bar]) -> None:

@@ -250,7 +250,7 @@ def test_hmc_under_a_sampler_without_importance_weights_has_the_weighted_posteri
 def test_log_joints_of_hmc_are_those_of_the_target_that_it_says(kind: str, importance: bool) -> None:
     case, weights, _ = regression()
     bank = fit(
-        case.model, case.data, method=HMC(num_chains=2, num_warmup=5, num_steps=3), num_samples=4,
+        case.model, case.data, method=HMC(num_chains=2, num_warmup=5, num_steps=3, init="prior"), num_samples=4,
         sampler=balanced(kind), importance_weights=importance,
     )  # fmt: skip
     weight = None if importance else chances(weights)

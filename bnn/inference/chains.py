@@ -262,7 +262,7 @@ def update_adaptation(
         return adaptation
     borders = sorted({window_start(options.num_warmup), *edges})
     width = next((stop - start for start, stop in pairwise(borders) if step <= stop), 1)
-    every = max(width // max(_room(options), 1), 1)
+    every = math.ceil(width / max(_room(options), 1))  # draws from all of the window fit
     moments = update_moments(adaptation.moments, after, every)
     if step not in edges:
         return adaptation._replace(moments=moments)

@@ -384,7 +384,13 @@ def test_in_memory_banks_have_diagnostics_too() -> None:
     model, data = classifier()
     info = fit(model, data, method=TABLE["hmc"].method, num_samples=6).info
     assert info["complete"]
-    assert set(info["diagnostics"]["main"]) == {"acceptance", "divergences", "step_size"}
+    assert set(info["diagnostics"]["main"]) == {
+        "acceptance",
+        "divergences",
+        "step_size",
+        "leapfrogs",
+        "compile_seconds",
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name != "prior"])
@@ -441,7 +447,7 @@ class Patient:
 
 def test_bank_records_how_it_was_made(tmp_path: Path) -> None:
     model, data = classifier()
-    fit(model, data, method=HMC(num_chains=2, num_warmup=3, num_steps=2), num_samples=4, out=tmp_path / "bank", seed=9)
+    fit(model, data, method=HMC(num_chains=2, num_warmup=30, num_steps=2), num_samples=4, out=tmp_path / "bank", seed=9)
     info = Bank.open(tmp_path / "bank").info
     assert info["method"]["name"] == "hmc"
     assert info["method"]["options"]["num_chains"] == 2
@@ -450,7 +456,13 @@ def test_bank_records_how_it_was_made(tmp_path: Path) -> None:
     assert info["likelihood"] == {"name": "Categorical"}
     assert info["num_data"] == 23
     assert set(info["versions"]) == {"bnn", "torch", "pyro", "python"}
-    assert set(info["diagnostics"]["main"]) == {"acceptance", "divergences", "step_size"}
+    assert set(info["diagnostics"]["main"]) == {
+        "acceptance",
+        "divergences",
+        "step_size",
+        "leapfrogs",
+        "compile_seconds",
+    }
 
 
 @pytest.mark.gpu
