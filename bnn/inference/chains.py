@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
+ENOUGH_TO_JUDGE = 8  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
 
 class Adaptation(NamedTuple):
@@ -375,7 +376,7 @@ def _draw(
 def _warn(sums: Sums, num_trajectories: int) -> None:
     """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
     each = sums.accepted / num_trajectories  # [C]
-    slow = (each < 0.2).nonzero().flatten().tolist()
+    slow = (each < 0.2).nonzero().flatten().tolist() if num_trajectories >= ENOUGH_TO_JUDGE else []
     if slow or sums.divergences > 0.05 * num_trajectories * len(each):
         named = (
             f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "

@@ -21,6 +21,7 @@ from bnn.model import BayesianModel
 from bnn.types import Block, Data, Params, State, make_block
 
 STUCK = 100  # trajectories in a row from which no chain moved, after which nothing will come
+ENOUGH_TO_JUDGE = 8  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,11 @@ def _info(totals: list[Totals], chains: list[Chain]) -> dict[str, float]:
 def _warn(totals: list[Totals]) -> None:
     """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
     each = [one.acceptance / one.trajectories for one in totals]  # [C]
-    slow = [chain for chain, acceptance in enumerate(each) if acceptance < 0.2]
+    slow = [
+        chain
+        for chain, acceptance in enumerate(each)
+        if acceptance < 0.2 and totals[chain].trajectories >= ENOUGH_TO_JUDGE
+    ]
     divergences, trajectories = sum(one.divergences for one in totals), sum(one.trajectories for one in totals)
     if slow or divergences > 0.05 * trajectories:
         mean = sum(each[chain] for chain in slow) / max(len(slow), 1)

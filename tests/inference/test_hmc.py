@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,17 @@ def test_divergences_are_counted_and_warned_of() -> None:
     assert [block.columns["acceptance"].tolist() for block in kept] == [[0.0] * 3] * 4
     assert found[-1][1]["info"]["divergences"] == 24
     assert found[-1][1]["info"]["acceptance"] == 0.0
+
+
+@pytest.mark.parametrize(("num_trajectories", "slow"), [(7, False), (8, True)])
+def test_a_chain_is_called_slow_only_after_enough_trajectories(num_trajectories: int, slow: bool) -> None:
+    case = linear_regression()
+    method = HMC(num_chains=2, num_warmup=0, num_steps=2, step_size=3.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        *_, (_, state) = method.run(case.model, case.data, num_samples=2 * num_trajectories, seed=0)
+    assert state["info"]["acceptance"] < 0.1
+    assert any("chains 0, 1 accepted 0.0" in str(warning.message) for warning in caught) == slow
 
 
 def test_a_higher_target_is_accepted_more_often() -> None:
