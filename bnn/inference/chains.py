@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
-ENOUGH_TO_JUDGE = 8  # trajectories of a chain: with fewer, one that is refused is no sign of anything
+ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
 
 class Adaptation(NamedTuple):

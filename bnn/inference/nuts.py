@@ -21,7 +21,7 @@ from bnn.model import BayesianModel
 from bnn.types import Block, Data, Params, State, make_block
 
 STUCK = 100  # trajectories in a row from which no chain moved, after which nothing will come
-ENOUGH_TO_JUDGE = 8  # trajectories of a chain: with fewer, one that is refused is no sign of anything
+ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
 
 @dataclass(frozen=True)

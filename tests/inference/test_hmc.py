@@ -236,7 +236,7 @@ def test_divergences_are_counted_and_warned_of() -> None:
     assert found[-1][1]["info"]["acceptance"] == 0.0
 
 
-@pytest.mark.parametrize(("num_trajectories", "slow"), [(7, False), (8, True)])
+@pytest.mark.parametrize(("num_trajectories", "slow"), [(3, False), (4, True)])
 def test_a_chain_is_called_slow_only_after_enough_trajectories(num_trajectories: int, slow: bool) -> None:
     case = linear_regression()
     method = HMC(num_chains=2, num_warmup=0, num_steps=2, step_size=3.0)
