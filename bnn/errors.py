@@ -65,6 +65,10 @@ class BankMismatch(BankError):
     """The bank belongs to another module, method or data set."""
 
 
+class BankLimit(BankError):
+    """A bank that asks for more than a reader gives: a longer header, more JSON, more open files."""
+
+
 class BankWriteError(BankError):
     """The disk refused a write: full, read-only or failing."""
 

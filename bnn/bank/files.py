@@ -1,23 +1,24 @@
-"""File work of the bank: atomic writes, safe opening, mapping, locks."""
+"""Files of the bank: written whole or not at all, opened with suspicion, mapped without copies."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
 import stat
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bnn.bank import disk
 from bnn.bank import format as fmt
-from bnn.errors import BankLocked, BankWriteError
+from bnn.errors import BankError, BankLimit, BankLocked, BankWriteError
 
 READ_STEP = 8 * 1024 * 1024
 
@@ -42,37 +43,51 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes]) -> tuple[int,
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     digest, size = hashlib.sha256(), 0
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        descriptor = disk.create(temporary)
         try:
             for chunk in chunks:
                 view = memoryview(chunk)
                 digest.update(view)
                 size += len(view)
                 while view:
-                    view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
+                    view = view[disk.write(descriptor, view) :]
+            disk.fsync(descriptor)
         finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+            disk.close(descriptor)
+        disk.replace(temporary, path)
+        disk.sync_folder(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already, or on a disk that takes nothing any more
+            disk.unlink(temporary)
         if isinstance(error, OSError):
-            raise BankWriteError(
-                str(path),
-                want="to write it",
-                got=os.strerror(error.errno or errno.EIO),
-                fix="free space or permissions, then go on with resume",
-            ) from error
+            raise refused(path, error) from error
         raise
     return size, digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
-    """Write a safetensors file with aligned tensors, atomically."""
+def refused(path: Path, error: OSError) -> BankWriteError:
+    """The error for a disk that does not take a write."""
+    return BankWriteError(
+        str(path),
+        want="to write it",
+        got=os.strerror(error.errno or errno.EIO),
+        fix="free space or permissions, then go on with resume",
+    )
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
+) -> Written:
+    """Write a safetensors file with aligned tensors, atomically.
+
+    With `sealed` its metadata hold the crc32 of every tensor, so that it can be checked without a manifest.
+    """
+    crc32 = {name: zlib.crc32(fmt.tensor_bytes(tensor)) for name, tensor in tensors.items()}
+    if sealed:
+        metadata = fmt.seal_tensors(metadata, crc32)
     header, places = fmt.encode_header({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
     size, sha256 = write_atomic(path, fmt.chunks_of(header, places, tensors))
-    return Written(size, sha256, {name: zlib.crc32(fmt.tensor_bytes(tensor)) for name, tensor in tensors.items()})
+    return Written(size, sha256, {**crc32, fmt.HEADER: zlib.crc32(header)})
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str | None:
@@ -86,48 +101,69 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str | None:
     return digest.hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def open_regular(path: Path) -> tuple[int, int]:
     """A descriptor of a regular file and its size; links, devices and pipes are refused.
 
     Raises:
         BankCorrupt: the file is missing or no regular file.
+        BankLimit: the process has no descriptor left.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = disk.open_read(path)
     except OSError as error:
-        raise fmt.corrupt(str(path), "a regular file", os.strerror(error.errno or errno.EIO)) from error
-    status = os.fstat(descriptor)
+        raise unreadable(path, error) from error
+    status = disk.status(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
+        disk.close(descriptor)
         raise fmt.corrupt(str(path), "a regular file", "a folder, device or pipe")
     return descriptor, status.st_size
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file of bounded size."""
+def unreadable(path: Path, error: OSError) -> BankError:
+    """The error for a file that cannot be opened or read: its fault, or the process's."""
+    told = os.strerror(error.errno or errno.EIO)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return BankLimit(str(path), want="a file descriptor", got=told, fix="raise 'ulimit -n', or open fewer banks")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return BankError(str(path), want="to read it", got=told, fix="ask its owner for the permission")
+    return fmt.corrupt(str(path), "a regular file that can be read", told)
+
+
+def _pieces(path: Path, descriptor: int) -> Iterable[bytes]:
+    """The bytes of a file in steps."""
+    try:
+        while piece := disk.read(descriptor, READ_STEP):
+            yield piece
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def read_json(path: Path, limit: int = fmt.MAX_JSON_BYTES) -> dict[str, object]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        BankCorrupt: the file is no such object.
+        BankLimit: it is larger than `limit` bytes; nothing of it is read.
+    """
     descriptor, size = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        if size > fmt.MAX_JSON_BYTES:
-            raise fmt.corrupt(str(path), f"at most {fmt.MAX_JSON_BYTES} bytes", f"{size}")
-        return fmt.parse_json(file.read(), str(path))
+    try:
+        if size > limit:
+            raise fmt.too_large(str(path), f"at most {limit} bytes", f"{size}")
+        return fmt.parse_json(b"".join(_pieces(path, descriptor)), str(path))
+    finally:
+        disk.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, read in steps."""
+def sha256_of(path: Path, told: Callable[[int], object] = lambda size: None) -> str:
+    """The sha256 of a file, read in steps; `told` gets the bytes of each."""
     descriptor, _ = open_regular(path)
     digest = hashlib.sha256()
-    with os.fdopen(descriptor, "rb") as file:
-        while piece := file.read(READ_STEP):
+    try:
+        for piece in _pieces(path, descriptor):
             digest.update(piece)
+            told(len(piece))
+    finally:
+        disk.close(descriptor)
     return digest.hexdigest()
 
 
@@ -144,7 +180,9 @@ class MappedFile(NamedTuple):
             self.map.madvise(mmap.MADV_DONTNEED)
 
     def crc32(self, name: str) -> int:
-        """The checksum of a tensor's bytes; read in steps, so that a large one does not fill the memory."""
+        """The checksum of a tensor's bytes, or of the header; in steps, so that a large one does not fill the memory."""
+        if name == fmt.HEADER:
+            return zlib.crc32(self.map[: 8 + int.from_bytes(self.map[:8], "little")])
         view, found = fmt.tensor_bytes(self.tensors[name]), 0
         for start in range(0, len(view), READ_STEP):
             found = zlib.crc32(view[start : start + READ_STEP], found)
@@ -152,23 +190,26 @@ class MappedFile(NamedTuple):
         return found
 
 
-def map_tensors(path: Path, expected_size: int | None = None) -> MappedFile:
+def map_tensors(path: Path, expected_size: int | None = None, *, max_header: int = fmt.MAX_HEADER_BYTES) -> MappedFile:
     """Map a safetensors file: tensors are views of it, nothing is copied.
 
     The map is private: a write into a view changes neither the file nor another process.
 
     Raises:
         BankCorrupt: the file is cut, altered or of another size than `expected_size`.
+        BankLimit: its header is longer than `max_header` bytes, or the process has no descriptor left.
     """
     descriptor, size = open_regular(path)
     try:
         if size < 8 or (expected_size is not None and size != expected_size):
             raise fmt.corrupt(str(path), f"{expected_size or 'at least 8'} bytes", f"{size}")
-        mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+        mapped = disk.map_private(descriptor, size)
+    except OSError as error:
+        raise unreadable(path, error) from error
     finally:
-        os.close(descriptor)
+        disk.close(descriptor)
     with memoryview(mapped) as view:
-        places, metadata = fmt.decode_header(view, size, str(path))
+        places, metadata = fmt.decode_header(view, size, str(path), max_header=max_header)
     tensors = {}
     for name, place in places.items():
         count = (place.end - place.begin) // place.dtype.itemsize
@@ -183,21 +224,32 @@ def map_tensors(path: Path, expected_size: int | None = None) -> MappedFile:
 
 
 class Lock:
-    """The claim of one writer name in one bank, held until closed or until the process ends."""
+    """The claim of one writer name in one bank, held until closed or until the process ends.
+
+    Raises:
+        BankLocked: another has it.
+        BankWriteError: the folder takes no lock.
+    """
 
     def __init__(self, folder: Path, writer: str) -> None:
         self.path = folder / f"lock-{writer}"
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._descriptor = disk.open_lock(self.path)
         except OSError as error:
-            os.close(self._descriptor)
+            raise refused(self.path, error) from error
+        try:
+            disk.lock(self._descriptor, wait=False)
+        except BlockingIOError as error:
+            disk.close(self._descriptor)
             raise BankLocked(
                 str(folder),
                 want=f"the writer name '{writer}' to be free",
                 got="another process writing",
                 fix="wait for it to end, or write under another name",
             ) from error
+        except OSError as error:
+            disk.close(self._descriptor)
+            raise refused(self.path, error) from error
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        disk.close(self._descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -11,17 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnn.errors import BankCorrupt, BankError, ConfigError
+from bnn.errors import BankCorrupt, BankError, BankLimit, ConfigError
 from bnn.types import Block
 
 FORMAT = "bnn-bank"
-VERSION = 1
-FEATURES: frozenset[str] = frozenset({"columns"})  # features beyond version 1 that this reader knows
+VERSION = 2  # written; 1 is read too: it had no checksum of its JSON files, and its shards did not name their bank
+READS = (1, 2)
+FEATURES: frozenset[str] = frozenset({"columns"})  # features beyond the version that this reader knows
 
 DATA_ALIGNMENT = 4096  # direct I/O and GPU-direct reads want pages
 TENSOR_ALIGNMENT = 256  # what cuBLAS and vector loads ask of a base pointer
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_JSON_BYTES = 4 * 1024 * 1024  # of bank.json: as Python objects JSON takes up to 25 times its bytes
+MAX_INFO_BYTES = 256 * 1024  # of the diagnostics in a manifest
 
 COLUMNS: dict[str, torch.dtype] = {
     "@chain": torch.int64,
@@ -29,6 +32,7 @@ COLUMNS: dict[str, torch.dtype] = {
     "@log_joint": torch.float64,
     "@log_weight": torch.float64,
 }
+HEADER = "@header"  # among the crc32 of a shard: that of all bytes before its tensors
 DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -93,20 +97,26 @@ def encode_header(
     return len(text).to_bytes(8, "little") + text, places
 
 
-def decode_header(raw: bytes | memoryview, file_size: int, place: str) -> tuple[dict[str, Place], dict[str, str]]:
+def decode_header(
+    raw: bytes | memoryview, file_size: int, place: str, *, max_header: int = MAX_HEADER_BYTES
+) -> tuple[dict[str, Place], dict[str, str]]:
     """Places of all tensors of a safetensors file, and its metadata.
 
     Args:
         raw: the file, or at least its header.
         file_size: bytes of the whole file, which the tensors must fill without holes or overlap.
         place: the file's name, for errors.
+        max_header: bytes that the header may have.
 
     Raises:
         BankCorrupt: anything that the format forbids.
+        BankLimit: a header longer than `max_header`.
     """
     length = int.from_bytes(raw[:8], "little") if len(raw) >= 8 else -1
-    if not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
+    if not 2 <= length <= file_size - 8:
         raise corrupt(place, "a safetensors header", f"a header of {length} bytes in a file of {file_size}")
+    if length > max_header:
+        raise too_large(place, f"a header of at most {max_header} bytes", f"{length}")
     header = parse_json(bytes(raw[8 : 8 + length]), place)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -116,7 +126,7 @@ def decode_header(raw: bytes | memoryview, file_size: int, place: str) -> tuple[
         try:
             dtype, shape = CODE_DTYPES[fact["dtype"]], tuple(fact["shape"])
             begin, end = fact["data_offsets"]
-            legal = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
+            legal = len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
             legal = legal and math.prod(shape) * dtype.itemsize == end - begin
         except (KeyError, TypeError, ValueError):
             legal = False
@@ -179,9 +189,40 @@ def check_version(config: Mapping[str, Any], place: str) -> None:
     if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
         raise corrupt(place, "a list of features", repr(requires)[:100])
     missing = set(requires) - FEATURES
-    if config.get("version") != VERSION or missing:
-        got = f"version {config.get('version')}" + (f" with {', '.join(sorted(missing))}" if missing else "")
-        raise BankError(place, want=f"format version {VERSION}", got=got, fix="install a newer bnn-toolkit")
+    if type(config.get("version")) is not int or config["version"] not in READS or missing:
+        got = f"version {config.get('version')}"[:100] + (
+            f" with {', '.join(sorted(missing))}"[:200] if missing else ""
+        )
+        raise BankError(place, want=f"format version {VERSION} at most", got=got, fix="install a newer bnn-toolkit")
+    if config["version"] > 1 and config.get("checksum") != checksum(config):
+        raise corrupt(place, f"the checksum {checksum(config)[:12]} of its content", f"{config.get('checksum')}"[:100])
+
+
+def checksum(config: Mapping[str, Any]) -> str:
+    """The sha256 of an object's JSON without blanks, keys sorted, apart from the key `checksum` itself."""
+    content = {key: value for key, value in config.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """An object with its checksum, as it will be read again."""
+    plain = json.loads(dump_json(config, place))  # tuples are lists there
+    return {**plain, "checksum": checksum(plain)}
+
+
+def seal_tensors(metadata: Mapping[str, str], crc32: Mapping[str, int]) -> dict[str, str]:
+    """Metadata with the crc32 of every tensor."""
+    return {**metadata, "crc32": json.dumps(crc32, sort_keys=True, separators=(",", ":"))}
+
+
+def header_limit(names: Iterable[str]) -> int:
+    """Bytes that the header of a shard may have: a MiB, and room for each tensor, its pad and its crc32."""
+    return 2**20 + sum(512 + 12 * len(name) for name in names)
+
+
+def manifest_limit(names: Iterable[str], num_shards: int) -> int:
+    """Bytes that a manifest may have: a MiB, and room for the facts of each shard that is there."""
+    return 2**20 + num_shards * (1024 + sum(64 + 6 * len(name) for name in names))
 
 
 def more_columns(config: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -221,7 +262,7 @@ def check_rows(params: Mapping[str, Tensor], place: str, first_row: int) -> None
                 place,
                 want="finite samples",
                 got=f"NaN or Inf in '{name}' of row {first_row + row}",
-                fix="the row was not written; look at the producer's step size or learning rate",
+                fix="no such row belongs in a bank; look at the producer's step size or learning rate",
             )
 
 
@@ -241,6 +282,11 @@ def decode_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pla
 def corrupt(place: str, want: str, got: str) -> BankCorrupt:
     """The error for a file that is not what the format says."""
     return BankCorrupt(place, want=want, got=got, fix="restore the file from a copy, or make the bank again")
+
+
+def too_large(place: str, want: str, got: str) -> BankLimit:
+    """The error for a file that would take more memory than a reader gives."""
+    return BankLimit(place, want=want, got=got, fix="no writer makes such a file: get the bank from its source again")
 
 
 def chunks_of(header: bytes, places: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:

@@ -8,22 +8,30 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.bank import files
+from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.bank.shards import MappedShard, MemoryShard, Shard, Verify, read_manifests, verify_files
+from bnn.bank.shards import MappedShard, MemoryShard, Origin, Shard, Verify, read_manifests, verify_files
 from bnn.bank.writer import BankWriter
-from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, choose
+from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, BankNotFound, choose
 from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params, make_block
 
 FOLIO_BYTES = 2 * 1024 * 1024  # a page fault may map so much at once: Linux 6.18 maps whole folios of the page cache
 RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
+
+
+class Snapshot(NamedTuple):
+    """Which commit of which bank was opened."""
+
+    identity: str | None  # the checksum of bank.json
+    marks: dict[str, tuple[int, int]]  # writer -> its generation and number of shards
+    digest: str
 
 
 class Bank(Sequence[Params]):
@@ -54,6 +62,7 @@ class Bank(Sequence[Params]):
     ) -> None:
         self.layout, self.info, self.path = layout, dict(info), path
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
+        self._snapshot: Snapshot | None = None  # of a bank on disk, by which it knows itself again
         self._more = fmt.more_columns(self.info, "bank.json")
         self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
@@ -73,13 +82,19 @@ class Bank(Sequence[Params]):
         Raises:
             BankNotFound: no such folder, or no bank in it.
             BankCorrupt: a file is missing, cut or altered.
+            BankMismatch: a file of another bank stands among its own.
+            BankLimit: it would take more memory than its shards account for.
             BankError: a newer format.
         """
         choose("verify", verify, ("first-use", "never", "full"))
-        folder = Path(path)
+        return Bank._open(Path(path), verify, None)
+
+    @staticmethod
+    def _open(folder: Path, verify: Verify, snapshot: Snapshot | None) -> Bank:
+        """The bank as it is now, or as far as a snapshot of it reached."""
         config_path = folder / "bank.json"
-        if not config_path.is_file():
-            got = "a folder without bank.json" if folder.is_dir() else "nothing there"
+        if not disk.exists(config_path):
+            got = "a folder without bank.json" if disk.is_folder(folder) else "nothing there"
             raise BankNotFound(str(folder), want="a bank", got=got, fix="make one with bnn.fit or 'bnn fit --out'")
         config = files.read_json(config_path)
         fmt.check_version(config, str(config_path))
@@ -92,18 +107,20 @@ class Bank(Sequence[Params]):
         for key in ("method", "model", "data", "prior", "likelihood", "base"):
             if not isinstance(config.get(key), (dict, type(None))):
                 raise fmt.corrupt(str(config_path), f"an object or null as '{key}'", repr(config[key])[:100])
-        manifests = read_manifests(folder)
         columns = fmt.more_columns(config, str(config_path))
-        shards = [
-            MappedShard(folder / fact["file"], fact, layout, verify, columns=columns)
-            for manifest in manifests
-            for fact in manifest["shards"]
-        ]
+        identity: Any = config.get("checksum")
+        manifests = read_manifests(folder, config, (*layout.names, *fmt.column_dtypes(columns)))
+        if snapshot is not None:
+            manifests = _as_of(snapshot, manifests, identity, folder)
+        shards = []
+        for manifest in manifests:
+            origin = Origin(layout, columns, manifest["writer"], identity)
+            shards += [MappedShard(folder / fact["file"], fact, origin, verify) for fact in manifest["shards"]]
         for shard in shards:
-            size = shard.path.stat().st_size if shard.path.is_file() else -1
-            if size != shard.bytes:
-                got = f"{size} bytes" if size >= 0 else "no file"
-                raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes", got)
+            size = disk.regular_size(shard.path)
+            if size != shard.bytes or size < shard.rows * layout.num_bytes:
+                got = f"{size} bytes" if size is not None else "no regular file"
+                raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
         if verify == "full":
             problems = verify_files(folder)
             if problems:
@@ -120,7 +137,14 @@ class Bank(Sequence[Params]):
             "diagnostics": {m["writer"]: m["info"] for m in manifests},
         }
         digest = hashlib.sha256("".join(facts).encode()).hexdigest()
-        return Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
+        if snapshot is not None and digest != snapshot.digest:
+            raise BankMismatch(
+                str(folder), want="the rows that were opened", got="others", fix="open it anew with Bank.open"
+            )
+        bank = Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
+        marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
+        bank._snapshot = Snapshot(identity, marks, digest)
+        return bank
 
     @staticmethod
     def from_blocks(
@@ -210,8 +234,8 @@ class Bank(Sequence[Params]):
             raise IndexError(f"bank index {index}: want 0 <= index < {size}")
         index = index + size if index < 0 else index
         place = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        shard, row = self._shards[place], index - int(self._firsts[place])
-        params = {name: shard.tensor(name)[row] for name in self.layout.names}
+        row = index - int(self._firsts[place])
+        params = {name: self._tensor(place, name)[row] for name in self.layout.names}
         self._count(place, self.layout.num_bytes)
         return params
 
@@ -232,8 +256,7 @@ class Bank(Sequence[Params]):
             local = rows - self._firsts[places[0]]
             consecutive = bool((np.diff(local) == 1).all())
             pick = slice(int(local[0]), int(local[-1]) + 1) if consecutive else torch.from_numpy(local)
-            shard = self._shards[int(places[0])]
-            tensors = {name: shard.tensor(name)[pick] for name in names}
+            tensors = {name: self._tensor(int(places[0]), name)[pick] for name in names}
             self._count(int(places[0]), self.layout.num_bytes * len(rows))
         else:
             tensors = self._gather(rows, places, names)
@@ -290,7 +313,7 @@ class Bank(Sequence[Params]):
         if self._base is not None:
             return dict(self._base)
         path = None if self.path is None else self.path / "base.safetensors"
-        if path is None or not path.exists():
+        if path is None or self.info.get("base") is None:
             return {}
         if files.sha256_of(path) != (self.info.get("base") or {}).get("sha256"):
             raise fmt.corrupt(str(path), "the sha256 that bank.json names", "other bytes")
@@ -313,20 +336,36 @@ class Bank(Sequence[Params]):
             if isinstance(shard, MappedShard):
                 try:
                     shard.check_header()
-                except BankCorrupt as error:
+                except BankError as error:
                     problems.append(str(error))
         return problems
 
+    def check_values(self) -> list[str]:
+        """One line for each 64 rows of which some hold NaN or Inf, with the entry and the first such row."""
+        problems = []
+        for first, block in self.blocks(64):
+            try:
+                fmt.check_rows(block.params, "bank" if self.path is None else str(self.path), first)
+            except BankError as error:
+                problems.append(str(error))
+        return problems
+
     def refresh(self) -> Bank:
-        """The bank as it is on disk now, with the rows committed since this one was opened."""
-        if self.path is None:
+        """The bank as it is on disk now, with the rows committed since this one was opened.
+
+        Raises:
+            BankMismatch: another bank stands there now, or an older commit of this one.
+        """
+        if self.path is None or self._snapshot is None:
             return self
-        return Bank.open(self.path, verify=self._verify)
+        newer = Bank._open(self.path, self._verify, None)
+        Bank._open(self.path, "never", self._snapshot)  # whose rows must all be there still
+        return newer
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A process that gets the bank opens it anew: maps do not travel.
+        # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
-            return _reopen, (self.path, self._verify)
+            return Bank._open, (self.path, self._verify, self._snapshot)
         return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
@@ -334,8 +373,21 @@ class Bank(Sequence[Params]):
         return f"Bank({where}: {len(self)} samples of {self.layout.num_values:,} values)"
 
     def _column(self, name: str) -> Tensor:
-        columns = [shard.tensor(name) for shard in self._shards]
-        return torch.cat(columns) if columns else torch.empty(0, dtype=self._columns[name])
+        column = torch.empty(len(self), dtype=self._columns[name])
+        for place, first in enumerate(self._firsts[:-1].tolist()):
+            rows = self._tensor(place, name)
+            column[first : first + len(rows)] = rows
+        return column
+
+    def _tensor(self, place: int, name: str) -> Tensor:
+        """All rows of one entry or column of a shard; where no descriptor is left, the other shards give theirs."""
+        try:
+            return self._shards[place].tensor(name)
+        except BankLimit:
+            for shard in self._shards:
+                if isinstance(shard, MappedShard):
+                    shard.close()
+            return self._shards[place].tensor(name)
 
     def _gather(self, rows: np.ndarray, places: np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:
         """Rows from several shards: one indexed copy a shard and entry."""
@@ -346,7 +398,7 @@ class Bank(Sequence[Params]):
             here = np.flatnonzero(places == place)
             local = torch.from_numpy(rows[here] - self._firsts[place])
             for name in names:
-                tensors[name][torch.from_numpy(here)] = self._shards[place].tensor(name)[local]
+                tensors[name][torch.from_numpy(here)] = self._tensor(place, name)[local]
             self._count(place, self.layout.num_bytes * len(here))
         return tensors
 
@@ -362,5 +414,26 @@ class Bank(Sequence[Params]):
             self._shards[oldest].release()  # type: ignore[attr-defined]
 
 
-def _reopen(path: Path, verify: Verify) -> Bank:
-    return Bank.open(path, verify=verify)
+def _as_of(
+    snapshot: Snapshot, manifests: list[dict[str, Any]], identity: str | None, folder: Path
+) -> list[dict[str, Any]]:
+    """Manifests cut back to the shards that a snapshot had.
+
+    Raises:
+        BankMismatch: another bank, or an older commit of this one.
+    """
+    if identity != snapshot.identity:
+        raise BankMismatch(
+            str(folder), want="the bank that was opened", got="another in its place", fix="open it anew with Bank.open"
+        )
+    now = {manifest["writer"]: manifest for manifest in manifests}
+    for writer, (generation, shards) in snapshot.marks.items():
+        found = now[writer]["generation"] if writer in now else -1
+        if found < generation or len(now[writer]["shards"]) < shards:
+            raise BankMismatch(
+                str(folder),
+                want=f"generation {generation} of writer '{writer}' at least",
+                got=f"{found}" if found >= 0 else "none",
+                fix="an older commit was put back: open it anew with Bank.open",
+            )
+    return [now[w] | {"shards": now[w]["shards"][:shards]} for w, (_, shards) in sorted(snapshot.marks.items())]

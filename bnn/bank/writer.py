@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnn.bank import files
+from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.errors import BankCorrupt, BankError, BankExists, BankMismatch, BankNotFound, ConfigError
+from bnn.bank.shards import read_manifests
+from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankMismatch, BankNotFound, ConfigError
 from bnn.layout import Layout
 from bnn.types import Block, State
 
@@ -51,7 +51,9 @@ class BankWriter:
         layout: of the rows.
         config: what `bank.json` says, apart from format, layout and versions.
         base: parameters outside the sample and buffers, kept once.
-        writer: a name of small letters, digits and `_`; several writers may fill one bank.
+        writer: a name of small letters, digits and `_`. Several processes may fill one bank at once, each under
+            a name of its own: the first to commit begins the bank, the others join it if their configuration is
+            the same but for the seed, which must differ.
         resume: go on with an unfinished bank of the same configuration.
         overwrite: replace a bank that is there.
 
@@ -60,6 +62,8 @@ class BankWriter:
         BankNotFound: nothing is there to resume.
         BankMismatch: the bank to resume was made with another configuration; the difference is named.
         BankLocked: another process writes under this name.
+        BankLimit: what `bank.json` would hold is more than a reader takes.
+        BankWriteError: the folder cannot be made or written to.
     """
 
     def __init__(
@@ -101,12 +105,16 @@ class BankWriter:
         self._first_row_at = self._last_commit_at = time.monotonic()
         self._made = _missing_folders(self.path)
         self._fresh = bool(self._made)  # whether what stands in the folder is this writer's own
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._identity = ""  # of the bank: the checksum of its bank.json
+        try:
+            disk.make_folders(self.path)
+        except OSError as error:
+            raise files.refused(self.path, error) from error
         self._locks = [files.Lock(self.path, writer)]
         try:
             if overwrite:  # nobody else may be writing what is to go
                 self._lock_others()
-            if resume:
+            if resume or (not overwrite and self._may_join()):
                 self._restore()
         except BaseException:
             self.release()
@@ -161,20 +169,26 @@ class BankWriter:
         manifest = {
             "format": fmt.FORMAT,
             "version": fmt.VERSION,
+            "bank": self._identity,
             "writer": self.writer,
+            "seed": self._config.get("seed"),
             "generation": self._generation + 1,
             "complete": complete,
             "rows": _count(shards),
             "shards": list(shards),
-            "state": None if state is None else self._write_state(state),
+            "state": None if state is None else self._write_state(state, _count(shards)),
             "info": {} if state is None else state.get("info", {}),
         }
         name = f"manifest-{self.writer}.json"
-        files.write_atomic(self.path / name, [fmt.dump_json(manifest, name)])
+        if len(fmt.dump_json(manifest["info"], name)) > fmt.MAX_INFO_BYTES:
+            raise BankLimit(
+                name, want=f"info of at most {fmt.MAX_INFO_BYTES} bytes", got="more", fix="keep it in the state"
+            )
+        files.write_atomic(self.path / name, [fmt.dump_json(fmt.seal(manifest, name), name)])
         self._generation += 1
         self._num_rows, self.state = _count(shards), state
         for old in old_states:  # the manifest no longer names them
-            old.unlink(missing_ok=True)
+            self._remove(old)
         self._last_commit_at = time.monotonic()
 
     def close(self, *, complete: bool = True) -> None:
@@ -185,10 +199,10 @@ class BankWriter:
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
         self._buffer, self._ready = {}, self._ready._replace(buffered=0)
-        if self._made and not self._started:
-            self._locks[0].path.unlink(missing_ok=True)
+        if self._made and not self._started and disk.names(self.path) == [self._locks[0].path.name]:
+            disk.unlink(self._locks[0].path)
             for folder in self._made:
-                folder.rmdir()
+                disk.remove_folder(folder)
         for lock in self._locks:
             lock.close()
 
@@ -201,15 +215,15 @@ class BankWriter:
 
     def _check_place(self) -> None:
         place = str(self.path)
-        if self.path.exists() and not self.path.is_dir():
+        if disk.exists(self.path) and not disk.is_folder(self.path):
             raise BankExists(place, want="a folder or nothing", got="a file", fix="choose another name")
-        is_bank = (self.path / "bank.json").exists()
-        foreign = self.path.exists() and any(not _is_own(path.name) for path in self.path.iterdir())
+        is_bank = disk.exists(self.path / "bank.json")
+        foreign = disk.exists(self.path) and any(not _is_own(name) for name in disk.names(self.path))
         if self._resume and self._overwrite:
             raise ConfigError(place, want="resume or overwrite", got="both", fix="say one of them")
         if self._resume and not is_bank:
             raise BankNotFound(place, want="a bank to go on with", got="none", fix="leave resume out to start one")
-        if not self._resume and is_bank and not self._overwrite:
+        if not self._resume and is_bank and not self._overwrite and not self._may_join():
             raise BankExists(
                 place,
                 want="a new folder",
@@ -234,41 +248,84 @@ class BankWriter:
                     fix="register the buffer with persistent=False, or keep it as real numbers",
                 )
 
+    def _may_join(self) -> bool:
+        """Whether a bank stands there that this writer, of a name of its own, has no part in yet."""
+        there = set(disk.names(self.path)) if disk.is_folder(self.path) else set[str]()
+        return self.writer != "main" and "bank.json" in there and f"manifest-{self.writer}.json" not in there
+
     def _lock_others(self) -> None:
-        for match in map(fmt.LOCK_NAME.fullmatch, sorted(os.listdir(self.path))):
+        for match in map(fmt.LOCK_NAME.fullmatch, disk.names(self.path)):
             if match and match.group(1) != self.writer:
                 self._locks.append(files.Lock(self.path, match.group(1)))
 
     def _start(self) -> None:
-        """Write what a bank has once; a bank that is to be overwritten goes now, not before."""
-        self._check_place()  # again, under the lock: another writer may have begun a bank here
-        self._remove_bank()
-        self._fresh = True
-        fact = None
-        if self._base:
-            written = files.write_tensors(self.path / "base.safetensors", self._base, {})
-            fact = {"file": "base.safetensors", "bytes": written.bytes, "sha256": written.sha256}
-        files.write_atomic(self.path / "bank.json", [fmt.dump_json({**self._config, "base": fact}, "bank.json")])
-        self._started = True
+        """Write what a bank has once; a bank that is to be overwritten goes now, not before.
+
+        Under a lock of the folder, so that of several writers one begins the bank and the others join it.
+        """
+        try:
+            descriptor = disk.open_folder(self.path)
+        except OSError as error:
+            raise files.refused(self.path, error) from error
+        try:
+            disk.lock(descriptor, wait=True)
+            self._check_place()  # again: another writer may have begun a bank here
+            if not self._overwrite and self._may_join():
+                self._restore()
+                return
+            self._remove_bank()
+            self._fresh = True
+            fact = None
+            if self._base:
+                written = files.write_tensors(self.path / "base.safetensors", self._base, {})
+                fact = {"file": "base.safetensors", "bytes": written.bytes, "sha256": written.sha256}
+            config = fmt.seal({**self._config, "base": fact}, "bank.json")
+            raw = fmt.dump_json(config, "bank.json")
+            if len(raw) > fmt.MAX_JSON_BYTES:
+                raise BankLimit(
+                    "bank.json",
+                    want=f"at most {fmt.MAX_JSON_BYTES} bytes",
+                    got=f"{len(raw)}",
+                    fix="make fewer parameters Bayesian, or record less",
+                )
+            files.write_atomic(self.path / "bank.json", [raw])
+            self._identity = config["checksum"]
+            self._started = True
+        finally:
+            disk.close(descriptor)
 
     def _remove_bank(self) -> None:
         """Manifests first and `bank.json` last: killed in between, a bank without rows is left, to be overwritten."""
-        names = [name for name in os.listdir(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
+        names = [name for name in disk.names(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
         for name in sorted(names, key=lambda n: (n == "bank.json", not fmt.MANIFEST_NAME.fullmatch(n))):
-            (self.path / name).unlink()
+            self._remove(self.path / name)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            disk.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise files.refused(path, error) from error
 
     def _restore(self) -> None:
+        """Take up the bank that is there: what this writer committed, or nothing where it joins."""
         place = self.path / "bank.json"
-        kept = files.read_json(place)
+        kept: dict[str, Any] = files.read_json(place)
         fmt.check_version(kept, str(place))
-        for key in sorted((kept.keys() | self._config.keys()) - {"versions", "base"}):
-            if kept.get(key) != self._config.get(key):
-                raise BankMismatch(
-                    str(place),
-                    want=f"{key} = {kept.get(key)}",
-                    got=f"{self._config.get(key)}",
-                    fix="resume with the options that the bank was begun with",
-                )
+        if kept["version"] != fmt.VERSION:
+            raise BankError(
+                str(place),
+                want=f"format version {fmt.VERSION} to go on with",
+                got=f"version {kept['version']}, which is only read",
+                fix="make it anew with 'bnn bank thin --every 1', or finish it with the bnn-toolkit that began it",
+            )
+        path = self.path / f"manifest-{self.writer}.json"
+        joins = not disk.exists(path)
+        config = fmt.seal(self._config, "bank.json")
+        for key in sorted((kept.keys() | config.keys()) - {"versions", "base", "checksum", "seed"}):
+            if kept.get(key) != config.get(key):
+                raise _differs(place, key, kept.get(key), config.get(key))
         kept_base: Any = kept.get("base") or {}
         if kept_base.get("sha256") != files.tensors_sha256(self._base):
             raise BankMismatch(
@@ -277,24 +334,41 @@ class BankWriter:
                 got="others",
                 fix="resume with the module that the bank was begun with, in the same state",
             )
-        self._started = True
-        for name in os.listdir(self.path):
+        for name in disk.names(self.path):
             if name.startswith((f".tmp-{self.writer}-", f".tmp-state-{self.writer}-")):
-                (self.path / name).unlink()  # of a writer of this name that was killed
-        manifest_path = self.path / f"manifest-{self.writer}.json"
-        if manifest_path.exists():
-            manifest: dict[str, Any] = files.read_json(manifest_path)
-            fmt.check_version(manifest, str(manifest_path))
+                self._remove(self.path / name)  # of a writer of this name that was killed
+        manifests = {m["writer"]: m for m in read_manifests(self.path, kept, self._names())}
+        seed = config.get("seed")
+        if joins:
+            for other, manifest in manifests.items():
+                if manifest.get("seed") == seed is not None:
+                    raise BankMismatch(
+                        f"{self.path}, writer '{self.writer}'",
+                        want="a seed of its own",
+                        got=f"{seed}, that of '{other}', whose samples would come again",
+                        fix="pass another seed",
+                    )
+            if not manifests and kept.get("seed") != seed and self.writer == "main":
+                raise _differs(place, "seed", kept.get("seed"), seed)
+        else:
+            manifest = manifests[self.writer]
+            if manifest["seed"] != seed:
+                raise _differs(place if manifest["seed"] == kept.get("seed") else path, "seed", manifest["seed"], seed)
             self._generation, self.complete = manifest["generation"], manifest["complete"]
             if manifest["state"] is not None:
                 self.state = self._read_state(manifest["state"])
             self._ready = _Ready(tuple(manifest["shards"]), 0, self.state)
             self._num_rows = _count(manifest["shards"])
-        for path in self.path.iterdir():  # names are never used twice, not even those of orphans
+        self._identity, self._started = kept["checksum"], True
+        for name in disk.names(self.path):  # names are never used twice, not even those of orphans
             for pattern, attribute in ((fmt.SHARD_NAME, "_next_number"), (fmt.STATE_NAME, "_next_state")):
-                match = pattern.fullmatch(path.name)
+                match = pattern.fullmatch(name)
                 if match and match.group(1) == self.writer:
                     setattr(self, attribute, max(getattr(self, attribute), int(match.group(2)) + 1))
+
+    def _names(self) -> tuple[str, ...]:
+        """Of the tensors in a shard."""
+        return (*self.layout.names, *self._dtypes)
 
     def _read_state(self, fact: dict[str, Any]) -> State:
         path = self.path / fact["file"]
@@ -310,7 +384,7 @@ class BankWriter:
         return fmt.decode_state(tensors, mapped.metadata, str(path))
 
     def _state_files(self) -> list[Path]:
-        found = [(path, fmt.STATE_NAME.fullmatch(path.name)) for path in self.path.iterdir()]
+        found = [(self.path / name, fmt.STATE_NAME.fullmatch(name)) for name in disk.names(self.path)]
         return [path for path, match in found if match and match.group(1) == self.writer]
 
     def _check_block(self, block: Block) -> None:
@@ -359,18 +433,22 @@ class BankWriter:
         self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
         metadata = {
             "bnn_version": str(fmt.VERSION),
+            "bank": self._identity,
             "fingerprint": self.layout.fingerprint,
             "writer": self.writer,
             "first_row": str(first_row),
             "rows": str(rows),
         }
-        written = files.write_tensors(self.path / name, {k: t[:rows] for k, t in self._buffer.items()}, metadata)
+        tensors = {key: tensor[:rows] for key, tensor in self._buffer.items()}
+        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True)
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
 
-    def _write_state(self, state: State) -> dict[str, Any]:
+    def _write_state(self, state: State, rows: int) -> dict[str, Any]:
         name = f"state-{self.writer}-{self._next_state:06d}.safetensors"
         self._next_state += 1
-        written = files.write_tensors(self.path / name, *fmt.encode_state(state, name))
+        tensors, metadata = fmt.encode_state(state, name)
+        metadata |= {"bank": self._identity, "writer": self.writer, "rows": str(rows)}
+        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True)
         return {"file": name, "bytes": written.bytes, "sha256": written.sha256}
 
 
@@ -382,9 +460,15 @@ def _is_own(name: str) -> bool:
     return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)
 
 
+def _differs(place: Path, key: str, kept: Any, asked: Any) -> BankMismatch:
+    return BankMismatch(
+        str(place), want=f"{key} = {kept}", got=f"{asked}", fix="resume with the options that the bank was begun with"
+    )
+
+
 def _missing_folders(path: Path) -> list[Path]:
     """The folders that must be made for `path`, innermost first."""
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
+    return [folder for folder in (path, *path.parents) if not disk.exists(folder)]
 
 
 def _count(shards: Sequence[dict[str, Any]]) -> int:

@@ -41,12 +41,14 @@ def verify(
     """Check the files of a bank against its manifests: sizes and headers, with --full every byte."""
     del debug
     from bnn.bank import Bank, verify_files
-    from bnn.errors import BankCorrupt
+    from bnn.errors import BankCorrupt, BankLimit, BankMismatch
 
     try:
         opened = Bank.open(bank, verify="never")
-        problems = opened.check_headers() + (verify_files(bank) if full else [])
-    except BankCorrupt as error:
+        problems = opened.check_headers()
+        if full and not problems:
+            problems = verify_files(bank) + opened.check_values()
+    except (BankCorrupt, BankLimit, BankMismatch) as error:
         problems = [str(error)]
     for problem in dict.fromkeys(problems):
         typer.echo(f"bad: {problem}")

@@ -231,7 +231,10 @@ def trace(function: Callable[..., Any], flat: Tensor, tensors: Sequence[Tensor])
 
 def _compiled(graph: fx.GraphModule, flat: Tensor, tensors: Sequence[Tensor], threads: int) -> Callable[..., Any]:
     # tanh by way of exp: to rounding of 1, not of the value, and three times as fast.
-    settings = {"cpp.threads": threads or -1, "cpp.use_decompose_tanh": True}
+    settings: dict[str, str | int | bool | Callable[..., Any]] = {
+        "cpp.threads": threads or -1,
+        "cpp.use_decompose_tanh": True,
+    }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of itself while it loads its compiler
         compiled: Callable[..., Any] = torch.compile(graph, dynamic=False, options=settings)

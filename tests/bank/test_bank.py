@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from forging import edit_fact, edit_json, replace_tensors
 from torch import nn
 
 from bnn.bank import Bank, BankWriter, verify_files, writer
@@ -179,10 +181,13 @@ def test_readers_keep_their_snapshot(tmp_path: Path) -> None:
 
 def test_several_writers_fill_one_bank_in_the_order_of_their_names(tmp_path: Path) -> None:
     write(tmp_path / "bank", [4], writer="a")
-    second = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="b", resume=True)
+    second = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 1}, writer="b")
     second.append(rows(4, 3))
     second.close()
     check(Bank.open(tmp_path / "bank"), 7)
+    third = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 1}, writer="b", resume=True)
+    assert third.num_rows == 3
+    third.release()
 
 
 def test_a_second_claim_of_one_writer_name_is_refused(tmp_path: Path) -> None:
@@ -362,7 +367,7 @@ def test_buffers_that_no_bank_can_keep_are_refused_before_the_fit(tmp_path: Path
 def test_odd_values_in_bank_json_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     write(tmp_path / "bank", [3])
     path = tmp_path / "bank" / "bank.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    edit_json(path, **{key: value})
     with pytest.raises(BankCorrupt, match=r"bank\.json"):
         Bank.open(tmp_path / "bank")
 
@@ -411,8 +416,9 @@ def test_swapped_shards_are_found(tmp_path: Path) -> None:
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
-    with pytest.raises(BankCorrupt, match="crc32"):
-        Bank.open(tmp_path / "bank")[0]
+    for verify in ("first-use", "never"):
+        with pytest.raises(BankMismatch, match=r"main-000000\.safetensors: want first_row 0, got 10"):
+            Bank.open(tmp_path / "bank", verify=verify)[0]
 
 
 @pytest.mark.parametrize(
@@ -421,11 +427,8 @@ def test_swapped_shards_are_found(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path / "bank", [7])
-    path = tmp_path / "bank" / "manifest-main.json"
-    manifest = json.loads(path.read_text())
-    manifest["shards"][0]["file"] = name
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(BankCorrupt, match=r"manifest-main\.json"):
+    edit_fact(tmp_path / "bank", file=name)
+    with pytest.raises(BankCorrupt, match=r"manifest-main\.json: want shards in order"):
         Bank.open(tmp_path / "bank")
 
 
@@ -442,9 +445,8 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path, name: str) 
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     write(tmp_path / "bank", [7])
-    path = tmp_path / "bank" / "manifest-main.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(BankError, match=r"manifest-main\.json"):
+    edit_json(tmp_path / "bank" / "manifest-main.json", **{key: value})
+    with pytest.raises(BankError, match=r"manifest-main\.json: want (?!the checksum)"):
         Bank.open(tmp_path / "bank")
 
 
@@ -461,23 +463,19 @@ def test_a_broken_bank_json_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_layout_that_is_not_that_of_the_fingerprint_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "bank", [7])
     path = tmp_path / "bank" / "bank.json"
-    config = json.loads(path.read_text())
-    config["layout"]["entries"][0][1] = [3, 5]
-    path.write_text(json.dumps(config))
+    layout = json.loads(path.read_text())["layout"]
+    layout["entries"][0][1] = [3, 5]
+    edit_json(path, layout=layout)
     with pytest.raises(BankCorrupt, match="fingerprint"):
         Bank.open(tmp_path / "bank")
 
 
 def test_a_shard_of_another_layout_is_refused(tmp_path: Path) -> None:
-    from bnn.bank import files
-
     write(tmp_path / "bank", [7])
     folder = tmp_path / "bank"
-    tensors = {name: torch.zeros(7, 2) for name in LAYOUT.names}
-    written = files.write_tensors(folder / "main-000000.safetensors", tensors, {})
-    manifest = json.loads((folder / "manifest-main.json").read_text())
-    manifest["shards"][0] |= written._asdict()
-    (folder / "manifest-main.json").write_text(json.dumps(manifest))
+    with safetensors.safe_open(folder / "main-000000.safetensors", "pt") as shard:
+        metadata = shard.metadata()
+    replace_tensors(folder, {name: torch.zeros(7, 2) for name in LAYOUT.names}, metadata=metadata)
     bank = Bank.open(folder)
     with pytest.raises(BankCorrupt, match=r"tensor '0\.bias' as"):
         bank[0]
@@ -644,32 +642,44 @@ def test_a_block_without_the_columns_that_were_named_is_refused(tmp_path: Path) 
 @pytest.mark.parametrize("columns", ["energy", ["Energy"], ["energy", "energy"], ["log_joint"], ["a.b"], [3]])
 def test_columns_that_are_no_names_are_refused(tmp_path: Path, columns: Any) -> None:
     write(tmp_path / "bank", [3])
-    path = tmp_path / "bank" / "bank.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "columns": columns}))
+    edit_json(tmp_path / "bank" / "bank.json", columns=columns)
     with pytest.raises(BankCorrupt, match="columns with names of their own"):
         Bank.open(tmp_path / "bank")
 
 
 # Golden bytes
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "version-1"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def test_the_golden_bank_of_version_1_reads_as_it_was_written() -> None:
-    bank = Bank.open(GOLDEN, verify="full")
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_banks_read_as_they_were_written(version: int) -> None:
+    bank = Bank.open(GOLDEN / f"version-{version}", verify="full")
     assert bank.layout == LAYOUT
     check(bank, 5)
     assert torch.equal(bank.base()["buffer"], torch.arange(4.0))
     assert bank.info["seed"] == 7
 
 
-def test_writing_the_golden_bank_again_gives_the_same_shards(tmp_path: Path) -> None:
-    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 7}, base={"buffer": torch.arange(4.0)})
+def write_golden(path: Path) -> None:
+    bank_writer = BankWriter(path, layout=LAYOUT, config={"seed": 7}, base={"buffer": torch.arange(4.0)})
     bank_writer.append(rows(0, 3), {"step": 3, "num_steps": 5, "info": {"loss": 0.5}})
     bank_writer.commit()
     bank_writer.append(rows(3, 2), {"step": 5, "num_steps": 5, "info": {"loss": 0.25}})
     bank_writer.close()
+
+
+def test_writing_the_golden_bank_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_golden(tmp_path / "bank")
+    golden = GOLDEN / "version-2"
     written = {p.name for p in (tmp_path / "bank").iterdir()} - {"lock-main"}
-    assert written == {p.name for p in GOLDEN.iterdir()}
+    assert written == {p.name for p in golden.iterdir()}
     for name in sorted(written):
-        assert (tmp_path / "bank" / name).read_bytes() == (GOLDEN / name).read_bytes(), name
+        assert (tmp_path / "bank" / name).read_bytes() == (golden / name).read_bytes(), name
+
+
+def test_a_bank_of_version_1_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "version-1", tmp_path / "bank")
+    with pytest.raises(BankError, match="want format version 2 to go on with, got version 1, which is only read"):
+        BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 7}, resume=True)
+    check(Bank.open(tmp_path / "bank", verify="full"), 5)

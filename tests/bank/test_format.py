@@ -148,7 +148,9 @@ def test_a_write_into_a_view_does_not_reach_the_file(tmp_path: Path) -> None:
     assert float(files.map_tensors(tmp_path / "x").tensors["w"].sum()) == 0.0
 
 
-@pytest.mark.parametrize("config", [{"version": 2}, {"version": 1, "requires": ["delta-codec"]}, {"version": "1"}])
+@pytest.mark.parametrize(
+    "config", [{"version": 3}, {"version": 2, "requires": ["delta-codec"]}, {"version": "1"}, {"version": True}]
+)
 def test_newer_versions_and_unknown_features_are_refused(config: dict) -> None:
     with pytest.raises(BankError, match="install a newer bnn-toolkit"):
         fmt.check_version({"format": "bnn-bank", **config}, "bank.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forging import edit_json
 
 from bnn.bank import Bank
 from bnn.cli import run
@@ -202,7 +203,7 @@ def test_bank_info_and_verify(bnn: Callable[..., tuple[int, str, str]], tmp_path
     assert "main-000000.safetensors" in out
     code, _, err = bnn("evaluate --bank bank")
     assert code == 2
-    assert re.search(r"main-000000\.safetensors: want \d+ bytes, got \d+ bytes; restore", err)
+    assert re.search(r"main-000000\.safetensors: want \d+ bytes for 5 rows, got \d+ bytes; restore", err)
 
 
 def test_bench_prints_ratios_and_compares(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -743,9 +744,9 @@ def test_a_bank_of_another_module_names_the_first_differing_entry(
     bnn: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     bnn("fit --data diabetes --model mlp:4 --method prior --num-samples 5 --out bank")
-    config = json.loads((tmp_path / "bank" / "bank.json").read_text())
-    config["model"]["spec"] = "mlp:5"
-    (tmp_path / "bank" / "bank.json").write_text(json.dumps(config))
+    model = json.loads((tmp_path / "bank" / "bank.json").read_text())["model"]
+    config = edit_json(tmp_path / "bank" / "bank.json", model=model | {"spec": "mlp:5"})
+    edit_json(tmp_path / "bank" / "manifest-main.json", bank=config["checksum"])
     code, _, err = bnn("evaluate --bank bank")
     assert code == 2
     assert "'1.weight' [5, 10] where '1.weight' [4, 10] stands" in err

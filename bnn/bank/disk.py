@@ -1,0 +1,126 @@
+"""Every call that the bank makes to the file system, one a function: tests put faults here, and replay what was lost.
+
+Nothing else in `bnn.bank` touches a file, which a test holds. Errors are the operating system's own (OSError); those
+who call say what they mean for a bank.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import shutil
+import stat
+from pathlib import Path
+
+
+def create(path: Path) -> int:
+    """A descriptor to write a new file through, its mode by the umask; links are not followed."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def write(descriptor: int, view: memoryview) -> int:
+    """Write some of the bytes; how many is returned."""
+    return os.write(descriptor, view)
+
+
+def fsync(descriptor: int) -> None:
+    """Make the bytes of a file durable."""
+    os.fsync(descriptor)
+
+
+def close(descriptor: int) -> None:
+    os.close(descriptor)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file its name, in place of what had it."""
+    os.replace(source, target)
+
+
+def unlink(path: Path) -> None:
+    os.unlink(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folders(folder: Path) -> None:
+    os.makedirs(folder, exist_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove an empty folder."""
+    os.rmdir(folder)
+
+
+def names(folder: Path) -> list[str]:
+    """What stands in a folder, sorted."""
+    return sorted(os.listdir(folder))
+
+
+def open_read(path: Path) -> int:
+    """A descriptor to read through: a link is not followed, and nothing waits for a pipe's other end."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def read(descriptor: int, size: int) -> bytes:
+    """At most `size` bytes; none at the end."""
+    return os.read(descriptor, size)
+
+
+def status(descriptor: int) -> os.stat_result:
+    return os.fstat(descriptor)
+
+
+def regular_size(path: Path) -> int | None:
+    """The size of a regular file, links not followed; None for anything else and for nothing."""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def is_folder(path: Path) -> bool:
+    return path.is_dir()
+
+
+def exists(path: Path) -> bool:
+    """Whether anything has that name, a link to nothing too."""
+    return os.path.lexists(path)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that the file system of a folder has left for us."""
+    return shutil.disk_usage(folder).free
+
+
+def map_private(descriptor: int, size: int) -> mmap.mmap:
+    """A map in which writes change neither the file nor another process."""
+    return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor to lock a file of that name, which is made if missing."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def open_folder(folder: Path) -> int:
+    """A descriptor to lock a folder by."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def lock(descriptor: int, *, wait: bool) -> None:
+    """Claim a file for this descriptor alone, until it is closed or its process ends.
+
+    Raises:
+        BlockingIOError: another has it, and `wait` is False.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,0 +1,494 @@
+"""What a reader must refuse, however well it is made: banks mixed, rolled back, oversized or pointing elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from bank.test_bank import LAYOUT, check, rows, write
+from forging import edit_fact, edit_json, replace_tensors
+
+from bnn.bank import Bank, BankWriter, verify_files
+from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankMismatch, BankNotFound
+
+TESTS = str(Path(__file__).parents[1])
+
+
+def write_seeded(path: Path, seed: int, size: int, **options: Any) -> Bank:
+    bank_writer = BankWriter(path, layout=LAYOUT, config={"seed": seed}, **options)
+    bank_writer.append(rows(0, size), {"step": size, "num_steps": size, "info": {}})
+    bank_writer.close()
+    return Bank.open(path)
+
+
+# Mixed and rolled back
+
+
+@pytest.mark.parametrize("verify", ["first-use", "never"])
+def test_a_shard_of_another_bank_is_refused(tmp_path: Path, verify: Any) -> None:
+    """The same rows under another seed: only the bank that the header names tells them apart."""
+    write_seeded(tmp_path / "a", 0, 7)
+    write_seeded(tmp_path / "b", 1, 7)
+    shutil.copy(tmp_path / "b" / "main-000000.safetensors", tmp_path / "a")
+    bank = Bank.open(tmp_path / "a", verify=verify)
+    with pytest.raises(BankMismatch, match=r"a/main-000000\.safetensors: want bank [0-9a-f]{64}, got [0-9a-f]{64}"):
+        bank[0]
+    assert len(bank.check_headers()) == 1
+
+
+def test_a_manifest_of_another_bank_is_refused(tmp_path: Path) -> None:
+    write_seeded(tmp_path / "a", 0, 7)
+    write_seeded(tmp_path / "b", 1, 7)
+    for name in ("main-000000.safetensors", "manifest-main.json"):
+        shutil.copy(tmp_path / "b" / name, tmp_path / "a")
+    with pytest.raises(BankMismatch, match=r"manifest-main\.json: want the bank [0-9a-f]{64}, got"):
+        Bank.open(tmp_path / "a")
+
+
+def test_a_refresh_never_goes_backwards(tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    bank_writer = BankWriter(path, layout=LAYOUT, config={})
+    bank_writer.append(rows(0, 3))
+    bank_writer.commit()
+    older = (path / "manifest-main.json").read_bytes()
+    bank_writer.append(rows(3, 4))
+    bank_writer.close()
+    bank = Bank.open(path)
+    (path / "manifest-main.json").write_bytes(older)
+    with pytest.raises(BankMismatch, match="want generation 2 of writer 'main' at least, got 1; an older commit"):
+        bank.refresh()
+    check(bank, 7)
+    check(Bank.open(path), 3)  # by itself it is a right bank
+    (path / "manifest-main.json").unlink()
+    with pytest.raises(BankMismatch, match="got none"):
+        bank.refresh()
+
+
+def test_a_refresh_does_not_take_another_bank_for_this_one(tmp_path: Path) -> None:
+    bank = write_seeded(tmp_path / "bank", 0, 7)
+    write_seeded(tmp_path / "bank", 1, 9, overwrite=True)
+    with pytest.raises(BankMismatch, match="want the bank that was opened, got another in its place"):
+        bank.refresh()
+
+
+def test_overwriting_under_a_reader_never_gives_it_other_rows(tmp_path: Path) -> None:
+    mapped = write_seeded(tmp_path / "bank", 0, 7)
+    before = mapped[2]["0.weight"]
+    unmapped = Bank.open(tmp_path / "bank", verify="never")
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 1}, overwrite=True)
+    bank_writer.append(rows(100, 7))
+    bank_writer.close()
+    assert torch.equal(before, rows(2, 1).params["0.weight"][0])
+    with pytest.raises(BankMismatch, match=r"main-000000\.safetensors: want bank"):
+        unmapped[2]
+
+
+def test_a_handle_travels_with_its_snapshot(tmp_path: Path) -> None:
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={})
+    bank_writer.append(rows(0, 4))
+    bank_writer.commit()
+    bank = Bank.open(tmp_path / "bank")
+    bank_writer.append(rows(4, 3))
+    bank_writer.close()
+    sent = pickle.loads(pickle.dumps(bank))
+    check(sent, 4)
+    assert sent.digest == bank.digest
+    raw = pickle.dumps(bank)
+    write_seeded(tmp_path / "bank", 1, 9, overwrite=True)
+    with pytest.raises(BankMismatch, match="another in its place"):
+        pickle.loads(raw)
+
+
+# Several writers
+
+
+def test_writers_that_begin_at_once_fill_one_bank(tmp_path: Path) -> None:
+    """Eight threads, each a writer of its own: one begins the bank, the others join it."""
+    failed: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": number}, writer=f"w{number}")
+            barrier.wait(10)
+            bank_writer.append(rows(number * 3, 3))
+            bank_writer.close()
+        except BaseException as error:  # told by the thread that looks
+            failed.append(error)
+
+    barrier = threading.Barrier(8)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    check(Bank.open(tmp_path / "bank", verify="full"), 24)
+
+
+def test_joining_wants_the_same_configuration_and_another_seed(tmp_path: Path) -> None:
+    write_seeded(tmp_path / "bank", 0, 4)
+    with pytest.raises(BankMismatch, match="want a seed of its own, got 0, that of 'main'"):
+        write_seeded(tmp_path / "bank", 0, 4, writer="rank1")
+    with pytest.raises(BankMismatch, match="want temperature = None, got 2"):
+        BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 1, "temperature": 2}, writer="rank1")
+    write_seeded(tmp_path / "bank", 1, 5, writer="rank1")
+    with pytest.raises(BankExists, match="which is kept"):
+        write_seeded(tmp_path / "bank", 2, 5, writer="rank1")  # has its part already
+    assert len(Bank.open(tmp_path / "bank")) == 9
+
+
+# Oversized
+
+
+def test_a_header_longer_than_its_tensors_account_for_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [7])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    for declared, error in ((2**63, BankCorrupt), (len(raw) + 1, BankCorrupt)):
+        path.write_bytes(struct.pack("<Q", declared) + raw[8:])
+        with pytest.raises(error, match="a header of"):
+            Bank.open(tmp_path / "bank")[0]
+    padded = struct.pack("<Q", length + 2**23) + raw[8 : 8 + length] + b" " * 2**23 + raw[8 + length :]
+    path.write_bytes(padded)
+    edit_fact(tmp_path / "bank", bytes=len(padded))
+    with pytest.raises(BankLimit, match=r"main-000000\.safetensors: want a header of at most"):
+        Bank.open(tmp_path / "bank")[0]
+
+
+@pytest.mark.parametrize("name", ["bank.json", "manifest-main.json"])
+def test_json_of_a_gigabyte_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "bank", [7])
+    os.truncate(tmp_path / "bank" / name, 2**30)  # a hole: it takes no room
+    with pytest.raises(BankLimit, match=rf"{name}: want at most \d+ bytes, got 1073741824"):
+        Bank.open(tmp_path / "bank")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10**6,
+        '{"a":' * 10**5,
+        '{"format": "bnn-bank", "version": ' + "9" * 10**5 + "}",
+        '{"format": "bnn-bank", "version": 1e999}',
+        '{"format": "bnn-bank", "version": 2, "version": 2}',
+        "\xff\xfe",
+    ],
+)
+def test_json_bombs_are_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "bank", [7])
+    for name in ("manifest-main.json", "bank.json"):
+        (tmp_path / "bank" / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(BankError, match=name):
+            Bank.open(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("shape", [[2] * 10**5, [2**40, 2**40], [-1, 12], [3.0, 4], [True, 12], ["3", 4]])
+def test_shapes_that_are_none_are_refused(tmp_path: Path, shape: list[Any]) -> None:
+    write(tmp_path / "bank", [1])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    header["0.weight"]["shape"] = shape
+    text = json.dumps(header).encode()
+    forged = struct.pack("<Q", len(text)) + text + raw[8 + length :]
+    path.write_bytes(forged)
+    edit_fact(tmp_path / "bank", bytes=len(forged))
+    with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors: want dtype, shape and offsets of tensor"):
+        Bank.open(tmp_path / "bank")[0]
+
+
+def test_more_rows_than_the_file_has_room_for_are_refused_at_open(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [7])
+    edit_fact(tmp_path / "bank", rows=10**12)
+    edit_json(tmp_path / "bank" / "manifest-main.json", rows=10**12)
+    with pytest.raises(BankCorrupt, match="bytes for 1000000000000 rows"):
+        Bank.open(tmp_path / "bank")
+
+
+def test_a_writer_makes_no_file_that_a_reader_refuses(tmp_path: Path) -> None:
+    bank_writer = BankWriter(tmp_path / "a", layout=LAYOUT, config={"note": "x" * 2**23})
+    bank_writer.append(rows(0, 3))
+    with pytest.raises(BankLimit, match=r"bank\.json: want at most"):
+        bank_writer.commit()
+    bank_writer.release()
+    bank_writer = BankWriter(tmp_path / "b", layout=LAYOUT, config={})
+    bank_writer.append(rows(0, 3), {"step": 3, "num_steps": 9, "info": {"all": list(range(10**5))}})
+    with pytest.raises(BankLimit, match=r"manifest-main\.json: want info of at most"):
+        bank_writer.commit()
+    bank_writer.release()
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.path.insert(0, sys.argv[2])
+from bank.test_bank import check
+from bnn.bank import Bank
+bank = Bank.open(sys.argv[1])
+check(bank, 500)
+assert bank.chain.shape == (500,)
+kept = [bank[i] for i in range(20)]
+assert [int(bank.block([i]).log_joint[0]) for i in range(499, -1, -7)] == [-i for i in range(499, -1, -7)]
+"""
+
+
+def test_five_hundred_shards_are_read_with_sixty_four_descriptors(tmp_path: Path) -> None:
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={})
+    bank_writer._capacity = 1
+    bank_writer.append(rows(0, 500))
+    bank_writer.close()
+    assert len(list((tmp_path / "bank").glob("main-*.safetensors"))) == 500
+    code = [sys.executable, "-c", LIMITED, str(tmp_path / "bank"), TESTS]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Not files, not ours
+
+
+MAKES: dict[str, Callable[[Path, Path], None]] = {
+    "pipe": lambda path, away: os.mkfifo(path),
+    "folder": lambda path, away: path.mkdir(),
+    "device": lambda path, away: path.symlink_to("/dev/zero"),
+    "link outside": lambda path, away: path.symlink_to(away),
+    "link inside": lambda path, away: path.symlink_to("other-copy"),
+    "nothing": lambda path, away: None,
+}
+
+
+@pytest.mark.parametrize("name", ["bank.json", "manifest-main.json", "main-000000.safetensors", "base.safetensors"])
+@pytest.mark.parametrize("make", MAKES)
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path, name: str, make: str) -> None:
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={}, base={"b": torch.ones(3)})
+    bank_writer.append(rows(0, 3))
+    bank_writer.close()
+    path = tmp_path / "bank" / name
+    shutil.copy(path, tmp_path / "away")
+    shutil.copy(path, tmp_path / "bank" / "other-copy")
+    path.unlink()
+    MAKES[make](path, tmp_path / "away")
+    if name == "manifest-main.json" and make == "nothing":
+        assert len(Bank.open(tmp_path / "bank")) == 0  # nothing was committed
+        return
+    with pytest.raises(BankNotFound if (name, make) == ("bank.json", "nothing") else BankCorrupt):
+        Bank.open(tmp_path / "bank").base()
+
+
+def test_a_pickle_under_the_name_of_a_shard_runs_nothing(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    write(tmp_path / "bank", [3])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    for save in (lambda: path.write_bytes(pickle.dumps(Trap())), lambda: torch.save({"w": Trap()}, path)):
+        save()
+        edit_fact(tmp_path / "bank", bytes=path.stat().st_size, rows=1)
+        edit_json(tmp_path / "bank" / "manifest-main.json", rows=1)
+        for verify in ("first-use", "never"):
+            with pytest.raises(BankError):
+                Bank.open(tmp_path / "bank", verify=verify)[0]
+        assert verify_files(tmp_path / "bank") == ["main-000000.safetensors: other bytes than the manifest says"]
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "change", ["dtype", "shape", "missing", "extra", "column"], ids=lambda change: f"{change} of a tensor"
+)
+def test_a_shard_of_other_tensors_names_the_first(tmp_path: Path, change: str) -> None:
+    write(tmp_path / "bank", [7])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    with safetensors.safe_open(path, "pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys() if not name.startswith("@pad.")}  # noqa: SIM118
+        metadata = shard.metadata()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    if change == "dtype":
+        tensors["1.bias"] = tensors["1.bias"].double()
+    elif change == "shape":
+        tensors["1.bias"] = tensors["1.bias"][:, :1].contiguous()
+    elif change == "missing":
+        del tensors["1.bias"]
+    else:
+        tensors["1.extra" if change == "extra" else "@energy"] = torch.zeros(7, dtype=torch.float64)
+    replace_tensors(tmp_path / "bank", tensors, metadata=metadata)
+    name = {"extra": r"1\.extra", "column": "@energy"}.get(change, r"1\.bias")
+    with pytest.raises(BankCorrupt, match=rf"main-000000\.safetensors: want tensor '{name}' as"):
+        Bank.open(tmp_path / "bank")[0]
+
+
+def test_a_sample_that_is_not_finite_is_found_in_a_bank_that_others_wrote(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [70])
+    with safetensors.safe_open(tmp_path / "bank" / "main-000000.safetensors", "pt") as shard:
+        metadata = shard.metadata()
+    found = Bank.open(tmp_path / "bank").block(slice(None))
+    tensors = {name: tensor.clone() for name, tensor in found.params.items()}
+    tensors |= {
+        "@chain": found.chain,
+        "@draw": found.draw,
+        "@log_joint": found.log_joint,
+        "@log_weight": found.log_weight,
+    }
+    tensors["1.weight"][66, 1, 2] = float("inf")
+    replace_tensors(tmp_path / "bank", tensors, metadata=metadata)
+    bank = Bank.open(tmp_path / "bank", verify="full")
+    assert [line.split(";")[0] for line in bank.check_values()] == [
+        f"{tmp_path / 'bank'}: want finite samples, got NaN or Inf in '1.weight' of row 66"
+    ]
+
+
+# Bits
+
+
+def flipped(path: Path, places: range) -> int:
+    """How many single flipped bits of a file an open and a look at every row do not refuse."""
+    raw, unseen = path.read_bytes(), 0
+    for place in places:
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(bytes(changed))
+        try:
+            bank = Bank.open(path.parent)
+            bank.block(slice(None))
+            unseen += 1
+        except BankError:
+            pass
+    path.write_bytes(raw)
+    return unseen
+
+
+@pytest.mark.parametrize("name", ["bank.json", "manifest-main.json"])
+def test_flipped_bits_of_json_are_found(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "bank", [2])
+    path = tmp_path / "bank" / name
+    assert flipped(path, range(0, 8 * path.stat().st_size, 41)) == blanks(path, 41)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bank.json", "manifest-main.json", "main-000000.safetensors"])
+def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "bank", [2])
+    path = tmp_path / "bank" / name
+    bits = 8 * path.stat().st_size
+    if name.endswith("json"):
+        assert flipped(path, range(bits)) == blanks(path, 1)
+        return
+    header = 8 * (8 + struct.unpack("<Q", path.read_bytes()[:8])[0])
+    assert flipped(path, range(header)) == 0
+    assert flipped(path, range(header, bits, 7)) <= pads(path, header, bits, 7)
+
+
+def blanks(path: Path, step: int) -> int:
+    """Flips that turn white space outside strings into other white space, or the end of the line away: no content."""
+    raw, found = path.read_bytes(), 0
+    inside = False
+    for place, byte in enumerate(raw):
+        inside ^= byte == ord('"') and raw[place - 1] != ord("\\")
+        for bit in range(8):
+            at_step = (8 * place + bit) % step == 0
+            found += at_step and not inside and chr(byte) in " \n" and chr(byte ^ 1 << bit) in " \n\t\r"
+    return found
+
+
+def pads(path: Path, header: int, bits: int, step: int) -> int:
+    """Flips that hit pads, which hold nothing."""
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        places = json.loads(file.read(length))
+    holes = [place["data_offsets"] for name, place in places.items() if name.startswith("@pad.")]
+    start = header // 8
+    return sum(any(start + a <= bit // 8 < start + b for a, b in holes) for bit in range(header, bits, step))
+
+
+# Every length
+
+
+def test_every_cut_of_a_small_bank_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [2])
+    for name in ("bank.json", "manifest-main.json", "main-000000.safetensors"):
+        path = tmp_path / "bank" / name
+        raw = path.read_bytes()
+        last = len(raw) - 1 if name.endswith("json") else len(raw)  # JSON may do without the end of its last line
+        for length in range(0, last, 1 if name.endswith("json") else 37):
+            path.write_bytes(raw[:length])
+            with pytest.raises(BankError, match=name):
+                Bank.open(tmp_path / "bank")
+        path.write_bytes(raw)
+    check(Bank.open(tmp_path / "bank", verify="full"), 2)
+
+
+@pytest.mark.parametrize("tail", [b"\0", b"\0" * 4096])
+def test_bytes_after_the_end_are_refused(tmp_path: Path, tail: bytes) -> None:
+    write(tmp_path / "bank", [2])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    path.write_bytes(path.read_bytes() + tail)
+    with pytest.raises(BankCorrupt, match="bytes for 2 rows"):
+        Bank.open(tmp_path / "bank")
+
+
+# The source itself
+
+
+def test_only_one_module_of_the_bank_touches_files() -> None:
+    """So that a fault put into `disk` reaches every call."""
+    import bnn.bank
+
+    banned = {"open", "unlink", "rename", "mkdir", "rmdir", "iterdir", "exists", "is_file", "is_dir", "stat", "touch"}
+    banned |= {"write_bytes", "write_text", "read_bytes", "read_text", "listdir", "replace", "fsync", "glob"}
+    for path in sorted(Path(str(bnn.bank.__file__)).parent.glob("*.py")):
+        if path.name == "disk.py":
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in banned:
+                owner = ast.unparse(node.func.value)
+                assert owner in ("disk", "Bank") or "_replace" in node.func.attr, f"{path.name}:{node.lineno} {owner}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "open", f"{path.name}:{node.lineno}"
+
+
+def test_nothing_in_bnn_unpickles() -> None:
+    import bnn
+
+    for path in sorted(Path(str(bnn.__file__)).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & {*names, module}, path
+            if isinstance(node, ast.Call) and path.name != "bench.py":  # the rival that it measures against loads so
+                assert ast.unparse(node.func) not in ("torch.load", "eval", "exec", "yaml.load"), (
+                    f"{path}:{node.lineno}"
+                )
+
+
+def test_memory_of_a_refusal_is_bounded(tmp_path: Path) -> None:
+    """A manifest of the largest legal size, made of what takes most memory as Python objects."""
+    write(tmp_path / "bank", [2])
+    path = tmp_path / "bank" / "bank.json"
+    path.write_text('{"a":[' + "{}," * ((4 * 2**20 - 10) // 3) + "{}]}")
+    code = (
+        "import resource, sys; from bnn.bank import Bank\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: Bank.open(sys.argv[1])\n"
+        "except Exception as error: print(type(error).__name__, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "bank")], capture_output=True, text=True, check=True
+    )
+    kind, kilobytes = done.stdout.split()
+    assert kind == "BankCorrupt"
+    assert int(kilobytes) < 200_000
