@@ -62,10 +62,25 @@ def test_figures_of_hmc_on_real_data_are_those_of_its_page() -> None:
     table = runpy.run_path(str(ROOT / "benchmarks" / "uci_table.py"))["table"]
     rows = [row for row in found("uci")["rows"] if row["method"] == "hmc"]
     page = (ROOT / "docs" / "methods" / "hmc.md").read_text(encoding="utf-8")
-    for name in ("yacht", "energy", "concrete", "wine-quality-red"):
+    for name in ("yacht", "energy", "concrete", "wine-quality-red", "power-plant"):
         of = [row for row in rows if row["set"] == name]
         assert sorted(row["split"] for row in of) == [0, 1, 2, 3, 4]
         assert all(0 <= row["coverage_90"] <= 1 and math.isfinite(row["log_likelihood"]) for row in of)
         shown = next(line for line in table(of) if "| hmc |" in line).split(" | ")
         assert f"| {name} | {shown[3]} | {shown[4]} |" in page
     assert f"was {max(row['rhat_max'] for row in rows):.2f} there" in page
+
+
+def test_speeds_of_hmc_are_those_of_its_page() -> None:
+    rows = [row for row in found("hmc")["rows"] if row["part"] == "speed"]
+    took = {(row["weights"], row["chains"], row["way"]): row["microseconds"] for row in rows}
+    page = (ROOT / "docs" / "methods" / "hmc.md").read_text(encoding="utf-8")
+    for weights in (2701, 9001, 100501):
+        for chains in (1, 16, 64):
+            ours = took[weights, chains, "bnn"]
+            numpyro, pyro = took[weights, chains, "NumPyro"] / ours, took[weights, 1, "Pyro, module"] / ours
+            alone = took[weights, chains, "matrix products alone"]
+            assert f"| {weights:,} | {chains} | {ours:,.0f} | {numpyro:.2f} | {pyro:.1f} | {alone:,.0f} |" in page
+    worth = {row["way"]: row for row in found("hmc")["rows"] if row["part"] == "worth"}
+    assert f"{worth['bnn']['ess_per_second'] / worth['NumPyro NUTS']['ess_per_second']:.2f} times the bulk ESS" in page
+    assert f"(R-hat {worth['bnn']['rhat']:.2f})" in page
