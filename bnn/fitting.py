@@ -24,6 +24,7 @@ from bnn.errors import BnnError, ConfigError, FitError
 from bnn.model import BayesianModel
 from bnn.progress import with_progress
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
+from bnn.seeding import derive
 from bnn.types import Block, Data, Method, State
 
 
@@ -37,6 +38,7 @@ def fit(
     seed: int = 0,
     sampler: EpochSampler[Any] | None = None,
     importance_weights: bool | None = None,
+    writer: str = "main",
     resume: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -63,6 +65,9 @@ def fit(
         sampler: order in which methods of batches meet the rows, such as `samplers.ClassBalancedSampler`;
             methods of all rows at once take its chances as weights. By default all rows alike.
         importance_weights: whether to keep the target; None is no, with a warning where it matters.
+        writer: whose part of the bank this is. Several processes may fill one bank at once, all with the same
+            options but each under a name of its own, which gives it random numbers of its own; `num_samples`
+            is then that of the part. The first to commit begins the bank.
         resume: go on with the unfinished bank at `out`.
         overwrite: replace the bank at `out`.
         progress: show a bar on stderr; by default where stderr is a terminal.
@@ -110,6 +115,8 @@ def fit(
             stacklevel=2,
         )
     if out is None:
+        if writer != "main":
+            raise ConfigError("writer", want="out=, the folder that writers share", got="none", fix="pass out=")
         run = method.run(model, data, num_samples=num_samples, seed=seed)
         blocks, told = [], {}
         for block, state in with_progress(run, method.name, progress):
@@ -118,14 +125,17 @@ def fit(
                 blocks.append(block)
         info = {**config, "complete": True, "diagnostics": {"main": told}}
         return Bank.from_blocks(blocks, layout=model.layout, info=info, base=model.base())
-    writer = BankWriter(out, layout=model.layout, config=config, base=model.base(), resume=resume, overwrite=overwrite)
-    if writer.num_rows < num_samples:
-        run = method.run(model, data, num_samples=num_samples, seed=seed, state=writer.state)
-        drive(writer, run, title=method.name, progress=progress)
-    elif not writer.complete:  # killed between its last row and the end
-        writer.close()
+    kept = BankWriter(
+        out, layout=model.layout, config=config, base=model.base(), writer=writer, resume=resume, overwrite=overwrite
+    )
+    if kept.num_rows < num_samples:
+        own = seed if writer == "main" else derive(seed, "writer", writer)
+        run = method.run(model, data, num_samples=num_samples, seed=own, state=kept.state)
+        drive(kept, run, title=method.name, progress=progress)
+    elif not kept.complete:  # killed between its last row and the end
+        kept.close()
     else:
-        writer.release()
+        kept.release()
     return Bank.open(out)
 
 

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.bank.shards import MappedShard, MemoryShard, Origin, Shard, Verify, read_manifests, verify_files
+from bnn.bank.shards import (
+    Described,
+    MappedShard,
+    MemoryShard,
+    Shard,
+    Verify,
+    read_config,
+    read_manifests,
+    verify_files,
+)
 from bnn.bank.writer import BankWriter
-from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, BankNotFound, choose
+from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, choose
 from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params, make_block
 
@@ -39,7 +48,8 @@ class Bank(Sequence[Params]):
 
     `len(bank)` is S, `bank[i]` the params of sample i (views, no copy), `bank.block(indices)` K of
     them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
-    `log_joint` and `log_weight` are columns [S], `columns` those of the method beside.
+    `log_joint` and `log_weight` are columns [S], `columns` those of the method beside. Chains of different
+    writers are different chains: those of each further writer are numbered on from the last one's.
 
     Examples:
         >>> import bnn, torch
@@ -92,29 +102,14 @@ class Bank(Sequence[Params]):
     @staticmethod
     def _open(folder: Path, verify: Verify, snapshot: Snapshot | None) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached."""
-        config_path = folder / "bank.json"
-        if not disk.exists(config_path):
-            got = "a folder without bank.json" if disk.is_folder(folder) else "nothing there"
-            raise BankNotFound(str(folder), want="a bank", got=got, fix="make one with bnn.fit or 'bnn fit --out'")
-        config = files.read_json(config_path)
-        fmt.check_version(config, str(config_path))
-        try:
-            layout = Layout.from_config(config["layout"])  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
-            raise fmt.corrupt(str(config_path), "a layout", f"{type(error).__name__}: {error}") from error
-        if layout.fingerprint != config.get("fingerprint"):
-            raise fmt.corrupt(str(config_path), "the fingerprint of its layout", repr(config.get("fingerprint")))
-        for key in ("method", "model", "data", "prior", "likelihood", "base"):
-            if not isinstance(config.get(key), (dict, type(None))):
-                raise fmt.corrupt(str(config_path), f"an object or null as '{key}'", repr(config[key])[:100])
-        columns = fmt.more_columns(config, str(config_path))
-        identity: Any = config.get("checksum")
-        manifests = read_manifests(folder, config, (*layout.names, *fmt.column_dtypes(columns)))
+        described = read_config(folder)
+        config, layout, identity = described.config, described.layout, described.identity
+        manifests = read_manifests(folder, described)
         if snapshot is not None:
             manifests = _as_of(snapshot, manifests, identity, folder)
         shards = []
         for manifest in manifests:
-            origin = Origin(layout, columns, manifest["writer"], identity)
+            origin = described.origin(manifest["writer"])
             shards += [MappedShard(folder / fact["file"], fact, origin, verify) for fact in manifest["shards"]]
         for shard in shards:
             size = disk.regular_size(shard.path)
@@ -263,6 +258,8 @@ class Bank(Sequence[Params]):
         params = {name: tensors[name] for name in self.layout.names}
         more = {name: tensors[f"@{name}"] for name in self._more}
         chain, draw, log_joint, log_weight = (tensors[name] for name in fmt.COLUMNS)
+        if self._num_writers > 1 and rows.size:
+            chain = chain + self._first_chains[torch.from_numpy(places)]
         return Block(params, chain, draw, log_joint, log_weight, more)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
@@ -275,7 +272,26 @@ class Bank(Sequence[Params]):
     @cached_property
     def chain(self) -> Tensor:
         """Chain of each sample, int64 [S]."""
-        return self._column("@chain")
+        chain = self._column("@chain")
+        if self._num_writers > 1:
+            places = torch.arange(len(self._shards)).repeat_interleave(torch.from_numpy(np.diff(self._firsts)))
+            chain += self._first_chains[places]
+        return chain
+
+    @cached_property
+    def _num_writers(self) -> int:
+        return len({shard.writer for shard in self._shards if isinstance(shard, MappedShard)})
+
+    @cached_property
+    def _first_chains(self) -> Tensor:
+        """What each shard's chains are counted from, int64 [shards]: no two writers share a chain."""
+        firsts, first, last, writer = [], 0, -1, None
+        for place, shard in enumerate(self._shards):
+            if isinstance(shard, MappedShard) and shard.writer != writer:
+                first, writer = last + 1, shard.writer
+            last = max(last, first + int(self._tensor(place, "@chain").max()))
+            firsts.append(first)
+        return torch.tensor(firsts)
 
     @cached_property
     def draw(self) -> Tensor:
@@ -312,13 +328,7 @@ class Bank(Sequence[Params]):
         """Parameters outside the sample and buffers, as they were when the bank was made."""
         if self._base is not None:
             return dict(self._base)
-        path = None if self.path is None else self.path / "base.safetensors"
-        if path is None or self.info.get("base") is None:
-            return {}
-        if files.sha256_of(path) != (self.info.get("base") or {}).get("sha256"):
-            raise fmt.corrupt(str(path), "the sha256 that bank.json names", "other bytes")
-        tensors = files.map_tensors(path).tensors
-        return {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith("@pad.")}
+        return {} if self.path is None else Described(self.info, self.layout, self._more).base(self.path)
 
     def export(self, path: str | Path, index: int) -> None:
         """Write one sample as an ordinary safetensors state dict: its entries, and what the bank keeps once.

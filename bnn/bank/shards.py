@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.errors import BankError, BankMismatch
+from bnn.errors import BankError, BankMismatch, BankNotFound
 from bnn.layout import Layout
 
 Verify: TypeAlias = Literal["first-use", "never", "full"]
@@ -41,6 +41,82 @@ class MemoryShard:
         return self.tensors[name]
 
 
+class Described(NamedTuple):
+    """What `bank.json` says, checked."""
+
+    config: dict[str, Any]
+    layout: Layout
+    columns: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors of a shard."""
+        return (*self.layout.names, *fmt.column_dtypes(self.columns))
+
+    @property
+    def identity(self) -> str | None:
+        """The checksum of `bank.json`, by which its files know it; None in version 1."""
+        return self.config.get("checksum")
+
+    def origin(self, writer: str) -> Origin:
+        """What the shards of a writer must say of themselves."""
+        return Origin(self.layout, self.columns, writer, self.identity)
+
+    def base(self, folder: Path) -> dict[str, Tensor]:
+        """Parameters outside the sample and buffers.
+
+        Raises:
+            BankCorrupt: `base.safetensors` is missing or altered.
+        """
+        fact = self.config.get("base")
+        if fact is None:
+            return {}
+        path = folder / fact["file"]
+        if files.sha256_of(path) != fact["sha256"]:
+            raise fmt.corrupt(str(path), "the sha256 that bank.json names", "other bytes")
+        tensors = files.map_tensors(path).tensors
+        return {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith("@pad.")}
+
+
+def read_config(folder: Path) -> Described:
+    """Read and check `bank.json`.
+
+    Raises:
+        BankNotFound: it is not there.
+        BankCorrupt: it is cut, altered or contradicts itself.
+        BankError: a newer format.
+    """
+    path = folder / "bank.json"
+    if not disk.exists(path):
+        got = "a folder without bank.json" if disk.is_folder(folder) else "nothing there"
+        raise BankNotFound(str(folder), want="a bank", got=got, fix="make one with bnn.fit or 'bnn fit --out'")
+    config: dict[str, Any] = files.read_json(path)
+    fmt.check_version(config, str(path))
+    layout = _layout_of(config.get("layout"), str(path))
+    if layout.fingerprint != config.get("fingerprint"):
+        raise fmt.corrupt(str(path), "the fingerprint of its layout", repr(config.get("fingerprint"))[:100])
+    for key in ("method", "model", "data", "prior", "likelihood", "base"):
+        if not isinstance(config.get(key), (dict, type(None))):
+            raise fmt.corrupt(str(path), f"an object or null as '{key}'", repr(config[key])[:100])
+    base = config.get("base")
+    if base is not None and (base.get("file") != "base.safetensors" or not is_sha256(base.get("sha256"))):
+        raise fmt.corrupt(str(path), "base.safetensors and its sha256 as 'base'", repr(base)[:100])
+    return Described(config, layout, fmt.more_columns(config, str(path)))
+
+
+def _layout_of(config: Any, place: str) -> Layout:
+    try:
+        for name, shape, dtype in config["entries"]:
+            legal = isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 64
+            if not (legal and all(type(size) is int and 0 <= size < 2**48 for size in shape)):
+                raise fmt.corrupt(place, "entries of name, shape and dtype", repr([name, shape, dtype])[:200])
+        if not all(isinstance(name, str) for name in config["aliases"].values()):
+            raise fmt.corrupt(place, "names as aliases", repr(config["aliases"])[:200])
+        return Layout.from_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise fmt.corrupt(place, "a layout", f"{type(error).__name__}: {error}"[:200]) from error
+
+
 class Origin(NamedTuple):
     """What the shards of one writer must say of themselves."""
 
@@ -55,7 +131,7 @@ class MappedShard:
 
     def __init__(self, path: Path, fact: Mapping[str, Any], origin: Origin, verify: Verify) -> None:
         self.path, self.rows, self.bytes, self.first_row = path, fact["rows"], fact["bytes"], fact["first_row"]
-        self.sha256: str = fact["sha256"]
+        self.writer = origin.writer
         self._origin, self._crc32 = origin, fact["crc32"]
         self._verify, self._checked = verify != "never", set[str]()
         self._mapped: files.MappedFile | None = None
@@ -131,16 +207,8 @@ def open_shard(path: Path, origin: Origin, *, rows: int, first_row: int, size: i
     return mapped
 
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def read_manifests(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
     """The manifests of all writers in the order of their names, checked.
-
-    Args:
-        folder: of the bank.
-        config: its `bank.json`, to which manifests of version 2 belong.
-        names: of the tensors of a shard.
 
     Raises:
         BankCorrupt: a manifest or a file name in it is not what the format allows.
@@ -148,23 +216,19 @@ def read_manifests(folder: Path, config: Mapping[str, Any], names: Sequence[str]
         BankLimit: a manifest larger than the shards that are there account for.
     """
     there = disk.names(folder)
-    limit = fmt.manifest_limit(names, sum(fmt.SHARD_NAME.fullmatch(name) is not None for name in there))
-    manifests = []
-    for name in there:
-        match = fmt.MANIFEST_NAME.fullmatch(name)
-        if match:
-            manifests.append(read_manifest(folder / name, match.group(1), config, limit))
-    return manifests
+    limit = fmt.manifest_limit(described.names, sum(fmt.SHARD_NAME.fullmatch(name) is not None for name in there))
+    found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in there]
+    return [read_manifest(folder / name, match.group(1), described, limit) for name, match in found if match]
 
 
-def read_manifest(path: Path, writer: str, config: Mapping[str, Any], limit: int) -> dict[str, Any]:
+def read_manifest(path: Path, writer: str, described: Described, limit: int) -> dict[str, Any]:
     """One writer's manifest, checked; see `read_manifests`."""
     manifest: dict[str, Any] = files.read_json(path, limit)
     fmt.check_version(manifest, str(path))
-    if manifest["version"] != config["version"] or manifest.get("bank") != config.get("checksum"):
+    if manifest["version"] != described.config["version"] or manifest.get("bank") != described.identity:
         raise BankMismatch(
             str(path),
-            want=f"the bank {config.get('checksum')}",
+            want=f"the bank {described.identity}",
             got=f"{manifest.get('bank')}"[:100],
             fix="put the manifest of this bank back, or repair the bank",
         )
@@ -179,13 +243,19 @@ def read_manifest(path: Path, writer: str, config: Mapping[str, Any], limit: int
         state = manifest["state"]
         if state is not None:
             named = fmt.STATE_NAME.fullmatch(state["file"])
-            if named is None or named.group(1) != writer or not SHA256.fullmatch(state["sha256"]):
+            legal = named is not None and named.group(1) == writer and is_sha256(state["sha256"])
+            if not legal or type(state["bytes"]) is not int:
                 raise fmt.corrupt(str(path), f"a state of {writer}", repr(state)[:200])
         if type(manifest["generation"]) is not int or not isinstance(manifest.setdefault("info", {}), dict):
             raise fmt.corrupt(str(path), "a generation and info", repr(manifest["generation"])[:100])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise fmt.corrupt(str(path), "a manifest", f"{type(error).__name__}: {error}"[:200]) from error
     return manifest
+
+
+def is_sha256(text: Any) -> bool:
+    """Whether a value from a file is the hexadecimal text of a sha256."""
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
 def _is_fact(fact: Any, writer: str, row: int) -> bool:
@@ -198,7 +268,7 @@ def _is_fact(fact: Any, writer: str, row: int) -> bool:
         and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
         and fact["first_row"] == row
         and fact["rows"] > 0
-        and SHA256.fullmatch(fact["sha256"]) is not None
+        and is_sha256(fact["sha256"])
     )
 
 
@@ -210,11 +280,9 @@ def verify_files(folder: Path, told: Callable[[int], object] = lambda size: None
         told: gets the number of bytes of each step, for a bar.
     """
     problems = []
-    config: dict[str, Any] = files.read_json(folder / "bank.json")
-    base = config.get("base")
-    entries = Layout.from_config(config["layout"]).names
-    names = (*entries, *fmt.column_dtypes(fmt.more_columns(config, "bank.json")))
-    for manifest in [{"shards": [base] if base else [], "state": None}, *read_manifests(folder, config, names)]:
+    described = read_config(folder)
+    base = described.config.get("base")
+    for manifest in [{"shards": [base] if base else [], "state": None}, *read_manifests(folder, described)]:
         facts = manifest["shards"] + [manifest["state"]] * (manifest["state"] is not None)
         for fact in facts:
             try:

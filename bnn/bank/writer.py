@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.bank.shards import read_manifests
+from bnn.bank.shards import read_config, read_manifests
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankMismatch, BankNotFound, ConfigError
 from bnn.layout import Layout
 from bnn.types import Block, State
@@ -52,8 +52,7 @@ class BankWriter:
         config: what `bank.json` says, apart from format, layout and versions.
         base: parameters outside the sample and buffers, kept once.
         writer: a name of small letters, digits and `_`. Several processes may fill one bank at once, each under
-            a name of its own: the first to commit begins the bank, the others join it if their configuration is
-            the same but for the seed, which must differ.
+            a name of its own: the first to commit begins the bank, the others of the same configuration join it.
         resume: go on with an unfinished bank of the same configuration.
         overwrite: replace a bank that is there.
 
@@ -171,7 +170,6 @@ class BankWriter:
             "version": fmt.VERSION,
             "bank": self._identity,
             "writer": self.writer,
-            "seed": self._config.get("seed"),
             "generation": self._generation + 1,
             "complete": complete,
             "rows": _count(shards),
@@ -310,9 +308,8 @@ class BankWriter:
 
     def _restore(self) -> None:
         """Take up the bank that is there: what this writer committed, or nothing where it joins."""
-        place = self.path / "bank.json"
-        kept: dict[str, Any] = files.read_json(place)
-        fmt.check_version(kept, str(place))
+        place, described = self.path / "bank.json", read_config(self.path)
+        kept = described.config
         if kept["version"] != fmt.VERSION:
             raise BankError(
                 str(place),
@@ -320,12 +317,15 @@ class BankWriter:
                 got=f"version {kept['version']}, which is only read",
                 fix="make it anew with 'bnn bank thin --every 1', or finish it with the bnn-toolkit that began it",
             )
-        path = self.path / f"manifest-{self.writer}.json"
-        joins = not disk.exists(path)
         config = fmt.seal(self._config, "bank.json")
-        for key in sorted((kept.keys() | config.keys()) - {"versions", "base", "checksum", "seed"}):
+        for key in sorted((kept.keys() | config.keys()) - {"versions", "base", "checksum"}):
             if kept.get(key) != config.get(key):
-                raise _differs(place, key, kept.get(key), config.get(key))
+                raise BankMismatch(
+                    str(place),
+                    want=f"{key} = {kept.get(key)}",
+                    got=f"{config.get(key)}",
+                    fix="resume with the options that the bank was begun with",
+                )
         kept_base: Any = kept.get("base") or {}
         if kept_base.get("sha256") != files.tensors_sha256(self._base):
             raise BankMismatch(
@@ -337,23 +337,9 @@ class BankWriter:
         for name in disk.names(self.path):
             if name.startswith((f".tmp-{self.writer}-", f".tmp-state-{self.writer}-")):
                 self._remove(self.path / name)  # of a writer of this name that was killed
-        manifests = {m["writer"]: m for m in read_manifests(self.path, kept, self._names())}
-        seed = config.get("seed")
-        if joins:
-            for other, manifest in manifests.items():
-                if manifest.get("seed") == seed is not None:
-                    raise BankMismatch(
-                        f"{self.path}, writer '{self.writer}'",
-                        want="a seed of its own",
-                        got=f"{seed}, that of '{other}', whose samples would come again",
-                        fix="pass another seed",
-                    )
-            if not manifests and kept.get("seed") != seed and self.writer == "main":
-                raise _differs(place, "seed", kept.get("seed"), seed)
-        else:
+        manifests = {m["writer"]: m for m in read_manifests(self.path, described)}
+        if self.writer in manifests:
             manifest = manifests[self.writer]
-            if manifest["seed"] != seed:
-                raise _differs(place if manifest["seed"] == kept.get("seed") else path, "seed", manifest["seed"], seed)
             self._generation, self.complete = manifest["generation"], manifest["complete"]
             if manifest["state"] is not None:
                 self.state = self._read_state(manifest["state"])
@@ -365,10 +351,6 @@ class BankWriter:
                 match = pattern.fullmatch(name)
                 if match and match.group(1) == self.writer:
                     setattr(self, attribute, max(getattr(self, attribute), int(match.group(2)) + 1))
-
-    def _names(self) -> tuple[str, ...]:
-        """Of the tensors in a shard."""
-        return (*self.layout.names, *self._dtypes)
 
     def _read_state(self, fact: dict[str, Any]) -> State:
         path = self.path / fact["file"]
@@ -458,12 +440,6 @@ def _is_own(name: str) -> bool:
     known = ("bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv")
     begins = (".tmp-", "events.out.tfevents.")
     return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)
-
-
-def _differs(place: Path, key: str, kept: Any, asked: Any) -> BankMismatch:
-    return BankMismatch(
-        str(place), want=f"{key} = {kept}", got=f"{asked}", fix="resume with the options that the bank was begun with"
-    )
 
 
 def _missing_folders(path: Path) -> list[Path]:

@@ -135,6 +135,9 @@ def fit(
     split: Annotated[int, typer.Option(help="Split of a UCI folder, or seed of the 20 % test split.")] = 0,
     data_root: common.DataRoot = None,
     seed: common.Seed = 0,
+    writer: Annotated[
+        str, typer.Option(help="Whose part of the bank this is, where several processes fill one, a name each.")
+    ] = "main",
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     config: common.Config = None,
@@ -214,6 +217,7 @@ def fit(
         seed=seed,
         sampler=sampler,
         importance_weights=True if importance else None,
+        writer=writer,
         resume=resume,
         overwrite=overwrite,
         record=record,

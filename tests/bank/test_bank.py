@@ -181,11 +181,18 @@ def test_readers_keep_their_snapshot(tmp_path: Path) -> None:
 
 def test_several_writers_fill_one_bank_in_the_order_of_their_names(tmp_path: Path) -> None:
     write(tmp_path / "bank", [4], writer="a")
-    second = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 1}, writer="b")
+    second = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="b")
     second.append(rows(4, 3))
     second.close()
-    check(Bank.open(tmp_path / "bank"), 7)
-    third = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 1}, writer="b", resume=True)
+    bank, expected = Bank.open(tmp_path / "bank"), rows(0, 7)
+    assert bank.info["complete"]
+    assert all(torch.equal(bank.block(range(7)).params[name], expected.params[name]) for name in LAYOUT.names)
+    chains = [0, 1, 2, 0, 4, 5, 3]  # 0 to 2 of "a", then those of "b"
+    assert bank.chain.tolist() == chains
+    assert bank.block([6, 0, 4, 5]).chain.tolist() == [3, 0, 4, 5]
+    assert bank.block([6, 4]).chain.tolist() == [3, 4]
+    assert [int(block.chain[0]) for _, block in bank.blocks(2)] == [0, 2, 4, 3]
+    third = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="b", resume=True)
     assert third.num_rows == 3
     third.release()
 

@@ -1,0 +1,255 @@
+"""Keep what is whole of a damaged bank: every sound shard, named by a manifest or not, goes into a new bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bnn.bank import disk, files
+from bnn.bank import format as fmt
+from bnn.bank.reader import Bank
+from bnn.bank.shards import Described, open_shard, read_config, read_manifest
+from bnn.bank.writer import BankWriter
+from bnn.errors import BankError, ConfigError
+from bnn.types import Block, State
+
+ROWS_AT_ONCE = 64
+NOT_CONFIG = ("format", "version", "requires", "layout", "fingerprint", "base", "checksum")  # a writer adds them
+
+
+class Found(NamedTuple):
+    """A file of the damaged bank and what became of it."""
+
+    name: str
+    fate: str  # "kept", "adopted" (sound, and named by no manifest) or "dropped"
+    reason: str
+
+
+class Repaired(NamedTuple):
+    """A new bank, the fate of every file of the old one, and whether each writer's fit can go on from it."""
+
+    bank: Bank
+    files: list[Found]
+    resumable: bool
+
+
+class _Piece(NamedTuple):
+    """A sound shard."""
+
+    name: str
+    first_row: int
+    rows: int
+    committed: bool
+
+
+class _Part(NamedTuple):
+    """What is whole of one writer: shards in the order of rows, and the state that follows the last of them."""
+
+    writer: str
+    pieces: list[_Piece]
+    rows: int
+    state: State | None
+    complete: bool
+
+
+def repair(
+    path: str | Path,
+    out: str | Path,
+    *,
+    resumable: bool = False,
+    overwrite: bool = False,
+    told: Callable[[int], object] = lambda rows: None,
+) -> Repaired:
+    """Copy every sound row of a bank into a new one; the old one is left as it is.
+
+    A shard is sound if its header is that of this bank, writer and layout, the crc32 that it carries are those of its
+    tensors, and its rows are finite: then it is kept, whether or not a manifest that can be read names it. Of two that
+    hold the same rows, the one that the manifest names counts, else the later. Nothing is ever put in the place of
+    rows that are lost: those behind them move up.
+
+    Args:
+        path: the damaged bank; its `bank.json` must be whole.
+        out: folder of the new one.
+        resumable: keep rows only as far as a state follows them, so that the fit can go on. Without it all rows
+            are kept, and the state only where it follows the last one.
+        overwrite: replace a bank at `out`.
+        told: gets the number of rows of each step.
+
+    Raises:
+        BankCorrupt: `bank.json` is damaged, from which everything else follows.
+        BankError: a bank of version 1, whose shards carry no checksums, or not one sound row.
+    """
+    folder, target = Path(path), Path(out)
+    if folder.resolve() == target.resolve():
+        raise ConfigError("out", want="a new folder", got="the damaged bank itself", fix="choose another name")
+    damaged = read_config(folder)
+    if damaged.identity is None:
+        raise BankError(
+            str(folder), want="a bank of version 2, whose shards carry checksums", got="version 1", fix="restore a copy"
+        )
+    names = disk.names(folder)
+    writers = sorted({m.group(1) for m in map(fmt.SHARD_NAME.fullmatch, names) if m})
+    told_of: list[Found] = []
+    parts = [_part(folder, damaged, writer, names, told_of, resumable=resumable) for writer in writers]
+    parts = [part for part in parts if part.pieces]
+    if not parts:
+        raise BankError(str(folder), want="one sound row at least", got="none", fix="restore the bank from a copy")
+    base = damaged.base(folder)
+    config = {key: value for key, value in damaged.config.items() if key not in NOT_CONFIG}
+    for place, part in enumerate(parts):
+        writer = BankWriter(
+            target, layout=damaged.layout, config=config, base=base, writer=part.writer,
+            overwrite=overwrite and place == 0,
+        )  # fmt: skip
+        try:
+            _copy(folder, damaged, part, writer, told)
+            writer.close(complete=part.complete)
+        except BaseException:
+            writer.release()
+            raise
+    return Repaired(Bank.open(target), told_of, all(part.state is not None for part in parts))
+
+
+def _part(
+    folder: Path, damaged: Described, writer: str, names: list[str], told_of: list[Found], *, resumable: bool
+) -> _Part:
+    """The sound shards of a writer and its state; the fate of each file is added to `told_of`."""
+    manifest = _manifest(folder, damaged, writer, names, told_of)
+    committed = {fact["file"] for fact in manifest["shards"]} if manifest else set[str]()
+    sound: list[_Piece] = []
+    for name in names:
+        match = fmt.SHARD_NAME.fullmatch(name)
+        if match and match.group(1) == writer:
+            try:
+                sound.append(_sound(folder / name, damaged, writer, committed=name in committed))
+            except BankError as error:
+                told_of.append(Found(name, "dropped", f"want {error.want}, got {error.got}"))
+    for name in sorted(committed - set(names)):
+        told_of.append(Found(name, "dropped", "the manifest names it, and it is gone"))
+    found = [_state(folder / name, damaged, writer, told_of) for name in names]
+    states = [each for each in found if each is not None]
+    pieces: list[_Piece] = []
+    row = 0
+    sound.sort(key=lambda piece: piece.name, reverse=True)  # the later before the earlier
+    for piece in sorted(sound, key=lambda piece: (piece.first_row, not piece.committed)):
+        if piece.first_row < row:
+            told_of.append(Found(piece.name, "dropped", f"row {piece.first_row} is there already, in another shard"))
+            continue
+        pieces.append(piece)
+        row = piece.first_row + piece.rows
+    whole = _contiguous(pieces)
+    last = max((each for each in states if each[0] <= whole), key=lambda each: each[0], default=None)
+    rows = sum(piece.rows for piece in pieces)
+    state: State | None = None
+    if resumable:
+        if last is None:
+            raise BankError(
+                str(folder), want=f"a state of '{writer}' to go on from", got="none", fix="repair without resumable"
+            )
+        rows, state = last
+        for piece in [piece for piece in pieces if piece.first_row >= rows]:
+            told_of.append(Found(piece.name, "dropped", f"the state follows row {rows}: the fit makes these again"))
+            pieces.remove(piece)
+    elif last is not None and last[0] == rows:
+        state = last[1]
+    for piece in pieces:
+        told_of.append(Found(piece.name, "kept" if piece.committed else "adopted", f"{piece.rows} rows"))
+    complete = bool(manifest and manifest["complete"] and manifest["rows"] == rows == whole)
+    return _Part(writer, pieces, rows, state, complete)
+
+
+def _manifest(
+    folder: Path, damaged: Described, writer: str, names: list[str], told_of: list[Found]
+) -> Mapping[str, Any] | None:
+    """A writer's manifest if it can be believed."""
+    name = f"manifest-{writer}.json"
+    if name not in names:
+        return None
+    try:
+        return read_manifest(folder / name, writer, damaged, fmt.manifest_limit(damaged.names, len(names)))
+    except BankError as error:
+        told_of.append(Found(name, "dropped", f"want {error.want}, got {error.got}"))
+        return None
+
+
+def _number(metadata: Mapping[str, str], key: str, path: Path) -> int:
+    text = metadata.get(key, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise fmt.corrupt(str(path), f"a number as '{key}' in its header", repr(text)[:100])
+    return int(text)
+
+
+def _check_sums(path: Path, mapped: files.MappedFile) -> None:
+    """Raise BankCorrupt unless the tensors have the crc32 that the file itself names."""
+    sums = fmt.parse_json(mapped.metadata.get("crc32", "").encode(), str(path))
+    for name in mapped.tensors:
+        if not name.startswith("@pad.") and mapped.crc32(name) != sums.get(name):
+            raise fmt.corrupt(str(path), f"tensor '{name}' with the crc32 of its header", "other bytes")
+
+
+def _sound(path: Path, damaged: Described, writer: str, *, committed: bool) -> _Piece:
+    """A shard that can be believed by itself.
+
+    Raises:
+        BankError: it cannot.
+    """
+    metadata = files.map_tensors(path, max_header=fmt.header_limit(damaged.names)).metadata
+    rows, first_row = _number(metadata, "rows", path), _number(metadata, "first_row", path)
+    mapped = open_shard(path, damaged.origin(writer), rows=rows, first_row=first_row)
+    _check_sums(path, mapped)
+    if rows < 1:
+        raise fmt.corrupt(str(path), "one row at least", "none")
+    for start in range(0, rows, ROWS_AT_ONCE):
+        params = {name: mapped.tensors[name][start : start + ROWS_AT_ONCE] for name in damaged.layout.names}
+        fmt.check_rows(params, str(path), start)
+        mapped.release()
+    return _Piece(path.name, first_row, rows, committed)
+
+
+def _state(path: Path, damaged: Described, writer: str, told_of: list[Found]) -> tuple[int, State] | None:
+    """A producer's state of this writer, and how many rows it follows."""
+    match = fmt.STATE_NAME.fullmatch(path.name)
+    if not match or match.group(1) != writer:
+        return None
+    try:
+        mapped = files.map_tensors(path)
+        for key, want in (("bank", damaged.identity), ("writer", writer)):
+            if mapped.metadata.get(key) != want:
+                raise fmt.corrupt(str(path), f"{key} {want}", f"{mapped.metadata.get(key)}"[:100])
+        _check_sums(path, mapped)
+        rows = _number(mapped.metadata, "rows", path)
+        tensors = {name: tensor.clone() for name, tensor in mapped.tensors.items()}
+        return rows, fmt.decode_state(tensors, mapped.metadata, str(path))
+    except BankError as error:
+        told_of.append(Found(path.name, "dropped", f"want {error.want}, got {error.got}"))
+        return None
+
+
+def _contiguous(pieces: list[_Piece]) -> int:
+    """How many rows there are from the first without a gap."""
+    row = 0
+    for piece in pieces:
+        if piece.first_row != row:
+            break
+        row += piece.rows
+    return row
+
+
+def _copy(folder: Path, damaged: Described, part: _Part, writer: BankWriter, told: Callable[[int], object]) -> None:
+    """The rows of a part, some at a time, and its state behind the last."""
+    left = part.rows
+    for piece in part.pieces:
+        origin = damaged.origin(part.writer)
+        mapped = open_shard(folder / piece.name, origin, rows=piece.rows, first_row=piece.first_row)
+        for start in range(0, min(piece.rows, left), ROWS_AT_ONCE):
+            here = slice(start, min(start + ROWS_AT_ONCE, piece.rows, left))
+            tensors = {name: tensor[here] for name, tensor in mapped.tensors.items()}
+            chain, draw, log_joint, log_weight = (tensors[name] for name in fmt.COLUMNS)
+            columns = {name: tensors[f"@{name}"] for name in damaged.columns}
+            params = {name: tensors[name] for name in damaged.layout.names}
+            writer.append(Block(params, chain, draw, log_joint, log_weight, columns))
+            mapped.release()
+            told(here.stop - here.start)
+        left -= piece.rows
+    writer.append(damaged.layout.no_rows(), part.state)
