@@ -9,6 +9,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from bnn.bank import format as fmt
 from bnn.errors import BankError, BankLimit, BankLocked, BankWriteError
 
 READ_STEP = 8 * 1024 * 1024
+WRITE_STEP = 8 * 1024 * 1024
 
 
 class Written(NamedTuple):
@@ -45,12 +47,15 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes]) -> tuple[int,
     try:
         descriptor = disk.create(temporary)
         try:
-            for chunk in chunks:
-                view = memoryview(chunk)
-                digest.update(view)
-                size += len(view)
-                while view:
-                    view = view[disk.write(descriptor, view) :]
+            with ThreadPoolExecutor(1) as beside:  # the sum of a piece is taken while the disk takes it
+                for chunk in chunks:
+                    for start in range(0, len(whole := memoryview(chunk)), WRITE_STEP):
+                        view = whole[start : start + WRITE_STEP]
+                        summed = beside.submit(digest.update, view)
+                        size += len(view)
+                        while view:
+                            view = view[disk.write(descriptor, view) :]
+                        summed.result()
             disk.fsync(descriptor)
         finally:
             disk.close(descriptor)

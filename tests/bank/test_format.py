@@ -173,3 +173,16 @@ def test_states_survive_the_round_trip_bit_for_bit(tmp_path: Path) -> None:
 def test_states_with_nan_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="plain finite values"):
         fmt.encode_state({"x": float("nan")}, "state")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_seen_wherever_it_stands(dtype: torch.dtype, value: float) -> None:
+    for size in (1, 7, 4097):
+        tensor = torch.linspace(-3, 3, size).to(dtype)
+        assert fmt.is_finite(tensor)
+        for place in {0, size // 2, size - 1}:
+            changed = tensor.clone()
+            changed[place] = value
+            assert not fmt.is_finite(changed)
+    assert fmt.is_finite(torch.empty(0, 3, dtype=dtype))
