@@ -53,7 +53,8 @@ class BankWriter:
         base: parameters outside the sample and buffers, kept once.
         writer: a name of small letters, digits and `_`. Several processes may fill one bank at once, each under
             a name of its own: the first to commit begins the bank, the others of the same configuration join it.
-        resume: go on with an unfinished bank of the same configuration.
+        resume: go on with an unfinished bank of the same configuration; begin one where a writer was killed before
+            its first commit.
         overwrite: replace a bank that is there.
 
     Raises:
@@ -113,7 +114,7 @@ class BankWriter:
         try:
             if overwrite:  # nobody else may be writing what is to go
                 self._lock_others()
-            if resume or (not overwrite and self._may_join()):
+            if self._resume or (not overwrite and self._may_join()):
                 self._restore()
         except BaseException:
             self.release()
@@ -219,6 +220,8 @@ class BankWriter:
         foreign = disk.exists(self.path) and any(not _is_own(name) for name in disk.names(self.path))
         if self._resume and self._overwrite:
             raise ConfigError(place, want="resume or overwrite", got="both", fix="say one of them")
+        if self._resume and not is_bank and not foreign and self._was_begun():
+            self._resume = False  # killed before its first commit: there is nothing to take up, and nothing to lose
         if self._resume and not is_bank:
             raise BankNotFound(place, want="a bank to go on with", got="none", fix="leave resume out to start one")
         if not self._resume and is_bank and not self._overwrite and not self._may_join():
@@ -245,6 +248,11 @@ class BankWriter:
                     got=str(tensor.dtype),
                     fix="register the buffer with persistent=False, or keep it as real numbers",
                 )
+
+    def _was_begun(self) -> bool:
+        """Whether a lock tells of a writer that was here, in a folder without a bank."""
+        there = disk.names(self.path) if disk.is_folder(self.path) else []
+        return any(fmt.LOCK_NAME.fullmatch(name) for name in there)
 
     def _may_join(self) -> bool:
         """Whether a bank stands there that this writer, of a name of its own, has no part in yet."""

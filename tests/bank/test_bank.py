@@ -291,9 +291,8 @@ def test_killed_at_any_file_of_the_first_commit_the_folder_serves_again(tmp_path
             doomed.commit()
     for lock in doomed._locks:
         lock.close()  # as the end of a process does
-    begun = (tmp_path / "bank" / "bank.json").exists()
     again = BankWriter(
-        tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base={"b": torch.ones(2)}, resume=begun and how == "fresh",
+        tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base={"b": torch.ones(2)}, resume=how == "fresh",
         overwrite=how == "overwrite",
     )  # fmt: skip
     assert again.num_rows == 0
