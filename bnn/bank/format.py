@@ -65,18 +65,21 @@ class Place(NamedTuple):
 
 
 def encode_header(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    alignment: int = TENSOR_ALIGNMENT,
 ) -> tuple[bytes, dict[str, Place]]:
     """The first bytes of a file, up to its data, and where each tensor goes.
 
-    Data start at a multiple of 4096 bytes and every tensor at a multiple of 256: the header is padded
-    with blanks, gaps are filled with `@pad.<n>` tensors, since the format allows no holes. Metadata
-    are sorted, so that equal content gives equal bytes.
+    Data start at a multiple of 4096 bytes and every tensor at a multiple of `alignment`: the header is padded
+    with blanks, gaps are filled with `@pad.<n>` tensors, since the format allows no holes; with an alignment of 1
+    there are none. Metadata are sorted, so that equal content gives equal bytes.
     """
     relative: dict[str, Place] = {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
-        gap = -offset % TENSOR_ALIGNMENT
+        gap = -offset % alignment
         if gap:
             relative[f"@pad.{len(relative)}"] = Place(torch.uint8, (gap,), offset, offset + gap)
             offset += gap

@@ -31,6 +31,18 @@ def rows_per_shard(row_bytes: int) -> int:
     return max(fit // 64 * 64 if fit >= 64 else fit, 1)
 
 
+def shard_metadata(layout: Layout, identity: str, writer: str, first_row: int, rows: int) -> dict[str, str]:
+    """What the header of a shard says of its rows, and of the bank that they belong to."""
+    return {
+        "bnn_version": str(fmt.VERSION),
+        "bank": identity,
+        "fingerprint": layout.fingerprint,
+        "writer": writer,
+        "first_row": str(first_row),
+        "rows": str(rows),
+    }
+
+
 class _Ready(NamedTuple):
     """What the next commit makes durable. Replaced as a whole, so that Ctrl-C sees all of a block or nothing of it."""
 
@@ -421,14 +433,7 @@ class BankWriter:
             self._start()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", _count(before)
         self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
-        metadata = {
-            "bnn_version": str(fmt.VERSION),
-            "bank": self._identity,
-            "fingerprint": self.layout.fingerprint,
-            "writer": self.writer,
-            "first_row": str(first_row),
-            "rows": str(rows),
-        }
+        metadata = shard_metadata(self.layout, self._identity, self.writer, first_row, rows)
         tensors = {key: tensor[:rows] for key, tensor in self._buffer.items()}
         written = files.write_tensors(self.path / name, tensors, metadata, sealed=True)
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}

@@ -1,0 +1,83 @@
+"""The size of a bank that is planned is that of the bank that is written."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from bnn.bank import BankWriter, files, planning, size_of, writer
+from bnn.errors import ConfigError
+from bnn.layout import Entry, Layout, layout_of
+from bnn.types import make_block
+
+LAYOUTS = {
+    "float32": layout_of(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7))),
+    "odd": layout_of(nn.Linear(3, 1), extra=[Entry("@likelihood.scale", (), torch.float32)]),
+    "half": layout_of(nn.Linear(33, 9).to(torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("base", [None, {"running": torch.zeros(77), "count": torch.tensor(3)}], ids=["bare", "base"])
+@pytest.mark.parametrize("columns", [(), ("energy", "acceptance")], ids=["plain", "columns"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("samples", [1, 64, 1100])
+def test_bytes_are_those_on_disk(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    samples: int,
+    columns: tuple[str, ...],
+    base: dict[str, torch.Tensor] | None,
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 192 * LAYOUTS[name].num_bytes)  # 192 rows: first rows of 1 to 4 digits
+    layout: Layout = LAYOUTS[name]
+    bank_writer = BankWriter(tmp_path / "bank", layout=layout, config={"columns": list(columns)}, base=base)
+    for start in range(0, samples, 64):
+        draw = torch.arange(start, min(start + 64, samples))
+        bank_writer.append(
+            make_block(
+                {e.name: torch.zeros(len(draw), *e.shape, dtype=e.dtype) for e in layout.entries},
+                chain=draw * 0,
+                draw=draw,
+                columns={column: torch.zeros(len(draw)) for column in columns},
+            )
+        )
+    bank_writer.close()
+    files = list((tmp_path / "bank").glob("*.safetensors"))
+    found = size_of(layout, samples, columns=columns, base=base)
+    assert found.num_bytes == sum(path.stat().st_size for path in files)
+    assert found.num_shards == len(files) - (base is not None) == -(-samples // 192)
+    assert (found.num_samples, found.num_values, found.rows_per_shard) == (samples, layout.num_values, 192)
+    assert found.row_bytes == layout.num_bytes + 8 * (4 + len(columns))
+
+
+def test_a_header_that_grows_by_a_page_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one digit more in the number of its first row a header can need 4 KiB more."""
+    monkeypatch.setattr(writer, "rows_per_shard", lambda row_bytes: 64)
+    monkeypatch.setattr(files, "zlib", SimpleNamespace(crc32=lambda *data: 2**32 - 1))  # of ten digits, as planned
+    monkeypatch.setattr(planning, "rows_per_shard", lambda row_bytes: 64)
+    sizes = set()
+    # The name stands twice in a header, so that its length alone meets every other size of it.
+    for length, width in product(range(1200, 2200), (64, 100)):
+        layout = Layout((Entry("x" * length, (width,), torch.float32),))
+        sizes.add(size_of(layout, 128).num_bytes - 2 * size_of(layout, 64).num_bytes)
+        if 4096 in sizes:
+            break
+    assert sizes == {0, 4096}
+    bank_writer = BankWriter(tmp_path / "bank", layout=layout, config={})
+    draw = torch.arange(128)
+    bank_writer.append(make_block({"x" * length: torch.zeros(128, width)}, chain=draw, draw=draw))
+    bank_writer.close()
+    first, second = sorted((tmp_path / "bank").glob("main-*.safetensors"))
+    assert second.stat().st_size - first.stat().st_size == 4096
+    assert size_of(layout, 128).num_bytes == first.stat().st_size + second.stat().st_size
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_samples: want at least 1, got 0"):
+        size_of(LAYOUTS["odd"], 0)
