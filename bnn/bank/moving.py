@@ -1,0 +1,303 @@
+"""Rows moved from banks to a new one: every n-th draw of the chains, or the samples of several banks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn.bank import format as fmt
+from bnn.bank.reader import Bank
+from bnn.bank.shards import MappedShard
+from bnn.bank.writer import BankWriter
+from bnn.errors import BankError, BankMismatch, ConfigError
+from bnn.layout import Layout
+from bnn.types import Block
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Told how much is done, and how much there is to do."""
+
+BLOCK_BYTES = 32 * 1024 * 1024  # samples of one block: a small part of the shard that the writer gathers
+
+# What a bank says of itself only: the writer says it anew, or `Bank.open` found it in the manifests.
+OWN_KEYS = ("format", "version", "requires", "layout", "fingerprint", "base", "checksum", "complete", "diagnostics")
+
+
+def thin(bank: Bank, out: str | Path, *, every: int, overwrite: bool = False, progress: Progress | None = None) -> Bank:
+    """A new bank with every n-th draw of each chain: the first, the one `every` places after it, and so on.
+
+    Places are counted in the order of draws. Where every chain has a single draw (an ensemble, checkpoints), every
+    n-th sample of the bank is kept. Rows keep their order and their `chain` and `draw`; `bank.json` says what the
+    old one did, and `"thinned": {"every", "of"}` with the digest of the old one, which is left alone.
+
+    Args:
+        bank: S samples; read block by block, so that it may be larger than memory.
+        out: folder of the new bank.
+        every: at least 1; 1 copies the bank.
+        overwrite: replace a bank at `out`.
+        progress: told after each block how many samples are read, and S.
+
+    Returns:
+        The new bank, of ceil(D / every) samples for each chain of D draws.
+
+    Raises:
+        ConfigError: `every` is below 1, the bank has no sample, or `out` is the bank itself.
+        BankExists: something is at `out`.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> module = torch.nn.Linear(3, 2)
+        >>> bank = Bank.from_state_dicts([module.state_dict()] * 7, module=module)
+        >>> len(thin(bank, tempfile.mkdtemp(), every=3))
+        3
+    """
+    if every < 1:
+        raise ConfigError("every", want="at least 1", got=str(every), fix="raise it; 2 keeps half of the samples")
+    if not len(bank):
+        raise ConfigError("bank", want="at least one sample", got="none", fix="thin a bank that holds some")
+    places = _places(bank.chain.numpy(), bank.draw.numpy())  # [S]
+    kept = torch.from_numpy(places % every == 0)  # [S]
+    config = _kept_info(bank) | {"thinned": {"every": every, "of": bank.digest}}
+    writer = _writer(out, [bank], config, overwrite=overwrite)
+    return _pour(
+        writer, [bank], lambda _, first, block: _rows(block, kept[first : first + block.num_samples]), progress
+    )
+
+
+def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bank:
+    """A new bank with the samples of several, in their order: more chains of one posterior.
+
+    Chains of the second bank and later ones are renumbered, `chain + max(chains before) + 1`, so that no two banks
+    share one. `bank.json` keeps what all say alike, and the first one's `model` where they differ in its seed only;
+    `method` is `merge` where methods differ, and `"merged"` lists the digest, method, seed and number of samples of each.
+
+    Log weights have meaning within their bank only, up to a constant. Where those of a bank differ, or are one number
+    other than 0, they are shifted so that the bank weighs as much as it has samples: log w_i - log(sum_j w_j / S).
+
+    Args:
+        banks: at least two, of one layout (names, shapes, dtypes, ties), columns, likelihood, temperature and values
+            outside the sample. Read block by block.
+        out: folder of the new bank.
+        overwrite: replace a bank at `out`.
+        progress: told after each block how many samples are read, and how many there are.
+
+    Returns:
+        The new bank, of as many samples as the others have together.
+
+    Raises:
+        ConfigError: fewer than two banks, one of them twice, or `out` is one of them.
+        BankMismatch: the banks are not of one kind; the first difference is named.
+        BankError: the weights of a bank are all zero.
+        BankExists: something is at `out`.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> module = torch.nn.Linear(3, 2)
+        >>> one = Bank.from_state_dicts([module.state_dict()] * 4, module=module)
+        >>> two = Bank.from_state_dicts([torch.nn.Linear(3, 2).state_dict()], module=module)
+        >>> merge([one, two], tempfile.mkdtemp()).chain.tolist()
+        [0, 1, 2, 3, 4]
+    """
+    banks = list(banks)
+    _check_alike(banks)
+    chains, shifts, following = [], [], 0
+    for number, bank in enumerate(banks):
+        chains.append(following)
+        if len(bank):
+            following += int(bank.chain.max()) + 1
+        shifts.append(_weight_shift(bank.log_weight, _name(bank, number)))
+    writer = _writer(out, banks, _merged_info(banks), overwrite=overwrite)
+
+    def renumbered(number: int, first: int, block: Block) -> Block:
+        del first
+        return block._replace(chain=block.chain + chains[number], log_weight=block.log_weight + shifts[number])
+
+    return _pour(writer, banks, renumbered, progress)
+
+
+def rows_at_once(layout: Layout) -> int:
+    """Samples of a block that is read or written at once."""
+    return max(BLOCK_BYTES // max(layout.num_bytes, 1), 1)
+
+
+def _places(chain: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """The place of each sample's draw among those of its chain [S]; in the bank, where every chain has one draw.
+
+    Samples of several writers that share the number of a chain and of a draw share its place.
+    """
+    order = np.lexsort((draw, chain))
+    starts = np.diff(chain[order], prepend=chain[order[:1]]) != 0  # where a chain begins, the first left out
+    steps = (np.diff(draw[order], prepend=draw[order[:1]]) != 0) | starts
+    number = np.cumsum(steps)  # of each draw, over all chains
+    first = np.maximum.accumulate(np.where(starts, number, 0))  # that of the first in its chain
+    if not (number - first).any():
+        return np.arange(len(chain))
+    places = np.empty(len(chain), dtype=np.int64)
+    places[order] = number - first
+    return places
+
+
+def _rows(block: Block, kept: Tensor) -> Block:
+    """The rows of a block [K] that are kept; views, where all are."""
+    if kept.all():
+        return block
+    rows = kept.nonzero().flatten()
+    return Block(
+        params={name: tensor[rows] for name, tensor in block.params.items()},
+        chain=block.chain[rows],
+        draw=block.draw[rows],
+        log_joint=block.log_joint[rows],
+        log_weight=block.log_weight[rows],
+        columns={name: column[rows] for name, column in block.columns.items()},
+    )
+
+
+def _weight_shift(log_weight: Tensor, place: str) -> float:
+    """What makes a bank's weights [S] sum to S; exactly 0 where all are 0."""
+    if not log_weight.any():
+        return 0.0
+    total = float(log_weight.logsumexp(dim=0))
+    if total == -math.inf:
+        raise BankError(place, want="a sample with weight", got="log weights of -inf alone", fix="leave the bank out")
+    return math.log(len(log_weight)) - total
+
+
+def _check_alike(banks: Sequence[Bank]) -> None:
+    """Raise unless there are two banks or more, of one kind and none of them twice."""
+    if len(banks) < 2:
+        raise ConfigError("banks", want="at least two", got=str(len(banks)), fix="name the banks to be merged")
+    seen: dict[str, str] = {}
+    for number, bank in enumerate(banks):
+        place = _name(bank, number)
+        if bank.digest in seen:
+            raise ConfigError(
+                place, want="each bank once", got=f"the samples of {seen[bank.digest]}", fix="leave one of them out"
+            )
+        seen[bank.digest] = place
+    base = banks[0].base()
+    for number, bank in enumerate(banks[1:], 1):
+        difference = _difference(banks[0], bank) or _base_difference(base, bank.base())
+        if difference is not None:
+            what, want, got = difference
+            raise BankMismatch(
+                _name(bank, number),
+                want=f"{what} as in {_name(banks[0], 0)}: {want}",
+                got=got,
+                fix="merge banks of one module, likelihood and temperature",
+            )
+
+
+def _difference(one: Bank, other: Bank) -> tuple[str, str, str] | None:
+    """The first thing in which two banks differ: what, and the two values."""
+    difference = one.layout.difference(other.layout)
+    if difference is not None:
+        return "the layout", one.layout.fingerprint[:12], difference
+    mine, theirs = sorted(one.columns), sorted(other.columns)
+    if mine != theirs:
+        return "columns", ", ".join(mine) or "none", ", ".join(theirs) or "none"
+    for key in ("likelihood", "temperature"):
+        if one.info.get(key) != other.info.get(key):
+            return f"the {key}", str(one.info.get(key)), str(other.info.get(key))
+    return None
+
+
+def _base_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[str, str, str] | None:
+    """The first value outside the sample in which two banks differ, byte by byte."""
+    for name in sorted(one.keys() | other.keys()):
+        mine, theirs = one.get(name), other.get(name)
+        if mine is None or theirs is None:
+            words = ("nothing", "one there")
+            return f"'{name}' outside the sample", words[mine is not None], words[theirs is not None]
+        facts = [f"{tensor.dtype} {list(tensor.shape)}" for tensor in (mine, theirs)]
+        if facts[0] != facts[1]:
+            return f"'{name}' outside the sample", facts[0], facts[1]
+        if fmt.tensor_bytes(mine.cpu().contiguous()) != fmt.tensor_bytes(theirs.cpu().contiguous()):
+            return f"'{name}' outside the sample", "its values", "other values"
+    return None
+
+
+def _kept_info(bank: Bank) -> dict[str, Any]:
+    return {key: value for key, value in bank.info.items() if key not in OWN_KEYS}
+
+
+def _merged_info(banks: Sequence[Bank]) -> dict[str, Any]:
+    """What `bank.json` of a merged bank says."""
+    first, *others = [_kept_info(bank) for bank in banks]
+    alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
+    columns = {"columns": list(banks[0].columns)} if banks[0].columns else {}
+    merged = [
+        {
+            "digest": bank.digest,
+            "method": bank.info.get("method"),
+            "seed": bank.info.get("seed"),
+            "samples": len(bank),
+        }
+        for bank in banks
+    ]
+    # Runs differ in their seed, and so does the module that each began with; what that left outside the sample is alike.
+    built = {_built(bank) for bank in banks}
+    model = {"model": first["model"]} if len(built) == 1 and None not in built else {}
+    return {"method": {"name": "merge", "options": {}}, **alike, **model, **columns, "merged": merged}
+
+
+def _built(bank: Bank) -> str | None:
+    """How the module of a bank is built, whatever it is seeded with; None where that is not recorded."""
+    model = bank.info.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("options"), dict):
+        return None
+    options = {key: value for key, value in model["options"].items() if key != "seed"}
+    return json.dumps({**model, "options": options}, sort_keys=True)
+
+
+def _name(bank: Bank, number: int) -> str:
+    return f"bank {number}" if bank.path is None else str(bank.path)
+
+
+def _writer(out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, overwrite: bool) -> BankWriter:
+    """The writer of a new bank, which is none of those that are read."""
+    for bank in banks:
+        if bank.path is not None and Path(out).resolve() == bank.path.resolve():
+            raise ConfigError(
+                str(out), want="the folder of a new bank", got="the bank itself", fix="choose another name for it"
+            )
+    return BankWriter(out, layout=banks[0].layout, config=config, base=banks[0].base(), overwrite=overwrite)
+
+
+def _pour(
+    writer: BankWriter,
+    banks: Sequence[Bank],
+    change: Callable[[int, int, Block], Block],
+    progress: Progress | None,
+) -> Bank:
+    """Blocks of all banks through `change(number of the bank, first index, block)` into a new one.
+
+    Whatever goes wrong, half a bank is not left behind: nothing could tell it from a whole one of fewer samples.
+    """
+    total, done = sum(map(len, banks)), 0
+    try:
+        for number, bank in enumerate(banks):
+            for first, block in bank.blocks(rows_at_once(bank.layout)):
+                writer.append(change(number, first, block))
+                done += block.num_samples
+                if progress is not None:
+                    progress(done, total)
+            _release(bank)
+        writer.close()
+    except BaseException:
+        writer._num_rows = 0  # `abandon` keeps rows that came before an error; these are of use to nobody
+        writer.abandon()
+        raise
+    return Bank.open(writer.path)
+
+
+def _release(bank: Bank) -> None:
+    """Give the maps of a bank back: each keeps about a shard of pages, and descriptors, and there may be many banks."""
+    for shard in bank._shards:
+        if isinstance(shard, MappedShard):
+            shard.close()
