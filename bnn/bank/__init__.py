@@ -1,8 +1,24 @@
 """Weight sample banks: a folder of safetensors shards, written atomically, read without copies."""
 
+from bnn.bank.exporting import mean, write_chains, write_state_dict
+from bnn.bank.moving import merge, thin
+from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
 from bnn.bank.shards import verify_files
 from bnn.bank.writer import BankWriter
 
-__all__ = ["Bank", "BankWriter", "Repaired", "repair", "verify_files"]
+__all__ = [
+    "Bank",
+    "BankSize",
+    "BankWriter",
+    "Repaired",
+    "mean",
+    "merge",
+    "repair",
+    "size_of",
+    "thin",
+    "verify_files",
+    "write_chains",
+    "write_state_dict",
+]
