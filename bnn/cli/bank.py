@@ -1,25 +1,33 @@
-"""bnn bank: look at a bank, check its files and its chains."""
+"""bnn bank: look at a bank, check its files and its chains, thin, merge, export and plan it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, plan
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bnn.bank import Bank
+    from bnn.bank.moving import Progress
     from bnn.data import DataSet
     from bnn.evaluation.verdict import Diagnosis
 
-app = typer.Typer(help="Look at a bank, check its files and its chains.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Look at a bank, check it, thin, merge or export it, and plan one.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 BankPath = Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")]
+NewBank = Annotated[Path, typer.Option(help="Folder for the new bank.")]
 
 
 @app.command()
@@ -95,6 +103,111 @@ def diagnose(
         if missing is not None and found.verdict != "not a Markov chain":
             typer.echo(f"predictions were left out: {missing}")
     return 0 if found.trusted else 1
+
+
+@app.command()
+def thin(
+    bank: BankPath,
+    every: Annotated[int, typer.Option(help="Keep every n-th draw of each chain.")],
+    out: NewBank,
+    overwrite: common.Overwrite = False,
+    debug: common.Debug = False,
+) -> None:
+    """Keep every n-th draw of each chain in a new bank; of an ensemble every n-th sample."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = banks.Bank.open(bank)
+    with _bar("thin", "sample") as progress:
+        found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def merge(
+    bank: Annotated[list[Path], typer.Argument(help="Folders of two banks or more.", metavar="BANK BANK...")],
+    out: NewBank,
+    overwrite: common.Overwrite = False,
+    debug: common.Debug = False,
+) -> None:
+    """Put the samples of several banks of one module and likelihood into a new one; chains are renumbered."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = [banks.Bank.open(path) for path in bank]
+    with _bar("merge", "sample") as progress:
+        found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def export(
+    bank: BankPath,
+    out: Annotated[Path, typer.Option(help="File to write, safetensors.", metavar="FILE")],
+    index: Annotated[
+        int | None, typer.Option(help="The sample of this bank index, as a state dict.", show_default=False)
+    ] = None,
+    mean: Annotated[bool, typer.Option("--mean", help="The weighted mean of all samples, as a state dict.")] = False,
+    chains: Annotated[bool, typer.Option("--chains", help="Draws by chain, for ArviZ.")] = False,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Parameters in the file of --chains, '!' negates; repeatable. [default: none]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: common.Overwrite = False,
+    debug: common.Debug = False,
+) -> None:
+    """Write one sample, the mean or the chains of a bank as a safetensors file for other tools."""
+    del debug
+    from bnn import bank as banks
+    from bnn.bank.exporting import check_target
+    from bnn.cli.show import size
+    from bnn.errors import ConfigError
+
+    said = [flag for flag, given in (("--index", index is not None), ("--mean", mean), ("--chains", chains)) if given]
+    if len(said) != 1:
+        got = " and ".join(said) or "none of them"
+        raise ConfigError("bank export", want="--index, --mean or --chains", got=got, fix="say one of them")
+    if params and not chains:
+        raise ConfigError("--params", want="--chains", got=said[0], fix="leave it out: a state dict is whole")
+    opened = banks.Bank.open(bank)
+    if index is not None:
+        if not 0 <= index < len(opened):
+            raise ConfigError(
+                f"--index {index}", want=f"0 <= index < {len(opened)}", got="one outside", fix="choose one inside"
+            )
+        banks.write_state_dict(opened, out, opened[index], overwrite=overwrite)
+    elif mean:
+        check_target(out, overwrite=overwrite)  # before a large bank is read
+        with _bar("mean", "sample") as progress:
+            found = banks.mean(opened, progress=progress)
+        banks.write_state_dict(opened, out, found, overwrite=overwrite)
+    else:
+        with _bar("export", "B") as progress:
+            banks.write_chains(opened, out, params=params or (), overwrite=overwrite, progress=progress)
+    typer.echo(f"{out}: {size(out.stat().st_size)}")
+
+
+app.command("plan")(plan.plan)
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator[Progress]:
+    """A bar on stderr, where that is a terminal, for what tells how much is done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit=unit, unit_scale=unit == "B", delay=1.0, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def diagnosis_of(bank: Bank, rebuilt: tuple[nn.Module, DataSet] | None) -> Diagnosis:
