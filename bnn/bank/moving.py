@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bnn.bank import format as fmt
 from bnn.bank.reader import Bank
-from bnn.bank.shards import MappedShard
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankError, BankMismatch, ConfigError
 from bnn.layout import Layout
@@ -287,17 +286,9 @@ def _pour(
                 done += block.num_samples
                 if progress is not None:
                     progress(done, total)
-            _release(bank)
+            bank.release()  # maps keep about a shard of pages each, and there may be many banks
         writer.close()
     except BaseException:
-        writer._num_rows = 0  # `abandon` keeps rows that came before an error; these are of use to nobody
-        writer.abandon()
+        writer.abandon(rows=True)
         raise
     return Bank.open(writer.path)
-
-
-def _release(bank: Bank) -> None:
-    """Give the maps of a bank back: each keeps about a shard of pages, and descriptors, and there may be many banks."""
-    for shard in bank._shards:
-        if isinstance(shard, MappedShard):
-            shard.close()

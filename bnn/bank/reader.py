@@ -372,6 +372,13 @@ class Bank(Sequence[Params]):
         Bank._open(self.path, "never", self._snapshot)  # whose rows must all be there still
         return newer
 
+    def release(self) -> None:
+        """Give the maps of the shards and their file descriptors back; they are made again when rows are asked for."""
+        for shard in self._shards:
+            if isinstance(shard, MappedShard):
+                shard.close()
+        self._touched.clear()
+
     def __reduce__(self) -> tuple[object, ...]:
         # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
@@ -394,9 +401,7 @@ class Bank(Sequence[Params]):
         try:
             return self._shards[place].tensor(name)
         except BankLimit:
-            for shard in self._shards:
-                if isinstance(shard, MappedShard):
-                    shard.close()
+            self.release()
             return self._shards[place].tensor(name)
 
     def _gather(self, rows: np.ndarray, places: np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:

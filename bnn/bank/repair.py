@@ -59,7 +59,7 @@ def repair(
     *,
     resumable: bool = False,
     overwrite: bool = False,
-    told: Callable[[int], object] = lambda rows: None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Repaired:
     """Copy every sound row of a bank into a new one; the old one is left as it is.
 
@@ -74,7 +74,7 @@ def repair(
         resumable: keep rows only as far as a state follows them, so that the fit can go on. Without it all rows
             are kept, and the state only where it follows the last one.
         overwrite: replace a bank at `out`.
-        told: gets the number of rows of each step.
+        progress: told after each block how many rows are copied, and how many there are.
 
     Raises:
         BankCorrupt: `bank.json` is damaged, from which everything else follows.
@@ -96,6 +96,14 @@ def repair(
     if not parts:
         raise BankError(str(folder), want="one sound row at least", got="none", fix="restore the bank from a copy")
     base = damaged.base(folder)
+    done, total = 0, sum(part.rows for part in parts)
+
+    def told(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total)
+
     config = {key: value for key, value in damaged.config.items() if key not in NOT_CONFIG}
     for place, part in enumerate(parts):
         writer = BankWriter(
@@ -106,7 +114,7 @@ def repair(
             _copy(folder, damaged, part, writer, told)
             writer.close(complete=part.complete)
         except BaseException:
-            writer.release()
+            writer.abandon(rows=True)
             raise
     return Repaired(Bank.open(target), told_of, all(part.state is not None for part in parts))
 

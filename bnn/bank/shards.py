@@ -99,7 +99,11 @@ def read_config(folder: Path) -> Described:
         if not isinstance(config.get(key), (dict, type(None))):
             raise fmt.corrupt(str(path), f"an object or null as '{key}'", repr(config[key])[:100])
     base = config.get("base")
-    if base is not None and (base.get("file") != "base.safetensors" or not is_sha256(base.get("sha256"))):
+    if base is not None and (
+        base.get("file") != "base.safetensors"
+        or not is_sha256(base.get("sha256"))
+        or type(base.get("bytes")) is not int
+    ):
         raise fmt.corrupt(str(path), "base.safetensors and its sha256 as 'base'", repr(base)[:100])
     return Described(config, layout, fmt.more_columns(config, str(path)))
 
@@ -272,22 +276,31 @@ def _is_fact(fact: Any, writer: str, row: int) -> bool:
     )
 
 
-def verify_files(folder: Path, told: Callable[[int], object] = lambda size: None) -> list[str]:
+def verify_files(folder: Path, progress: Callable[[int, int], object] | None = None) -> list[str]:
     """Compare every committed file with its sha256; one line a file that differs.
 
     Args:
         folder: of the bank.
-        told: gets the number of bytes of each step, for a bar.
+        progress: told after each step how many bytes are read, and how many there are.
     """
-    problems = []
     described = read_config(folder)
     base = described.config.get("base")
-    for manifest in [{"shards": [base] if base else [], "state": None}, *read_manifests(folder, described)]:
-        facts = manifest["shards"] + [manifest["state"]] * (manifest["state"] is not None)
-        for fact in facts:
-            try:
-                if files.sha256_of(folder / fact["file"], told) != fact["sha256"]:
-                    problems.append(f"{fact['file']}: other bytes than the manifest says")
-            except BankError as error:
-                problems.append(f"{fact['file']}: {error.got}")
+    facts = [base] if base else []
+    for manifest in read_manifests(folder, described):
+        facts += manifest["shards"] + ([manifest["state"]] if manifest["state"] else [])
+    done, total = 0, sum(fact["bytes"] for fact in facts)
+
+    def told(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    problems = []
+    for fact in facts:
+        try:
+            if files.sha256_of(folder / fact["file"], told) != fact["sha256"]:
+                problems.append(f"{fact['file']}: other bytes than the manifest says")
+        except BankError as error:
+            problems.append(f"{fact['file']}: {error.got}")
     return problems

@@ -217,9 +217,12 @@ class BankWriter:
         for lock in self._locks:
             lock.close()
 
-    def abandon(self) -> None:
-        """Give up after an error that would come again: a bank of this writer without any row goes, states and all."""
-        if self._fresh and self._started and not self._num_rows:
+    def abandon(self, *, rows: bool = False) -> None:
+        """Give up after an error that would come again: a bank of this writer without any row goes, states and all.
+
+        With `rows` it goes with those that were committed: half a copy is of use to nobody.
+        """
+        if self._fresh and self._started and (rows or not self._num_rows):
             self._remove_bank()
             self._started = False
         self.release()

@@ -55,7 +55,8 @@ def verify(
         opened = Bank.open(bank, verify="never")
         problems = opened.check_headers()
         if full and not problems:
-            problems = verify_files(bank) + opened.check_values()
+            with _bar("verify", "B") as progress:
+                problems = verify_files(bank, progress) + opened.check_values()
     except (BankCorrupt, BankLimit, BankMismatch) as error:
         problems = [str(error)]
     for problem in dict.fromkeys(problems):
@@ -63,6 +64,29 @@ def verify(
     if not problems:
         typer.echo(f"good: {len(opened)} samples" + ("" if full else "; --full compares every byte"))
     return 1 if problems else 0
+
+
+@app.command()
+def repair(
+    bank: BankPath,
+    out: NewBank,
+    resumable: Annotated[
+        bool, typer.Option("--resumable", help="Keep rows only as far as the fit can go on from them.")
+    ] = False,
+    overwrite: common.Overwrite = False,
+    debug: common.Debug = False,
+) -> None:
+    """Copy every sound row of a damaged bank into a new one, and name the files that are dropped."""
+    del debug
+    from bnn import bank as banks
+
+    with _bar("repair", "sample") as progress:
+        found = banks.repair(bank, out, resumable=resumable, overwrite=overwrite, progress=progress)
+    for file in found.files:
+        if file.fate != "kept":
+            typer.echo(f"{file.fate}: {file.name}: {file.reason}")
+    resume = "can go on with --resume" if found.resumable else "cannot be resumed: no state follows its last row"
+    typer.echo(f"good: {len(found.bank)} samples; the fit {resume}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -280,3 +281,25 @@ def test_a_trial_speaks_for_the_whole_run(
     found = plan.measure_run(states(*marks, steps=steps), limit)
     assert found.seconds == pytest.approx(seconds)
     assert (found.at_least, found.complete) == (at_least, complete)
+
+
+def test_repair_names_what_is_dropped_and_says_whether_the_fit_can_go_on(bnn: Call, made: Path) -> None:
+    shutil.copytree(made / "bank0", "hurt")
+    Path("hurt/manifest-main.json").write_text("{}")
+    code, out, err = bnn("bank repair hurt --out mended")
+    assert (code, err) == (0, "")
+    assert "dropped: manifest-main.json: want " in out
+    assert "adopted: main-000000.safetensors: 60 rows" in out
+    assert out.endswith("good: 60 samples; the fit can go on with --resume\n")
+    assert torch.equal(Bank.open("mended").log_joint, Bank.open(made / "bank0").log_joint)
+    code, out, _ = bnn(f"fit {HMC} --num-samples 66 --seed 0 --out mended --resume")
+    assert code == 0
+    assert len(Bank.open("mended")) == 66
+    for state in Path("hurt").glob("state-*"):
+        state.unlink()
+    code, out, _ = bnn("bank repair hurt --out again")
+    assert "cannot be resumed: no state follows its last row" in out
+    code, _, err = bnn("bank repair hurt --out more --resumable")
+    assert (code, "want a state of 'main' to go on from" in err) == (2, True)
+    assert bnn("bank repair hurt --out again")[0] == 2
+    assert bnn("bank verify again --full")[0] == 0
