@@ -5,7 +5,7 @@ from bnn.bank.moving import merge, thin
 from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
-from bnn.bank.shards import verify_files
+from bnn.bank.shards import unnamed_shards, verify_files
 from bnn.bank.writer import BankWriter
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "repair",
     "size_of",
     "thin",
+    "unnamed_shards",
     "verify_files",
     "write_chains",
     "write_state_dict",

@@ -8,13 +8,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.bank import disk, files
+from bnn.bank import disk
 from bnn.bank import format as fmt
 from bnn.bank.shards import (
     Described,
@@ -26,6 +26,7 @@ from bnn.bank.shards import (
     read_manifests,
     verify_files,
 )
+from bnn.bank.snapshot import Snapshot, as_of
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, choose
 from bnn.layout import Layout, layout_of
@@ -33,14 +34,6 @@ from bnn.types import Block, Params, make_block
 
 FOLIO_BYTES = 2 * 1024 * 1024  # a page fault may map so much at once: Linux 6.18 maps whole folios of the page cache
 RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
-
-
-class Snapshot(NamedTuple):
-    """Which commit of which bank was opened."""
-
-    identity: str | None  # the checksum of bank.json
-    marks: dict[str, tuple[int, int]]  # writer -> its generation and number of shards
-    digest: str
 
 
 class Bank(Sequence[Params]):
@@ -106,7 +99,7 @@ class Bank(Sequence[Params]):
         config, layout, identity = described.config, described.layout, described.identity
         manifests = read_manifests(folder, described)
         if snapshot is not None:
-            manifests = _as_of(snapshot, manifests, identity, folder)
+            manifests = as_of(snapshot, manifests, identity, folder)
         shards = []
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
@@ -330,15 +323,6 @@ class Bank(Sequence[Params]):
             return dict(self._base)
         return {} if self.path is None else Described(self.info, self.layout, self._more).base(self.path)
 
-    def export(self, path: str | Path, index: int) -> None:
-        """Write one sample as an ordinary safetensors state dict: its entries, and what the bank keeps once.
-
-        Tied weights are written under each of their names; entries of likelihood and prior are left out.
-        """
-        params = {name: tensor.contiguous() for name, tensor in self[index].items() if not name.startswith("@")}
-        aliases = {alias: params[name] for alias, name in self.layout.aliases.items()}
-        files.write_tensors(Path(path), {**params, **aliases, **self.base()}, {})
-
     def check_headers(self) -> list[str]:
         """Compare the header of every shard with manifest and layout; one line a shard that differs."""
         problems = []
@@ -427,28 +411,3 @@ class Bank(Sequence[Params]):
         while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
             oldest, _ = self._touched.popitem(last=False)
             self._shards[oldest].release()  # type: ignore[attr-defined]
-
-
-def _as_of(
-    snapshot: Snapshot, manifests: list[dict[str, Any]], identity: str | None, folder: Path
-) -> list[dict[str, Any]]:
-    """Manifests cut back to the shards that a snapshot had.
-
-    Raises:
-        BankMismatch: another bank, or an older commit of this one.
-    """
-    if identity != snapshot.identity:
-        raise BankMismatch(
-            str(folder), want="the bank that was opened", got="another in its place", fix="open it anew with Bank.open"
-        )
-    now = {manifest["writer"]: manifest for manifest in manifests}
-    for writer, (generation, shards) in snapshot.marks.items():
-        found = now[writer]["generation"] if writer in now else -1
-        if found < generation or len(now[writer]["shards"]) < shards:
-            raise BankMismatch(
-                str(folder),
-                want=f"generation {generation} of writer '{writer}' at least",
-                got=f"{found}" if found >= 0 else "none",
-                fix="an older commit was put back: open it anew with Bank.open",
-            )
-    return [now[w] | {"shards": now[w]["shards"][:shards]} for w, (_, shards) in sorted(snapshot.marks.items())]

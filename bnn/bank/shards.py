@@ -276,6 +276,12 @@ def _is_fact(fact: Any, writer: str, row: int) -> bool:
     )
 
 
+def unnamed_shards(folder: Path) -> list[str]:
+    """Shards that no manifest names: a crash leaves some, which nothing reads; so does a manifest that was lost."""
+    named = {fact["file"] for manifest in read_manifests(folder, read_config(folder)) for fact in manifest["shards"]}
+    return [name for name in disk.names(folder) if fmt.SHARD_NAME.fullmatch(name) and name not in named]
+
+
 def verify_files(folder: Path, progress: Callable[[int, int], object] | None = None) -> list[str]:
     """Compare every committed file with its sha256; one line a file that differs.
 

@@ -48,19 +48,23 @@ def verify(
 ) -> int:
     """Check the files of a bank against its manifests: sizes and headers, with --full every byte."""
     del debug
-    from bnn.bank import Bank, verify_files
+    from bnn.bank import Bank, unnamed_shards, verify_files
     from bnn.errors import BankCorrupt, BankLimit, BankMismatch
 
+    unnamed: list[str] = []
     try:
         opened = Bank.open(bank, verify="never")
         problems = opened.check_headers()
         if full and not problems:
             with _bar("verify", "B") as progress:
                 problems = verify_files(bank, progress) + opened.check_values()
+        unnamed = unnamed_shards(bank)
     except (BankCorrupt, BankLimit, BankMismatch) as error:
         problems = [str(error)]
     for problem in dict.fromkeys(problems):
         typer.echo(f"bad: {problem}")
+    for name in unnamed:
+        typer.echo(f"unnamed: {name}: of a crash, or of a manifest that is lost; 'bnn bank repair' adopts it")
     if not problems:
         typer.echo(f"good: {len(opened)} samples" + ("" if full else "; --full compares every byte"))
     return 1 if problems else 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bnn.bank import Bank, BankWriter
+from bnn.bank import Bank, BankWriter, write_state_dict
 from bnn.fitting import drive
 from bnn.layout import Layout
 from bnn.training.logs import CurveLog, Log
@@ -51,4 +51,4 @@ def keep(
 def write_files(folder: Path, bank: Bank, state: State, curve: CurveLog, export: str) -> None:
     """The values as a state dict, and the whole curve, for tools that know nothing of banks."""
     curve.write(curve_of(state))
-    bank.export(folder / export, 0)
+    write_state_dict(bank, folder / export, bank[0])

@@ -528,22 +528,6 @@ def test_from_state_dicts_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
     assert not (tmp_path / "bank").exists()
 
 
-def test_export_is_an_ordinary_state_dict(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    bank = Bank.from_state_dicts([module.state_dict()], module=module, out=tmp_path / "bank")
-    bank.export(tmp_path / "model.safetensors", 0)
-    import safetensors.torch
-
-    fresh = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    loaded = {
-        n: t for n, t in safetensors.torch.load_file(tmp_path / "model.safetensors").items() if not n.startswith("@pad")
-    }
-    fresh.load_state_dict(loaded)
-    assert all(
-        torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), module.state_dict().values(), strict=True)
-    )
-
-
 def test_an_altered_base_is_refused(tmp_path: Path) -> None:
     module = nn.BatchNorm1d(3)
     bank = Bank.from_state_dicts([module.state_dict()], module=module, out=tmp_path / "bank")

@@ -285,6 +285,10 @@ def test_a_trial_speaks_for_the_whole_run(
 
 def test_repair_names_what_is_dropped_and_says_whether_the_fit_can_go_on(bnn: Call, made: Path) -> None:
     shutil.copytree(made / "bank0", "hurt")
+    Path("hurt/manifest-main.json").unlink()
+    code, out, _ = bnn("bank verify hurt")
+    assert code == 0
+    assert out.startswith("unnamed: main-000000.safetensors: of a crash, or of a manifest that is lost;")
     Path("hurt/manifest-main.json").write_text("{}")
     code, out, err = bnn("bank repair hurt --out mended")
     assert (code, err) == (0, "")
