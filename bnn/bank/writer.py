@@ -120,6 +120,8 @@ class BankWriter:
         self._identity = ""  # of the bank: the checksum of its bank.json
         try:
             disk.make_folders(self.path)
+            for folder in self._made:  # else power loss could take folder and rows with it
+                disk.sync_folder(folder.parent)
         except OSError as error:
             raise files.refused(self.path, error) from error
         self._locks = [files.Lock(self.path, writer)]
