@@ -318,10 +318,13 @@ class BankWriter:
             disk.close(descriptor)
 
     def _remove_bank(self) -> None:
-        """Manifests first and `bank.json` last: killed in between, a bank without rows is left, to be overwritten."""
+        """`bank.json` first and for good: killed in between, no bank is left, and never one with some of its rows."""
         names = [name for name in disk.names(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
-        for name in sorted(names, key=lambda n: (n == "bank.json", not fmt.MANIFEST_NAME.fullmatch(n))):
-            self._remove(self.path / name)
+        for part in ([n for n in names if n == "bank.json"], [n for n in names if n != "bank.json"]):
+            for name in part:
+                self._remove(self.path / name)
+            if part:
+                disk.sync_folder(self.path)
 
     def _remove(self, path: Path) -> None:
         try:
