@@ -6,6 +6,7 @@ import errno
 import hashlib
 import mmap
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from bnn.bank import format as fmt
 from bnn.errors import BankError, BankLimit, BankLocked, BankWriteError
 
 READ_STEP = 8 * 1024 * 1024
+TEMPORARY_NAME = re.compile(r"\.tmp-(.+)-[0-9]+")  # of the file that it becomes, and of the process
 WRITE_STEP = 8 * 1024 * 1024
 
 

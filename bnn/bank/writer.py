@@ -363,7 +363,8 @@ class BankWriter:
                 fix="resume with the module that the bank was begun with, in the same state",
             )
         for name in disk.names(self.path):
-            if name.startswith((f".tmp-{self.writer}-", f".tmp-state-{self.writer}-")):
+            temporary = files.TEMPORARY_NAME.fullmatch(name)
+            if temporary and _writer_of(temporary.group(1)) == self.writer:
                 self._remove(self.path / name)  # of a writer of this name that was killed
         manifests = {m["writer"]: m for m in read_manifests(self.path, described)}
         if self.writer in manifests:
@@ -461,6 +462,12 @@ def _is_own(name: str) -> bool:
     known = ("bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv")
     begins = (".tmp-", "events.out.tfevents.")
     return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _writer_of(name: str) -> str | None:
+    """Whose shard, state or manifest a file of that name is."""
+    patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME)
+    return next((match.group(1) for match in (pattern.fullmatch(name) for pattern in patterns) if match), None)
 
 
 def _missing_folders(path: Path) -> list[Path]:
