@@ -117,9 +117,13 @@ def open_regular(path: Path) -> tuple[int, int]:
     """
     try:
         descriptor = disk.open_read(path)
+        try:
+            status = disk.status(descriptor)
+        except OSError:
+            disk.close(descriptor)
+            raise
     except OSError as error:
         raise unreadable(path, error) from error
-    status = disk.status(descriptor)
     if not stat.S_ISREG(status.st_mode):
         disk.close(descriptor)
         raise fmt.corrupt(str(path), "a regular file", "a folder, device or pipe")
@@ -134,6 +138,30 @@ def unreadable(path: Path, error: OSError) -> BankError:
     if error.errno in (errno.EACCES, errno.EPERM):
         return BankError(str(path), want="to read it", got=told, fix="ask its owner for the permission")
     return fmt.corrupt(str(path), "a regular file that can be read", told)
+
+
+def names(folder: Path) -> list[str]:
+    """What stands in a folder, sorted.
+
+    Raises:
+        BankCorrupt: it cannot be read; or BankLimit, where the process has no descriptor left.
+    """
+    try:
+        return disk.names(folder)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def regular_size(path: Path) -> int | None:
+    """The size of a regular file; None for anything else and for nothing.
+
+    Raises:
+        BankCorrupt: the disk does not tell.
+    """
+    try:
+        return disk.regular_size(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _pieces(path: Path, descriptor: int) -> Iterable[bytes]:

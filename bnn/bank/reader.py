@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.bank import disk
+from bnn.bank import files
 from bnn.bank import format as fmt
 from bnn.bank.shards import (
     Described,
@@ -105,7 +105,7 @@ class Bank(Sequence[Params]):
             origin = described.origin(manifest["writer"])
             shards += [MappedShard(folder / fact["file"], fact, origin, verify) for fact in manifest["shards"]]
         for shard in shards:
-            size = disk.regular_size(shard.path)
+            size = files.regular_size(shard.path)
             if size != shard.bytes or size < shard.rows * layout.num_bytes:
                 got = f"{size} bytes" if size is not None else "no regular file"
                 raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)

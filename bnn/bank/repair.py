@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnn.bank import disk, files
+from bnn.bank import files
 from bnn.bank import format as fmt
 from bnn.bank.reader import Bank
 from bnn.bank.shards import Described, open_shard, read_config, read_manifest
@@ -88,7 +88,7 @@ def repair(
         raise BankError(
             str(folder), want="a bank of version 2, whose shards carry checksums", got="version 1", fix="restore a copy"
         )
-    names = disk.names(folder)
+    names = files.names(folder)
     writers = sorted({m.group(1) for m in map(fmt.SHARD_NAME.fullmatch, names) if m})
     told_of: list[Found] = []
     parts = [_part(folder, damaged, writer, names, told_of, resumable=resumable) for writer in writers]

@@ -219,7 +219,7 @@ def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
         BankMismatch: a manifest of another bank.
         BankLimit: a manifest larger than the shards that are there account for.
     """
-    there = disk.names(folder)
+    there = files.names(folder)
     limit = fmt.manifest_limit(described.names, sum(fmt.SHARD_NAME.fullmatch(name) is not None for name in there))
     found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in there]
     return [read_manifest(folder / name, match.group(1), described, limit) for name, match in found if match]

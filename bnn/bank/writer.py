@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +45,23 @@ def shard_metadata(layout: Layout, identity: str, writer: str, first_row: int, r
     }
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _refusals_told(method: Callable[Concatenate[BankWriter, P], R]) -> Callable[Concatenate[BankWriter, P], R]:
+    """What the disk refuses anywhere in a method becomes a BankWriteError that names the file, or else the bank."""
+
+    @functools.wraps(method)
+    def told(self: BankWriter, /, *args: P.args, **options: P.kwargs) -> R:
+        try:
+            return method(self, *args, **options)
+        except OSError as error:
+            raise files.refused(Path(error.filename or self.path), error) from error
+
+    return told
+
+
 class _Ready(NamedTuple):
     """What the next commit makes durable. Replaced as a whole, so that Ctrl-C sees all of a block or nothing of it."""
 
@@ -78,6 +97,7 @@ class BankWriter:
         BankWriteError: the folder cannot be made or written to.
     """
 
+    @_refusals_told
     def __init__(
         self,
         path: str | Path,
@@ -118,12 +138,9 @@ class BankWriter:
         self._made = _missing_folders(self.path)
         self._fresh = bool(self._made)  # whether what stands in the folder is this writer's own
         self._identity = ""  # of the bank: the checksum of its bank.json
-        try:
-            disk.make_folders(self.path)
-            for folder in self._made:  # else power loss could take folder and rows with it
-                disk.sync_folder(folder.parent)
-        except OSError as error:
-            raise files.refused(self.path, error) from error
+        disk.make_folders(self.path)
+        for folder in self._made:  # else power loss could take folder and rows with it
+            disk.sync_folder(folder.parent)
         self._locks = [files.Lock(self.path, writer)]
         try:
             if overwrite:  # nobody else may be writing what is to go
@@ -144,6 +161,7 @@ class BankWriter:
         """Whether rows or a state wait for their commit."""
         return self._ready.buffered > 0 or self._ready.state is not self.state
 
+    @_refusals_told
     def append(self, block: Block, state: State | None = None) -> None:
         """Take K rows and the state that follows them; commit when a shard is full or time has come.
 
@@ -171,6 +189,7 @@ class BankWriter:
         if buffered == self._capacity or row_waits or now - self._last_commit_at > STATE_SECONDS:
             self.commit()
 
+    @_refusals_told
     def commit(self, *, complete: bool = False) -> None:
         """Make all rows appended so far durable, with the state that follows them."""
         if not self._started:
@@ -209,16 +228,20 @@ class BankWriter:
         self.commit(complete=complete)
         self.release()
 
+    @_refusals_told
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
         self._buffer, self._ready = {}, self._ready._replace(buffered=0)
-        if self._made and not self._started and disk.names(self.path) == [self._locks[0].path.name]:
-            disk.unlink(self._locks[0].path)
-            for folder in self._made:
-                disk.remove_folder(folder)
-        for lock in self._locks:
-            lock.close()
+        try:
+            if self._made and not self._started and disk.names(self.path) == [self._locks[0].path.name]:
+                disk.unlink(self._locks[0].path)
+                for folder in self._made:
+                    disk.remove_folder(folder)
+        finally:
+            for lock in self._locks:
+                lock.close()
 
+    @_refusals_told
     def abandon(self, *, rows: bool = False) -> None:
         """Give up after an error that would come again: a bank of this writer without any row goes, states and all.
 
@@ -286,10 +309,7 @@ class BankWriter:
 
         Under a lock of the folder, so that of several writers one begins the bank and the others join it.
         """
-        try:
-            descriptor = disk.open_folder(self.path)
-        except OSError as error:
-            raise files.refused(self.path, error) from error
+        descriptor = disk.open_folder(self.path)
         try:
             disk.lock(descriptor, wait=True)
             self._check_place()  # again: another writer may have begun a bank here
@@ -327,12 +347,8 @@ class BankWriter:
                 disk.sync_folder(self.path)
 
     def _remove(self, path: Path) -> None:
-        try:
+        with suppress(FileNotFoundError):
             disk.unlink(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise files.refused(path, error) from error
 
     def _restore(self) -> None:
         """Take up the bank that is there: what this writer committed, or nothing where it joins."""
