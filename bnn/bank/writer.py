@@ -312,11 +312,12 @@ class BankWriter:
         descriptor = disk.open_folder(self.path)
         try:
             disk.lock(descriptor, wait=True)
-            self._check_place()  # again: another writer may have begun a bank here
-            if not self._overwrite and self._may_join():
-                self._restore()
-                return
-            self._remove_bank()
+            if not self._is_begun():
+                self._check_place()  # again: another writer may have begun a bank here
+                if not self._overwrite and self._may_join():
+                    self._restore()
+                    return
+                self._remove_bank()
             self._fresh = True
             fact = None
             if self._base:
@@ -331,11 +332,16 @@ class BankWriter:
                     got=f"{len(raw)}",
                     fix="make fewer parameters Bayesian, or record less",
                 )
-            files.write_atomic(self.path / "bank.json", [raw])
             self._identity = config["checksum"]
+            files.write_atomic(self.path / "bank.json", [raw])
             self._started = True
         finally:
             disk.close(descriptor)
+
+    def _is_begun(self) -> bool:
+        """Whether this writer's `bank.json` is there, though the disk failed before that was sure."""
+        path = self.path / "bank.json"
+        return bool(self._identity) and disk.exists(path) and files.read_json(path).get("checksum") == self._identity
 
     def _remove_bank(self) -> None:
         """`bank.json` first and for good: killed in between, no bank is left, and never one with some of its rows."""
