@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -291,8 +291,8 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
     """
     described = read_config(folder)
     base = described.config.get("base")
-    facts = [base] if base else []
-    for manifest in read_manifests(folder, described):
+    facts, manifests = [base] if base else [], read_manifests(folder, described)
+    for manifest in manifests:
         facts += manifest["shards"] + ([manifest["state"]] if manifest["state"] else [])
     done, total = 0, sum(fact["bytes"] for fact in facts)
 
@@ -300,8 +300,23 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
         nonlocal done
         done += size
         if progress is not None:
-            progress(done, total)
+            progress(min(done, total), total)
 
+    problems = _differing(folder, [base] if base else [], told)
+    for manifest in manifests:
+        problems += _differing(folder, manifest["shards"], told)
+        state, found = manifest["state"], list[str]()
+        while state is not None and (found := _differing(folder, [state], told)):
+            now = {m["writer"]: m["state"] for m in read_manifests(folder, described)}.get(manifest["writer"])
+            if now == state:
+                break
+            state = now  # its writer has committed since and removed the old one
+        problems += found
+    return problems
+
+
+def _differing(folder: Path, facts: Sequence[dict[str, Any]], told: Callable[[int], object]) -> list[str]:
+    """One line for each file that is not what its fact says."""
     problems = []
     for fact in facts:
         try:
