@@ -291,10 +291,8 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
     """
     described = read_config(folder)
     base = described.config.get("base")
-    facts, manifests = [base] if base else [], read_manifests(folder, described)
-    for manifest in manifests:
-        facts += manifest["shards"] + ([manifest["state"]] if manifest["state"] else [])
-    done, total = 0, sum(fact["bytes"] for fact in facts)
+    manifests = read_manifests(folder, described)
+    done, total = 0, sum(fact["bytes"] for manifest in manifests for fact in manifest["shards"])
 
     def told(size: int) -> None:
         nonlocal done

@@ -15,7 +15,16 @@ from torch import Tensor
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
 from bnn.bank.shards import read_config, read_manifests
-from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankMismatch, BankNotFound, ConfigError
+from bnn.errors import (
+    BankCorrupt,
+    BankError,
+    BankExists,
+    BankLimit,
+    BankLocked,
+    BankMismatch,
+    BankNotFound,
+    ConfigError,
+)
 from bnn.layout import Layout
 from bnn.types import Block, State
 
@@ -247,7 +256,7 @@ class BankWriter:
 
         With `rows` it goes with those that were committed: half a copy is of use to nobody.
         """
-        if self._fresh and self._started and (rows or not self._num_rows):
+        if self._fresh and self._started and (rows or not self._num_rows) and self._is_alone():
             self._remove_bank()
             self._started = False
         self.release()
@@ -300,9 +309,19 @@ class BankWriter:
         return self.writer != "main" and "bank.json" in there and f"manifest-{self.writer}.json" not in there
 
     def _lock_others(self) -> None:
+        held = {lock.path.name for lock in self._locks}
         for match in map(fmt.LOCK_NAME.fullmatch, disk.names(self.path)):
-            if match and match.group(1) != self.writer:
+            if match and match.group() not in held:
                 self._locks.append(files.Lock(self.path, match.group(1)))
+
+    def _is_alone(self) -> bool:
+        """Whether no other writer has a part in the bank or is about to."""
+        try:
+            self._lock_others()
+        except BankLocked:
+            return False
+        others = {_writer_of(name) for name in disk.names(self.path)} - {self.writer, None}
+        return not others
 
     def _start(self) -> None:
         """Write what a bank has once; a bank that is to be overwritten goes now, not before.
