@@ -267,7 +267,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path, writer: str) -> None:
-        self.path = folder / f"lock-{writer}"
+        self.path, self._process = folder / f"lock-{writer}", os.getpid()
         try:
             self._descriptor = disk.open_lock(self.path)
         except OSError as error:
@@ -285,6 +285,21 @@ class Lock:
         except OSError as error:
             disk.close(self._descriptor)
             raise refused(self.path, error) from error
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was this process that claimed it, and not one that this is a fork of."""
+        return self._process == os.getpid()
+
+    def check(self) -> None:
+        """Raise BankLocked in a fork of the process that has the claim."""
+        if not self.is_ours:
+            raise BankLocked(
+                str(self.path.parent),
+                want=f"the process {self._process}, which has the writer",
+                got="a fork of it",
+                fix="write from that process, or under another name",
+            )
 
     def close(self) -> None:
         disk.close(self._descriptor)

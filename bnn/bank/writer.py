@@ -178,6 +178,7 @@ class BankWriter:
             BankError: a sample holds NaN or Inf; none of the block's rows is taken.
             BankMismatch: the block has another layout.
         """
+        self._locks[0].check()
         size = block.num_samples
         if size:
             self._check_block(block)
@@ -201,6 +202,7 @@ class BankWriter:
     @_refusals_told
     def commit(self, *, complete: bool = False) -> None:
         """Make all rows appended so far durable, with the state that follows them."""
+        self._locks[0].check()
         if not self._started:
             self._start()
         shards, buffered, state = self._ready
@@ -242,7 +244,12 @@ class BankWriter:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
         self._buffer, self._ready = {}, self._ready._replace(buffered=0)
         try:
-            if self._made and not self._started and disk.names(self.path) == [self._locks[0].path.name]:
+            if (
+                self._locks[0].is_ours
+                and self._made
+                and not self._started
+                and disk.names(self.path) == [self._locks[0].path.name]
+            ):
                 disk.unlink(self._locks[0].path)
                 for folder in self._made:
                     disk.remove_folder(folder)
@@ -256,6 +263,7 @@ class BankWriter:
 
         With `rows` it goes with those that were committed: half a copy is of use to nobody.
         """
+        self._locks[0].check()
         if self._fresh and self._started and (rows or not self._num_rows) and self._is_alone():
             self._remove_bank()
             self._started = False
