@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -494,3 +495,16 @@ def test_memory_of_a_refusal_is_bounded(tmp_path: Path) -> None:
     kind, kilobytes = done.stdout.split()
     assert kind == "BankCorrupt"
     assert int(kilobytes) < 200_000
+
+
+def test_every_promise_of_the_format_page_names_tests_that_are_there() -> None:
+    tests = Path(__file__).parents[1]
+    page = (tests.parent / "docs" / "bank-format.md").read_text(encoding="utf-8")
+    table = page[page.index("| promise | held by |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 10
+    for line in table:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
+        assert named, line
+        for file, test in named:
+            folder = "inference" if file == "test_kills.py" else "bank"
+            assert f"def {test}(" in (tests / folder / file).read_text(), f"{file}::{test}"
