@@ -286,7 +286,7 @@ def encode_state(state: Mapping[str, Any], place: str) -> tuple[dict[str, Tensor
 
 def decode_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], place: str) -> dict[str, Any]:
     """The state that `encode_state` took apart."""
-    plain = parse_json(metadata.get("state", "").encode(), place)
+    plain = parse_json(metadata.get("state", "").encode(errors="surrogatepass"), place)
     return {**{name: tensor for name, tensor in tensors.items() if not name.startswith("@pad.")}, **plain}
 
 
