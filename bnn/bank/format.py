@@ -187,7 +187,7 @@ def dump_json(value: Mapping[str, Any], place: str) -> bytes:
 def check_version(config: Mapping[str, Any], place: str) -> None:
     """Raise BankError unless this reader understands the format, version and features named."""
     if config.get("format") != FORMAT:
-        raise corrupt(place, f"format {FORMAT!r}", repr(config.get("format")))
+        raise corrupt(place, f"format {FORMAT!r}", repr(config.get("format"))[:100])
     requires = config.get("requires", [])
     if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
         raise corrupt(place, "a list of features", repr(requires)[:100])
