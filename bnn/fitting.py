@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from bnn.bank import Bank, BankWriter
 from bnn.batches import changes, num_rows, reweights, sampled
-from bnn.errors import BnnError, ConfigError, FitError
+from bnn.errors import BankError, BnnError, ConfigError, FitError
 from bnn.model import BayesianModel
 from bnn.progress import with_progress
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
@@ -128,6 +128,14 @@ def fit(
     kept = BankWriter(
         out, layout=model.layout, config=config, base=model.base(), writer=writer, resume=resume, overwrite=overwrite
     )
+    if kept.num_rows and kept.num_rows < num_samples and kept.state is None:
+        kept.release()
+        raise BankError(
+            str(out),
+            want="a state that follows its last row, to go on from",
+            got="none, as in a bank that was repaired",
+            fix="repair the damaged one with --resumable, or fit into another folder and merge",
+        )
     if kept.num_rows < num_samples:
         own = seed if writer == "main" else derive(seed, "writer", writer)
         run = method.run(model, data, num_samples=num_samples, seed=own, state=kept.state)

@@ -93,6 +93,13 @@ def write_tensors(
     if sealed:
         metadata = fmt.seal_tensors(metadata, crc32)
     header, places = fmt.encode_header({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
+    if len(header) > fmt.MAX_HEADER_BYTES:
+        raise BankLimit(
+            str(path),
+            want=f"a header of at most {fmt.MAX_HEADER_BYTES} bytes, as readers take",
+            got=f"{len(header)}",
+            fix="make fewer parameters Bayesian, or keep less beside tensors in a state",
+        )
     size, sha256 = write_atomic(path, fmt.chunks_of(header, places, tensors))
     return Written(size, sha256, {**crc32, fmt.HEADER: zlib.crc32(header)})
 
@@ -268,14 +275,15 @@ class Lock:
 
     def __init__(self, folder: Path, writer: str) -> None:
         self.path, self._process = folder / f"lock-{writer}", os.getpid()
+        self._descriptor: int | None = None
         try:
-            self._descriptor = disk.open_lock(self.path)
+            descriptor = disk.open_lock(self.path)
         except OSError as error:
             raise refused(self.path, error) from error
         try:
-            disk.lock(self._descriptor, wait=False)
+            disk.lock(descriptor, wait=False)
         except BlockingIOError as error:
-            disk.close(self._descriptor)
+            disk.close(descriptor)
             raise BankLocked(
                 str(folder),
                 want=f"the writer name '{writer}' to be free",
@@ -283,8 +291,9 @@ class Lock:
                 fix="wait for it to end, or write under another name",
             ) from error
         except OSError as error:
-            disk.close(self._descriptor)
+            disk.close(descriptor)
             raise refused(self.path, error) from error
+        self._descriptor = descriptor
 
     @property
     def is_ours(self) -> bool:
@@ -292,7 +301,14 @@ class Lock:
         return self._process == os.getpid()
 
     def check(self) -> None:
-        """Raise BankLocked in a fork of the process that has the claim."""
+        """Raise BankLocked after the claim was given up, and in a fork of the process that has it."""
+        if self._descriptor is None:
+            raise BankLocked(
+                str(self.path.parent),
+                want="a writer that has its name still",
+                got="one that gave it free",
+                fix="make another with resume=True",
+            )
         if not self.is_ours:
             raise BankLocked(
                 str(self.path.parent),
@@ -302,4 +318,7 @@ class Lock:
             )
 
     def close(self) -> None:
-        disk.close(self._descriptor)
+        """Give the claim up; once more does nothing."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            disk.close(descriptor)

@@ -22,8 +22,9 @@ FEATURES: frozenset[str] = frozenset({"columns"})  # features beyond the version
 
 DATA_ALIGNMENT = 4096  # direct I/O and GPU-direct reads want pages
 TENSOR_ALIGNMENT = 256  # what cuBLAS and vector loads ask of a base pointer
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_JSON_BYTES = 4 * 1024 * 1024  # of bank.json: as Python objects JSON takes up to 25 times its bytes
+MAX_HEADER_BYTES = 8 * 1024 * 1024  # safetensors allows 100 MB; as Python objects JSON takes up to 25 times its bytes
+MAX_JSON_BYTES = 4 * 1024 * 1024  # of bank.json
+MAX_NAME = 1024  # characters of the name of an entry
 MAX_INFO_BYTES = 256 * 1024  # of the diagnostics in a manifest
 
 COLUMNS: dict[str, torch.dtype] = {
@@ -167,8 +168,14 @@ def parse_json(raw: bytes, place: str) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
 
+    def number(text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            raise ValueError(f"{text[:20]} is no number that a float holds")
+        return value
+
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=number)
     except (ValueError, RecursionError) as error:
         raise corrupt(place, "a JSON object", f"{type(error).__name__}: {error}"[:200]) from error
     if not isinstance(value, dict):
@@ -220,7 +227,7 @@ def seal_tensors(metadata: Mapping[str, str], crc32: Mapping[str, int]) -> dict[
 
 def header_limit(names: Iterable[str]) -> int:
     """Bytes that the header of a shard may have: a MiB, and room for each tensor, its pad and its crc32."""
-    return 2**20 + sum(512 + 12 * len(name) for name in names)
+    return min(2**20 + sum(512 + 12 * len(name) for name in names), MAX_HEADER_BYTES)
 
 
 def manifest_limit(names: Iterable[str], num_shards: int) -> int:
@@ -275,6 +282,14 @@ def check_rows(params: Mapping[str, Tensor], place: str, first_row: int) -> None
                 got=f"NaN or Inf in '{name}' of row {first_row + row}",
                 fix="no such row belongs in a bank; look at the producer's step size or learning rate",
             )
+
+
+def check_weights(log_weight: Tensor, place: str) -> None:
+    """Raise BankError where a log weight is NaN or +inf."""
+    if torch.isnan(log_weight).any() or torch.isposinf(log_weight).any():
+        raise BankError(
+            place, want="log weights that are numbers, or -inf for none", got="NaN or +inf", fix="normalise the weights"
+        )
 
 
 def encode_state(state: Mapping[str, Any], place: str) -> tuple[dict[str, Tensor], dict[str, str]]:

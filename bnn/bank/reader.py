@@ -100,13 +100,17 @@ class Bank(Sequence[Params]):
         manifests = read_manifests(folder, described)
         if snapshot is not None:
             manifests = as_of(snapshot, manifests, identity, folder)
+        row_bytes = layout.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
+        base = config.get("base")
+        if base is not None and files.regular_size(folder / base["file"]) != base["bytes"]:
+            raise fmt.corrupt(str(folder / base["file"]), f"{base['bytes']} bytes", "another size, or no regular file")
         shards = []
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
             shards += [MappedShard(folder / fact["file"], fact, origin, verify) for fact in manifest["shards"]]
         for shard in shards:
             size = files.regular_size(shard.path)
-            if size != shard.bytes or size < shard.rows * layout.num_bytes:
+            if size != shard.bytes or size < shard.rows * row_bytes:
                 got = f"{size} bytes" if size is not None else "no regular file"
                 raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
         if verify == "full":
@@ -201,7 +205,8 @@ class Bank(Sequence[Params]):
             chain=torch.arange(count),
             draw=torch.zeros(count, dtype=torch.int64),
         )
-        config = {"method": {"name": "state-dicts", "options": {}}, **(info or {})}
+        content = hashlib.sha256(b"".join(fmt.tensor_bytes(block.params[name]) for name in layout.names)).hexdigest()
+        config = {"method": {"name": "state-dicts", "options": {}}, "content": content, **(info or {})}
         base = {n: b.detach() for n, b in buffers.items() if n not in layout.aliases}
         if out is None:
             return Bank.from_blocks([block], layout=layout, info=config, base=base)
@@ -233,8 +238,8 @@ class Bank(Sequence[Params]):
         Raises:
             IndexError: an index outside [-S, S).
         """
-        rows = np.arange(len(self))[indices] if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         size = len(self)
+        rows = np.arange(*indices.indices(size)) if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         if rows.size and not (-size <= rows.min() and rows.max() < size):
             raise IndexError(f"bank indices {rows.min()} to {rows.max()}: want 0 <= index < {size}")
         rows = np.where(rows < 0, rows + size, rows)
@@ -339,7 +344,9 @@ class Bank(Sequence[Params]):
         problems = []
         for first, block in self.blocks(64):
             try:
-                fmt.check_rows(block.params, "bank" if self.path is None else str(self.path), first)
+                place = "bank" if self.path is None else str(self.path)
+                fmt.check_rows(block.params, place, first)
+                fmt.check_weights(block.log_weight, place)
             except BankError as error:
                 problems.append(str(error))
         return problems

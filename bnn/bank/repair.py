@@ -105,17 +105,24 @@ def repair(
             progress(done, total)
 
     config = {key: value for key, value in damaged.config.items() if key not in NOT_CONFIG}
-    for place, part in enumerate(parts):
-        writer = BankWriter(
-            target, layout=damaged.layout, config=config, base=base, writer=part.writer,
-            overwrite=overwrite and place == 0,
-        )  # fmt: skip
-        try:
+    writers_of_new: list[BankWriter] = []
+    try:
+        for part in parts:
+            replaces = overwrite and not writers_of_new
+            writer = BankWriter(
+                target, layout=damaged.layout, config=config, base=base, writer=part.writer, overwrite=replaces
+            )
+            writers_of_new.append(writer)
             _copy(folder, damaged, part, writer, told)
-            writer.close(complete=part.complete)
-        except BaseException:
-            writer.abandon(rows=True)
-            raise
+            writer.commit()
+    except BaseException:
+        for writer in writers_of_new[1:]:
+            writer.release()
+        for writer in writers_of_new[:1]:
+            writer.abandon(rows=True)  # half a bank, whose rows are all in the damaged one
+        raise
+    for writer, part in zip(writers_of_new, parts, strict=True):
+        writer.close(complete=part.complete)
     return Repaired(Bank.open(target), told_of, all(part.state is not None for part in parts))
 
 
@@ -124,6 +131,7 @@ def _part(
 ) -> _Part:
     """The sound shards of a writer and its state; the fate of each file is added to `told_of`."""
     manifest = _manifest(folder, damaged, writer, names, told_of)
+    names = files.names(folder)  # after the manifest: what it names is there, also where a writer goes on
     committed = {fact["file"] for fact in manifest["shards"]} if manifest else set[str]()
     sound: list[_Piece] = []
     for name in names:
@@ -211,6 +219,7 @@ def _sound(path: Path, damaged: Described, writer: str, *, committed: bool) -> _
     for start in range(0, rows, ROWS_AT_ONCE):
         params = {name: mapped.tensors[name][start : start + ROWS_AT_ONCE] for name in damaged.layout.names}
         fmt.check_rows(params, str(path), start)
+        fmt.check_weights(mapped.tensors["@log_weight"][start : start + ROWS_AT_ONCE], str(path))
         mapped.release()
     return _Piece(path.name, first_row, rows, committed)
 

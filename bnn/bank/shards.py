@@ -95,7 +95,7 @@ def read_config(folder: Path) -> Described:
     layout = _layout_of(config.get("layout"), str(path))
     if layout.fingerprint != config.get("fingerprint"):
         raise fmt.corrupt(str(path), "the fingerprint of its layout", repr(config.get("fingerprint"))[:100])
-    for key in ("method", "model", "data", "prior", "likelihood", "base"):
+    for key in ("method", "model", "data", "prior", "likelihood", "base", "sampling", "provenance", "versions"):
         if not isinstance(config.get(key), (dict, type(None))):
             raise fmt.corrupt(str(path), f"an object or null as '{key}'", repr(config[key])[:100])
     base = config.get("base")
@@ -105,18 +105,25 @@ def read_config(folder: Path) -> Described:
         or type(base.get("bytes")) is not int
     ):
         raise fmt.corrupt(str(path), "base.safetensors and its sha256 as 'base'", repr(base)[:100])
-    return Described(config, layout, fmt.more_columns(config, str(path)))
+    described = Described(config, layout, fmt.more_columns(config, str(path)))
+    if len(set(described.names)) < len(described.names):
+        raise fmt.corrupt(str(path), "entries that are no columns", repr(described.names)[:200])
+    return described
 
 
 def _layout_of(config: Any, place: str) -> Layout:
     try:
         for name, shape, dtype in config["entries"]:
             legal = isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 64
+            legal = legal and len(name) <= fmt.MAX_NAME and not name.startswith("@pad.") and name != fmt.HEADER
             if not (legal and all(type(size) is int and 0 <= size < 2**48 for size in shape)):
                 raise fmt.corrupt(place, "entries of name, shape and dtype", repr([name, shape, dtype])[:200])
-        if not all(isinstance(name, str) for name in config["aliases"].values()):
-            raise fmt.corrupt(place, "names as aliases", repr(config["aliases"])[:200])
-        return Layout.from_config(config)
+        layout = Layout.from_config(config)
+        if not layout.entries or len(set(layout.names)) < len(layout.names):
+            raise fmt.corrupt(place, "entries with names of their own", repr(layout.names)[:200])
+        if set(layout.aliases) & set(layout.names) or not set(layout.aliases.values()) <= set(layout.names):
+            raise fmt.corrupt(place, "aliases of entries", repr(config["aliases"])[:200])
+        return layout
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise fmt.corrupt(place, "a layout", f"{type(error).__name__}: {error}"[:200]) from error
 
@@ -220,7 +227,8 @@ def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
         BankLimit: a manifest larger than the shards that are there account for.
     """
     there = files.names(folder)
-    limit = fmt.manifest_limit(described.names, sum(fmt.SHARD_NAME.fullmatch(name) is not None for name in there))
+    sizes = [files.regular_size(folder / name) or 0 for name in there if fmt.SHARD_NAME.fullmatch(name)]
+    limit = fmt.manifest_limit(described.names, sum(size >= fmt.DATA_ALIGNMENT for size in sizes))
     found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in there]
     return [read_manifest(folder / name, match.group(1), described, limit) for name, match in found if match]
 

@@ -29,6 +29,7 @@ from bnn.layout import Layout
 from bnn.types import Block, State
 
 SHARD_BYTES = 256 * 1024 * 1024
+MOST_FILES = 10**6  # shards of a writer, and states: their numbers have six digits
 ROW_SECONDS = 10.0  # a row waits at most so long for its commit
 STATE_SECONDS = 30.0  # a state without new rows waits at most so long
 
@@ -174,6 +175,8 @@ class BankWriter:
     def append(self, block: Block, state: State | None = None) -> None:
         """Take K rows and the state that follows them; commit when a shard is full or time has come.
 
+        Where that commit is refused (BankWriteError), the rows are taken all the same and wait for the next one.
+
         Raises:
             BankError: a sample holds NaN or Inf; none of the block's rows is taken.
             BankMismatch: the block has another layout.
@@ -251,8 +254,9 @@ class BankWriter:
                 and disk.names(self.path) == [self._locks[0].path.name]
             ):
                 disk.unlink(self._locks[0].path)
-                for folder in self._made:
-                    disk.remove_folder(folder)
+                with suppress(OSError):  # somebody has put something beside it
+                    for folder in self._made:
+                        disk.remove_folder(folder)
         finally:
             for lock in self._locks:
                 lock.close()
@@ -264,7 +268,7 @@ class BankWriter:
         With `rows` it goes with those that were committed: half a copy is of use to nobody.
         """
         self._locks[0].check()
-        if self._fresh and self._started and (rows or not self._num_rows) and self._is_alone():
+        if self._fresh and self._started and (self._has_all() if rows else not self._num_rows and self._is_alone()):
             self._remove_bank()
             self._started = False
         self.release()
@@ -274,7 +278,9 @@ class BankWriter:
         if disk.exists(self.path) and not disk.is_folder(self.path):
             raise BankExists(place, want="a folder or nothing", got="a file", fix="choose another name")
         is_bank = disk.exists(self.path / "bank.json")
-        foreign = disk.exists(self.path) and any(not _is_own(name) for name in disk.names(self.path))
+        there = disk.names(self.path) if disk.is_folder(self.path) else []
+        goes = self._overwrite or is_bank or REMOVED in there
+        foreign = not all(_is_own(name) if goes else _is_left_over(name, there) for name in there)
         if self._resume and self._overwrite:
             raise ConfigError(place, want="resume or overwrite", got="both", fix="say one of them")
         if self._resume and not is_bank and not foreign and self._was_begun():
@@ -293,10 +299,18 @@ class BankWriter:
                 place,
                 want="a new or empty folder",
                 got="one with other files, which are kept",
-                fix="choose another name",
+                fix="choose another name; where a bank lost its bank.json, restore that",
             )
 
     def _check_base(self) -> None:
+        for name in self.layout.names:
+            if len(name) > fmt.MAX_NAME:
+                raise BankLimit(
+                    f"entry '{name[:60]}...'",
+                    want=f"a name of at most {fmt.MAX_NAME} characters",
+                    got=f"{len(name)}",
+                    fix="rename the parameter",
+                )
         for name, tensor in self._base.items():
             if tensor.dtype not in fmt.DTYPE_CODES:
                 raise BankError(
@@ -322,11 +336,17 @@ class BankWriter:
             if match and match.group() not in held:
                 self._locks.append(files.Lock(self.path, match.group(1)))
 
-    def _is_alone(self) -> bool:
-        """Whether no other writer has a part in the bank or is about to."""
+    def _has_all(self) -> bool:
+        """Claim the names of all writers, where nobody has one."""
         try:
             self._lock_others()
         except BankLocked:
+            return False
+        return True
+
+    def _is_alone(self) -> bool:
+        """Whether no other writer has a part in the bank or is about to."""
+        if not self._has_all():
             return False
         others = {_writer_of(name) for name in disk.names(self.path)} - {self.writer, None}
         return not others
@@ -344,6 +364,8 @@ class BankWriter:
                 if not self._overwrite and self._may_join():
                     self._restore()
                     return
+                if self._overwrite:
+                    self._lock_others()  # again: others may have joined the bank that is to go
                 self._remove_bank()
             self._fresh = True
             fact = None
@@ -372,8 +394,11 @@ class BankWriter:
 
     def _remove_bank(self) -> None:
         """`bank.json` first and for good: killed in between, no bank is left, and never one with some of its rows."""
+        if disk.exists(self.path / "bank.json"):
+            disk.replace(self.path / "bank.json", self.path / REMOVED)  # tells a removal from a loss
+            disk.sync_folder(self.path)
         names = [name for name in disk.names(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
-        for part in ([n for n in names if n == "bank.json"], [n for n in names if n != "bank.json"]):
+        for part in ([n for n in names if n != REMOVED], [n for n in names if n == REMOVED]):
             for name in part:
                 self._remove(self.path / name)
             if part:
@@ -392,7 +417,7 @@ class BankWriter:
                 str(place),
                 want=f"format version {fmt.VERSION} to go on with",
                 got=f"version {kept['version']}, which is only read",
-                fix="make it anew with 'bnn bank thin --every 1', or finish it with the bnn-toolkit that began it",
+                fix="finish it with the bnn-toolkit that began it",
             )
         config = fmt.seal(self._config, "bank.json")
         for key in sorted((kept.keys() | config.keys()) - {"versions", "base", "checksum"}):
@@ -469,10 +494,7 @@ class BankWriter:
                 got=", ".join(block.columns) or "none",
                 fix="name them in the method's `columns`",
             )
-        if torch.isnan(block.log_weight).any() or torch.isposinf(block.log_weight).any():
-            raise BankError(
-                "block log_weight", want="numbers, or -inf for none", got="NaN or +inf", fix="normalise the weights"
-            )
+        fmt.check_weights(block.log_weight, "block log_weight")
         fmt.check_rows(block.params, str(self.path), self._num_rows + self._ready.buffered)
 
     def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
@@ -490,6 +512,13 @@ class BankWriter:
         if not self._started:
             self._start()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", _count(before)
+        if self._next_number >= MOST_FILES:
+            raise BankLimit(
+                str(self.path / name),
+                want=f"at most {MOST_FILES} shards of a writer",
+                got="more",
+                fix="go on under another writer name, and 'bnn bank thin --every 1' makes few of many",
+            )
         self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
         metadata = shard_metadata(self.layout, self._identity, self.writer, first_row, rows)
         tensors = {key: tensor[:rows] for key, tensor in self._buffer.items()}
@@ -497,12 +526,22 @@ class BankWriter:
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
 
     def _write_state(self, state: State, rows: int) -> dict[str, Any]:
-        name = f"state-{self.writer}-{self._next_state:06d}.safetensors"
+        name = f"state-{self.writer}-{self._next_state % MOST_FILES:06d}.safetensors"  # those of old are gone
         self._next_state += 1
         tensors, metadata = fmt.encode_state(state, name)
         metadata |= {"bank": self._identity, "writer": self.writer, "rows": str(rows)}
         written = files.write_tensors(self.path / name, tensors, metadata, sealed=True)
         return {"file": name, "bytes": written.bytes, "sha256": written.sha256}
+
+
+REMOVED = ".tmp-removed-bank.json"  # what bank.json is called while the rest of an overwritten bank goes
+
+
+def _is_left_over(name: str, there: Sequence[str]) -> bool:
+    """Whether a writer that was killed before its first commit leaves such a file: no bank loses anything with it."""
+    locked = any(fmt.LOCK_NAME.fullmatch(other) for other in there)
+    begun = locked and (name == "curve.csv" or name.startswith("events.out.tfevents."))
+    return begun or name == "base.safetensors" or name.startswith(".tmp-") or bool(fmt.LOCK_NAME.fullmatch(name))
 
 
 def _is_own(name: str) -> bool:

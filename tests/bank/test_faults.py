@@ -201,6 +201,8 @@ def release_anyhow(bank_writer: BankWriter) -> None:
         bank_writer.release()
     except BankError:
         for lock in bank_writer._locks:
+            if lock._descriptor is None:
+                continue
             with suppress(OSError):
                 os.close(lock._descriptor)
 

@@ -62,16 +62,18 @@ def test_a_header_that_grows_by_a_page_is_counted(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(files, "zlib", SimpleNamespace(crc32=lambda *data: 2**32 - 1))  # of ten digits, as planned
     monkeypatch.setattr(planning, "rows_per_shard", lambda row_bytes: 64)
     sizes = set()
-    # The name stands twice in a header, so that its length alone meets every other size of it.
-    for length, width in product(range(1200, 2200), (64, 100)):
-        layout = Layout((Entry("x" * length, (width,), torch.float32),))
+    # Names stand twice in a header, so that their length alone meets every other size of it.
+    for length, width in product(range(1200, 2040), (64, 100)):
+        half = length // 2
+        layout = Layout((Entry("x" * half, (width,), torch.float32), Entry("y" * (length - half), (2,), torch.float32)))
         sizes.add(size_of(layout, 128).num_bytes - 2 * size_of(layout, 64).num_bytes)
         if 4096 in sizes:
             break
     assert sizes == {0, 4096}
     bank_writer = BankWriter(tmp_path / "bank", layout=layout, config={})
     draw = torch.arange(128)
-    bank_writer.append(make_block({"x" * length: torch.zeros(128, width)}, chain=draw, draw=draw))
+    params = {entry.name: torch.zeros(128, *entry.shape) for entry in layout.entries}
+    bank_writer.append(make_block(params, chain=draw, draw=draw))
     bank_writer.close()
     first, second = sorted((tmp_path / "bank").glob("main-*.safetensors"))
     assert second.stat().st_size - first.stat().st_size == 4096

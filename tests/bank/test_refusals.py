@@ -23,7 +23,7 @@ from bank.test_bank import LAYOUT, check, rows, write
 from forging import edit_fact, edit_json, replace_tensors
 
 from bnn.bank import Bank, BankWriter, verify_files
-from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankMismatch, BankNotFound
+from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankLocked, BankMismatch, BankNotFound
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -508,3 +508,120 @@ def test_every_promise_of_the_format_page_names_tests_that_are_there() -> None:
         for file, test in named:
             folder = "inference" if file == "test_kills.py" else "bank"
             assert f"def {test}(" in (tests / folder / file).read_text(), f"{file}::{test}"
+
+
+# Contradictions
+
+
+def test_rows_that_do_not_begin_where_the_last_ended_are_refused(tmp_path: Path) -> None:
+    for first_row in (1, -1):
+        write(tmp_path / "bank", [3], overwrite=True)
+        edit_fact(tmp_path / "bank", first_row=first_row)
+        with pytest.raises(BankCorrupt, match=r"manifest-main\.json: want shards in order from row 0"):
+            Bank.open(tmp_path / "bank")
+
+
+def test_a_bank_that_lost_its_bank_json_is_not_taken_for_an_empty_folder(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [5])
+    (tmp_path / "bank" / "bank.json").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()}
+    for options in ({}, {"resume": True}):
+        with pytest.raises(BankError, match=r"kept|want a bank to go on with"):
+            write(tmp_path / "bank", [2], **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(BankExists, match="which are kept"):
+        write(tmp_path / "mine", [2])
+    check(write(tmp_path / "bank", [2], overwrite=True), 2)
+
+
+def test_overwriting_asks_again_who_writes_before_anything_goes(tmp_path: Path) -> None:
+    write_seeded(tmp_path / "bank", 0, 4)
+    doomed = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, overwrite=True)
+    joined = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="b")
+    joined.append(rows(4, 3))
+    joined.commit()
+    doomed.append(rows(0, 2))
+    with pytest.raises(BankLocked, match="'b'"):
+        doomed.commit()
+    doomed.release()
+    joined.close()
+    assert len(Bank.open(tmp_path / "bank", verify="full")) == 7
+
+
+def test_a_writer_that_gave_its_name_free_writes_no_more(tmp_path: Path) -> None:
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={})
+    bank_writer.append(rows(0, 3))
+    bank_writer.close()
+    bank_writer.release()  # once more does nothing
+    with pytest.raises(BankLocked, match="got one that gave it free"):
+        bank_writer.append(rows(3, 1))
+    check(Bank.open(tmp_path / "bank"), 3)
+
+
+def test_shards_beyond_six_digits_are_refused_before_they_are_written(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [3])
+    shutil.copy(tmp_path / "bank" / "main-000000.safetensors", tmp_path / "bank" / "main-999999.safetensors")
+    resumed = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, resume=True)
+    resumed.append(rows(3, 2))
+    with pytest.raises(BankLimit, match="want at most 1000000 shards of a writer"):
+        resumed.close()
+    resumed.release()
+    check(Bank.open(tmp_path / "bank"), 3)
+
+
+def test_banks_of_other_state_dicts_are_other_banks(tmp_path: Path) -> None:
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        module = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(module.weight, value)
+        Bank.from_state_dicts([module.state_dict()], module=module, out=tmp_path / name)
+    shutil.copy(tmp_path / "a" / "main-000000.safetensors", tmp_path / "b")
+    with pytest.raises(BankMismatch, match="want bank"):
+        Bank.open(tmp_path / "b", verify="never")[0]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        [["w", [2], "float32"], ["w", [2], "float32"]],
+        [["@chain", [], "float32"]],
+        [["@header", [], "float32"]],
+        [["@pad.0", [], "float32"]],
+        [["n" * 1025, [2], "float32"]],
+    ],
+)
+def test_entries_that_contradict_the_format_are_refused(tmp_path: Path, entries: list[Any]) -> None:
+    from bnn.layout import Layout
+
+    write(tmp_path / "bank", [3])
+    layout = {"entries": entries, "aliases": {}}
+    edit_json(tmp_path / "bank" / "bank.json", layout=layout, fingerprint=Layout.from_config(layout).fingerprint)
+    with pytest.raises(BankCorrupt, match=r"bank\.json: want (entries|a layout)"):
+        Bank.open(tmp_path / "bank")
+
+
+def test_numbers_that_no_float_holds_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [3])
+    path = tmp_path / "bank" / "bank.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1e999'))
+    with pytest.raises(BankCorrupt, match="1e999 is no number that a float holds"):
+        Bank.open(tmp_path / "bank")
+
+
+def test_a_fit_does_not_go_on_without_a_state(tmp_path: Path) -> None:
+    from scenarios import linear_regression
+
+    from bnn.bank import repair
+    from bnn.fitting import fit
+    from bnn.inference import HMC
+
+    case, method = linear_regression(), HMC(num_chains=2, num_warmup=5, num_steps=2)
+    fit(case.model, case.data, method=method, num_samples=4, out=tmp_path / "bank")
+    for path in (tmp_path / "bank").glob("state-*"):
+        path.unlink()
+    assert not repair(tmp_path / "bank", tmp_path / "new").resumable
+    with pytest.raises(BankError, match="want a state that follows its last row"):
+        fit(case.model, case.data, method=method, num_samples=6, out=tmp_path / "new", resume=True)
+    assert len(Bank.open(tmp_path / "new")) == 4

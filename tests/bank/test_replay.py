@@ -88,6 +88,10 @@ def recording(root: Path) -> Iterator[list[Step]]:
             descriptors.pop(args[0], None)
         elif name == "replace":
             source, target = short(args[0]), short(args[1])
+            if source not in files:  # there before the run, and durable
+                files[source] = next(numbers)
+                steps.append(Step("write", file=files[source], raw=args[1].read_bytes()))
+                steps.append(Step("fsync", file=files[source]))
             files[target] = files.pop(source)
             steps.append(Step("names", names=((target, files[target]), (source, None))))
         elif name == "unlink":
