@@ -98,6 +98,18 @@ def read_config(folder: Path) -> Described:
     for key in ("method", "model", "data", "prior", "likelihood", "base", "sampling", "provenance", "versions"):
         if not isinstance(config.get(key), (dict, type(None))):
             raise fmt.corrupt(str(path), f"an object or null as '{key}'", repr(config[key])[:100])
+    for key, inner in (
+        ("method", "name"),
+        ("prior", "name"),
+        ("likelihood", "name"),
+        ("model", "spec"),
+        ("data", "spec"),
+    ):
+        named, options = ((config.get(key) or {}).get(word) for word in (inner, "options"))
+        if not isinstance(named, (str, type(None))) or not isinstance(options, (dict, type(None))):
+            raise fmt.corrupt(
+                str(path), f"a text as '{inner}' of '{key}', and an object of options", repr(config[key])[:100]
+            )
     base = config.get("base")
     if base is not None and (
         base.get("file") != "base.safetensors"
@@ -258,8 +270,11 @@ def read_manifest(path: Path, writer: str, described: Described, limit: int) -> 
             legal = named is not None and named.group(1) == writer and is_sha256(state["sha256"])
             if not legal or type(state["bytes"]) is not int:
                 raise fmt.corrupt(str(path), f"a state of {writer}", repr(state)[:200])
-        if type(manifest["generation"]) is not int or not isinstance(manifest.setdefault("info", {}), dict):
-            raise fmt.corrupt(str(path), "a generation and info", repr(manifest["generation"])[:100])
+        info = manifest.setdefault("info", {})
+        if not isinstance(info, dict) or not all(isinstance(value, (int, float)) for value in info.values()):
+            raise fmt.corrupt(str(path), "numbers as info", repr(info)[:100])
+        if type(manifest["generation"]) is not int:
+            raise fmt.corrupt(str(path), "a whole number as generation", repr(manifest["generation"])[:100])
     except (AttributeError, KeyError, TypeError) as error:
         raise fmt.corrupt(str(path), "a manifest", f"{type(error).__name__}: {error}"[:200]) from error
     return manifest

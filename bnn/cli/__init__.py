@@ -50,7 +50,9 @@ def run(arguments: list[str]) -> int:
         return _interrupted(arguments)
     except BnnError as error:
         _debug(arguments)
-        return _say(str(error), 3 if isinstance(error, BankWriteError) else 2)
+        from bnn.cli.show import plain
+
+        return _say(plain(str(error)), 3 if isinstance(error, BankWriteError) else 2)
     except OSError as error:
         _debug(arguments)
         return _say(f"{error.filename or 'input/output'}: {error.strerror or error}", 3)

@@ -49,6 +49,7 @@ def verify(
     """Check the files of a bank against its manifests: sizes and headers, with --full every byte."""
     del debug
     from bnn.bank import Bank, unnamed_shards, verify_files
+    from bnn.cli.show import plain
     from bnn.errors import BankCorrupt, BankLimit, BankMismatch
 
     unnamed: list[str] = []
@@ -62,7 +63,7 @@ def verify(
     except (BankCorrupt, BankLimit, BankMismatch) as error:
         problems = [str(error)]
     for problem in dict.fromkeys(problems):
-        typer.echo(f"bad: {problem}")
+        typer.echo(plain(f"bad: {problem}"))
     for name in unnamed:
         typer.echo(f"unnamed: {name}: of a crash, or of a manifest that is lost; 'bnn bank repair' adopts it")
     if not problems:
@@ -83,12 +84,13 @@ def repair(
     """Copy every sound row of a damaged bank into a new one, and name the files that are dropped."""
     del debug
     from bnn import bank as banks
+    from bnn.cli.show import plain
 
     with _bar("repair", "sample") as progress:
         found = banks.repair(bank, out, resumable=resumable, overwrite=overwrite, progress=progress)
     for file in found.files:
         if file.fate != "kept":
-            typer.echo(f"{file.fate}: {file.name}: {file.reason}")
+            typer.echo(plain(f"{file.fate}: {file.name}: {file.reason}"))
     resume = "can go on with --resume" if found.resumable else "cannot be resumed: no state follows its last row"
     typer.echo(f"good: {len(found.bank)} samples; the fit {resume}")
 

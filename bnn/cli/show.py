@@ -20,7 +20,7 @@ def show_bank(bank: Bank) -> None:
     method, data, model, likelihood = (bank.info.get(key) or {} for key in ("method", "data", "model", "likelihood"))
     lines = [
         f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {size(len(bank) * bank.layout.num_bytes)}",
-        f"method      {method.get('name', 'not recorded')} {_options(method.get('options', {}))}",
+        f"method      {method.get('name', 'not recorded')} {_options(method.get('options') or {})}",
         f"model       {model.get('spec', 'not recorded')}",
         f"data        {data['spec'] + ', split ' + str(data.get('split')) if 'spec' in data else 'not recorded'}",
         f"likelihood  {likelihood.get('name', 'not recorded')}",
@@ -30,7 +30,12 @@ def show_bank(bank: Bank) -> None:
     for writer, found in bank.info.get("diagnostics", {}).items():
         if found:
             lines.append(f"{writer:11} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
-    Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+    Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(map(plain, lines)))
+
+
+def plain(line: str) -> str:
+    """A line whose control characters, which a terminal would obey, are written out: a bank may be anybody's."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
 
 
 def show_diagnosis(found: Diagnosis) -> None:

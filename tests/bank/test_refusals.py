@@ -602,6 +602,39 @@ def test_entries_that_contradict_the_format_are_refused(tmp_path: Path, entries:
         Bank.open(tmp_path / "bank")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bank.json", {"sampling": [1]}),
+        ("bank.json", {"method": {"name": "hmc", "options": [1]}}),
+        ("bank.json", {"method": {"name": ["hmc"]}}),
+        ("bank.json", {"data": {"spec": 3}}),
+        ("manifest-main.json", {"info": {"step_size": "x"}}),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    write(tmp_path / "bank", [3])
+    edit_json(tmp_path / "bank" / name, **changes)
+    with pytest.raises(BankCorrupt, match=name):
+        Bank.open(tmp_path / "bank")
+
+
+def test_a_terminal_obeys_no_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bnn.cli import run
+
+    write(tmp_path / "bank", [3])
+    method = {"name": "\x1b[31mred \x1b]0;title\x07 \ud800", "options": {}}
+    config = edit_json(tmp_path / "bank" / "bank.json", method=method)
+    edit_json(tmp_path / "bank" / "manifest-main.json", bank=config["checksum"])
+    assert run(["bank", "info", str(tmp_path / "bank")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[31mred \\x1b]0;title\\x07 \\ud800" in out
+    edit_json(tmp_path / "bank" / "bank.json", format="\x1b[31m")
+    assert run(["bank", "info", str(tmp_path / "bank")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_numbers_that_no_float_holds_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "bank", [3])
     path = tmp_path / "bank" / "bank.json"
