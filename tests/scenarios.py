@@ -65,6 +65,20 @@ def classifier(num_rows: int = 23, width: int = 5) -> tuple[BayesianModel, tuple
     return model, (x, y)
 
 
+class Undefined(nn.Module):
+    """Outputs of NaN, whatever the processor: what sums of huge numbers come to hangs on its instructions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.nan
+
+
+def undefined_classifier() -> tuple[BayesianModel, tuple[Tensor, Tensor]]:
+    """`classifier` with a log joint that is NaN everywhere."""
+    model, data = classifier()
+    module = nn.Sequential(model.module, Undefined())
+    return BayesianModel(module, prior=FanIn(1.5), likelihood=Categorical(), num_data=len(data[1])), data
+
+
 def effective_sample_size(chains: Tensor) -> float:
     """ESS of draws [C, D] by the initial positive sequence over chains, for tolerances.
 

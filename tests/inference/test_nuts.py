@@ -84,7 +84,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def draws() -> Tensor:
     """[C, D, P] from the conjugate posterior."""
     case = linear_regression()
-    bank = fit(case.model, case.data, method=NUTS(num_chains=2, num_warmup=150), num_samples=700, seed=1)
+    bank = fit(case.model, case.data, method=NUTS(num_chains=2, num_warmup=150), num_samples=1000, seed=1)
     assert bank.chain[:5].tolist() == [0, 1, 0, 1, 0]
     assert bank.draw[:5].tolist() == [0, 0, 1, 1, 2]
     return by_chain(bank, case.model.layout.flatten(bank.block(slice(None)).params).double())
@@ -486,7 +486,7 @@ def test_what_is_told_at_the_end() -> None:
         _warn([slow, well, slow])
 
 
-def test_bad_options_and_starts_are_refused() -> None:
+def test_bad_options_and_starts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, y) = classifier()
     with pytest.raises(ConfigError, match="a multiple of num_chains = 4, got 10; pass 8 or 12"):
         list(NUTS(num_chains=4).run(model, (x, y), num_samples=10, seed=0))
@@ -503,10 +503,12 @@ def test_bad_options_and_starts_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             NUTS(**options)  # type: ignore[arg-type]
+    # A density of NaN whatever the processor: what products of huge numbers come to hangs on its instructions.
+    monkeypatch.setattr(model, "log_density", lambda flat, batch: (math.nan * flat.sum(), math.nan * flat.sum()))
     with pytest.raises(
         FitError, match=r"want a finite log joint and gradient, got a log joint of .* at the start of chain 0"
     ):
-        list(NUTS(num_chains=2).run(model, (x.sign() * 3e38, y), num_samples=2, seed=0))
+        list(NUTS(num_chains=2).run(model, (x, y), num_samples=2, seed=0))
 
 
 def test_a_gradient_that_is_not_finite_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

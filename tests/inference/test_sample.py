@@ -97,7 +97,7 @@ def test_a_low_rank_mass_reaches_what_a_diagonal_one_cannot() -> None:
     density, variance = rotated(scales)
     start = torch.randn(4, 100, generator=generator(0, "start"))
     options: dict[str, Any] = {"num_warmup": 300, "num_steps": 12, "seed": 2, "trajectory": "jittered"}
-    low_rank = sample(density, start, num_draws=300, mass="low-rank", rank=6, **options)
+    low_rank = sample(density, start, num_draws=450, mass="low-rank", rank=6, **options)
     diagonal = sample(density, start, num_draws=100, mass="diagonal", **options)
     check_normal(low_rank.draws, torch.zeros(100), variance)
 
