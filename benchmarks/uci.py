@@ -45,8 +45,9 @@ from bnn.fitting import describe, method_options, versions
 from bnn.inference import HMC, Ensemble, Guide
 from bnn.likelihoods import Gaussian
 from bnn.metrics import coverage, rmse
+from bnn.mixtures import NormalMixture
 from bnn.modules import build
-from bnn.predictive import NormalPredictive
+from bnn.predictive import mixture
 from bnn.priors import FanIn, HalfCauchy, LogNormal, PositivePrior, Prior
 from bnn.seeding import derive
 from bnn.types import Method
@@ -123,8 +124,8 @@ def judge(folder: Path, split: int, choice: Choice) -> Row:
     model = bnn.BayesianModel(module, prior=choice.prior, likelihood=likelihood, num_data=len(data.train.y))
     bank, found = fitted(model, data, choice, seed=split)
     units, net = data.units, bnn.FunctionalModel(module, bank)
-    predictive = bnn.predict(net, data.test.x, likelihood=likelihood, loc=units.loc, scale=units.scale)
-    assert isinstance(predictive, NormalPredictive)
+    predictive = mixture(net, data.test.x, likelihood=likelihood, loc=units.loc, scale=units.scale)
+    assert isinstance(predictive, NormalMixture)
     y = data.test.y.double().unsqueeze(1) * units.scale + units.loc  # [B] -> [B, 1]
     found["rmse"] = float(rmse(predictive.mean, y))
     found["log_likelihood"] = float(predictive.log_prob(y).mean())

@@ -81,6 +81,10 @@ class NotConverged(UserWarning):
     """A producer stopped before its samples represent the posterior: it says what still moved."""
 
 
+class SlowerWay(UserWarning):
+    """What was asked for cannot be had here: samples run in a slower way, or fewer of them at once."""
+
+
 def choose(place: str, value: str, table: dict[str, object] | tuple[str, ...] | list[str]) -> str:
     """`value` if the table has it; otherwise a ConfigError that lists the choices."""
     if value not in table:

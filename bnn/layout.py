@@ -102,12 +102,12 @@ class Layout:
             {e.name: torch.empty(0, *e.shape, dtype=e.dtype) for e in self.entries}, chain=none, draw=none
         )
 
-    def difference(self, other: Layout) -> str | None:
+    def difference(self, other: Layout, *, dtypes: bool = True) -> str | None:
         """The first entry in which `other` departs from this layout, in words; None where they agree."""
         for mine, theirs in zip(self.entries, other.entries, strict=False):
             if (mine.name, mine.shape) != (theirs.name, theirs.shape):
                 return f"{theirs} where {mine} stands"
-            if mine.dtype != theirs.dtype:
+            if dtypes and mine.dtype != theirs.dtype:
                 return f"'{mine.name}' as {theirs.dtype} where {mine.dtype} stands"
         if len(self.entries) != len(other.entries):
             longer, verb = (other, "added") if len(other.entries) > len(self.entries) else (self, "missing")
@@ -116,9 +116,9 @@ class Layout:
             return f"ties {other.aliases} where {self.aliases} stand"
         return None
 
-    def require(self, other: Layout, *, place: str) -> None:
-        """Raise BankMismatch, naming the first differing entry, unless `other` has this layout."""
-        difference = self.difference(other)
+    def require(self, other: Layout, *, place: str, dtypes: bool = True) -> None:
+        """Raise BankMismatch, naming the first differing entry, unless `other` has this layout; in other dtypes, if asked."""
+        difference = self.difference(other, dtypes=dtypes)
         if difference is not None:
             raise BankMismatch(
                 place,
@@ -170,7 +170,13 @@ def select(names: Iterable[str], bayesian: str | Sequence[str]) -> set[str]:
     return chosen
 
 
-def layout_of(module: nn.Module, bayesian: str | Sequence[str] = "*", extra: Sequence[Entry] = ()) -> Layout:
+def layout_of(
+    module: nn.Module,
+    bayesian: str | Sequence[str] = "*",
+    extra: Sequence[Entry] = (),
+    *,
+    buffers: Sequence[str] = (),
+) -> Layout:
     """The layout of the parameters of `module` that the patterns choose, followed by `extra` entries.
 
     Tied weights are one entry under their first name; their other names are aliases, and a pattern
@@ -181,6 +187,7 @@ def layout_of(module: nn.Module, bayesian: str | Sequence[str] = "*", extra: Seq
         module: any module whose parameters have a shape.
         bayesian: one glob or several; `!` negates. `fc` also stands for all below the module `fc`.
         extra: entries of likelihood and prior, named `@...`.
+        buffers: names of buffers that samples bring, such as the statistics of batch norm; they follow the parameters.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is chosen.
@@ -230,4 +237,6 @@ def layout_of(module: nn.Module, bayesian: str | Sequence[str] = "*", extra: Seq
             got="none",
             fix="pass bayesian='*' or a module with parameters",
         )
+    kept_buffers = dict(module.named_buffers()) if buffers else {}
+    entries += [Entry(n, tuple(b.shape), b.dtype) for n, b in kept_buffers.items() if n in buffers]
     return Layout((*entries, *extra), aliases)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from bnn.errors import ConfigError, DataError
-from bnn.functional import FunctionalModel
+from bnn.errors import ConfigError, DataError, NotConverged
+from bnn.functional import FunctionalModel, SampleSource
 from bnn.likelihoods import (
     Bernoulli,
     Gaussian,
@@ -19,143 +22,79 @@ from bnn.likelihoods import (
     Poisson,
     StudentT,
     likelihood_from_config,
-    poisson_log_prob,
-    student_t_log_prob,
 )
-from bnn.metrics import mixture_cdf, mixture_log_prob
+from bnn.mixtures import Mixture, NormalMixture, PoissonMixture, StudentTMixture, quantile
 from bnn.types import Block
 from bnn.uncertainty import entropy, prior_shift
 
-OUTPUT_VALUES = 8_000_000  # outputs of one block held at once, K * B * C
-SAMPLE_BYTES = 64 * 1024 * 1024  # samples of one block, which are copied where they lie in two shards
+GROUPS = 16  # runs of draws, of all chains together, whose means tell how much draws are alike
+LEAST_SAMPLES = 32  # before a standard error is believed
+BATCH_SIZE = 512  # rows of a data set at once
 
 
 class ClassPredictive(NamedTuple):
     """Mean predictive over classes, and the split of its entropy; in nats, float64."""
 
-    log_probs: Tensor  # [B, C] log sum_s w_s p_s
-    expected_entropy: Tensor  # [B] sum_s w_s H[p_s], the aleatoric part
-    expected_log_prob: Tensor  # [B, C] sum_s w_s log p_s, for the Gibbs loss
+    log_probs: Tensor  # [N, C] log sum_s w_s p_s
+    expected_entropy: Tensor  # [N] sum_s w_s H[p_s], the aleatoric part
+    expected_log_prob: Tensor  # [N, C] sum_s w_s log p_s, for the Gibbs loss
+    variance: Tensor  # [N, C] of the samples' probabilities
+    samples_used: Tensor  # int64 [N]
+    standard_error: Tensor  # [N, C] of the mean, from drawing so many samples; NaN with one
+    quantiles: dict[float, Tensor] = {}  # level -> [N, C], of the samples' probabilities  # noqa: RUF012
+    outputs: Tensor | None = None  # [S, N, C] of the module
 
     @property
     def probs(self) -> Tensor:
-        """Mean class probabilities [B, C]."""
+        """Mean class probabilities [N, C]."""
         return self.log_probs.exp()
 
     @property
+    def mean(self) -> Tensor:
+        """The same: the mean predictive [N, C]."""
+        return self.probs
+
+    @property
     def entropy(self) -> Tensor:
-        """Total uncertainty H[sum_s w_s p_s], [B]."""
+        """Total uncertainty H[sum_s w_s p_s], [N]."""
         return entropy(self.probs)
 
     @property
     def mutual_information(self) -> Tensor:
-        """Epistemic uncertainty [B], total minus expected entropy."""
+        """Epistemic uncertainty [N], total minus expected entropy."""
         return (self.entropy - self.expected_entropy).clamp_min(0)  # rounding can leave -1e-17
 
 
-class NormalPredictive(NamedTuple):
-    """A mixture of S normals a row and output, in units of the target, float64."""
+class TargetPredictive(NamedTuple):
+    """Mean and variances of the predictive of a regression, in units of the target, float64."""
 
-    means: Tensor  # [S, B, C]
-    scales: Tensor  # [S, 1, 1], [S, 1, C] where targets have units of their own, or [S, B, C] where noise varies
-    log_weight: Tensor  # [S] normalised
-
-    @property
-    def mean(self) -> Tensor:
-        """Predictive mean [B, C]."""
-        return _average(self.means, self.log_weight)
-
-    @property
-    def aleatoric(self) -> Tensor:
-        """Expected noise variance [B, C]."""
-        return _average(self.scales.square().expand_as(self.means), self.log_weight)
+    mean: Tensor  # [N, C]
+    aleatoric: Tensor  # [N, C] expected noise variance
+    epistemic: Tensor  # [N, C] variance of the samples' means
+    samples_used: Tensor  # int64 [N]
+    standard_error: Tensor  # [N, C] of the mean, from drawing so many samples; NaN with one
+    quantiles: dict[float, Tensor]  # level -> [N, C], of the predictive
+    outputs: Tensor | None  # [S, N, C] of the module
 
     @property
-    def epistemic(self) -> Tensor:
-        """Variance of the samples' means [B, C]."""
-        return _average((self.means - self.mean).square(), self.log_weight)
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Log density of targets [B, C], summed over outputs inside a sample, [B]."""
-        return mixture_log_prob(self.means, self.scales, y, self.log_weight)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """P(Y <= y) of each target, [B, C]."""
-        return mixture_cdf(self.means, self.scales, y, self.log_weight)
+    def variance(self) -> Tensor:
+        """Total variance [N, C]."""
+        return self.aleatoric + self.epistemic
 
 
-class StudentTPredictive(NamedTuple):
-    """A mixture of S Student's t a row and output, in units of the target, float64."""
-
-    locs: Tensor  # [S, B, C]
-    scales: Tensor  # [S, 1, 1] or [S, 1, C]
-    log_weight: Tensor  # [S] normalised
-    df: float
-
-    @property
-    def mean(self) -> Tensor:
-        """Predictive mean [B, C]; of df up to 1, where there is none, the mean of the centres."""
-        return _average(self.locs, self.log_weight)
-
-    @property
-    def aleatoric(self) -> Tensor:
-        """Expected noise variance [B, C]: df / (df - 2) scale^2, infinite for df up to 2."""
-        factor = self.df / (self.df - 2.0) if self.df > 2.0 else math.inf
-        return factor * _average(self.scales.square().expand_as(self.locs), self.log_weight)
-
-    @property
-    def epistemic(self) -> Tensor:
-        """Variance of the samples' centres [B, C]."""
-        return _average((self.locs - self.mean).square(), self.log_weight)
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Log density of targets [B, C], summed over outputs inside a sample, [B]."""
-        each = student_t_log_prob(y, self.locs, self.scales, self.df).sum(dim=-1)  # [S, B]
-        return torch.logsumexp(each + self.log_weight.unsqueeze(1), dim=0)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """P(Y <= y) of each target, [B, C]; needs SciPy."""
-        from scipy.special import stdtr
-
-        z = ((y - self.locs) / self.scales).numpy()
-        return _average(torch.from_numpy(stdtr(self.df, z)), self.log_weight)
+Predictive: TypeAlias = ClassPredictive | TargetPredictive
 
 
-class PoissonPredictive(NamedTuple):
-    """A mixture of S Poisson distributions a row and output, float64."""
+class _Asked(NamedTuple):
+    """What is wanted of a predictive."""
 
-    log_rates: Tensor  # [S, B, C]
-    log_weight: Tensor  # [S] normalised
-
-    @property
-    def mean(self) -> Tensor:
-        """Expected count [B, C]."""
-        return _average(self.log_rates.exp(), self.log_weight)
-
-    @property
-    def aleatoric(self) -> Tensor:
-        """Expected variance of the counts given a sample, which is their expected rate, [B, C]."""
-        return self.mean
-
-    @property
-    def epistemic(self) -> Tensor:
-        """Variance of the samples' rates [B, C]."""
-        return _average((self.log_rates.exp() - self.mean).square(), self.log_weight)
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Log probability of counts [B, C], summed over outputs inside a sample, [B]."""
-        each = poisson_log_prob(y, self.log_rates).sum(dim=-1)  # [S, B]
-        return torch.logsumexp(each + self.log_weight.unsqueeze(1), dim=0)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """P(Y <= y) of each count, [B, C]; 0 below 0."""
-        counts = y.double().floor().expand_as(self.log_rates)
-        below = torch.special.gammaincc(counts.clamp_min(0) + 1.0, self.log_rates.exp())
-        return _average(torch.where(counts < 0, torch.zeros_like(below), below), self.log_weight)
-
-
-TargetPredictive: TypeAlias = NormalPredictive | StudentTPredictive | PoissonPredictive
-"""The predictive of a regression: `mean`, `aleatoric` and `epistemic` variance, `log_prob` and `cdf`."""
+    likelihood: Likelihood
+    shift: tuple[Any, Any] | None
+    loc: Tensor
+    scale: Tensor
+    quantiles: tuple[float, ...]
+    outputs: bool
+    tolerance: float | None
 
 
 def predict(
@@ -166,117 +105,341 @@ def predict(
     prior_shift: tuple[Any, Any] | None = None,
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
-) -> ClassPredictive | TargetPredictive:
-    """Predictive distribution of one batch under all samples of a bank.
+    quantiles: Sequence[float] = (),
+    outputs: bool = False,
+    tolerance: float | None = None,
+    progress: bool | None = None,
+) -> Predictive:
+    """Predictive distribution under all samples of a bank, or as many as a tolerance asks for.
 
-    Probabilities are averaged, with the bank's weights, not logits. Samples are taken block by block:
-    classification needs memory for B * C numbers whatever S is, regression for the S means a row
-    that its scores are made of.
+    p(y | x) = sum_s w_s p(y | x, theta_s), w_s proportional to exp(log_weight_s)
+
+    Probabilities are averaged, with the bank's weights, not logits. Samples are taken block by block, so that memory
+    does not grow with S, unless quantiles or outputs are asked for, which need those of all samples on one batch.
+
+    **Tolerance.** Samples spread over the whole bank are added until the standard error of the mean predictive is at most
+    `tolerance` in every row and class or output: s sqrt(tau / n), with s the standard deviation over the n samples used
+    (n the effective number where they are weighted), and tau >= 1 how much more the means of runs of draws differ than
+    those of independent draws would, averaged over rows (batch means by chain). Where even all samples do not
+    reach it, `errors.NotConverged` is warned of.
 
     Args:
         net: a module under a bank.
-        x: inputs of B rows.
+        x: inputs of N rows as the module takes them, or a data set or loader, whose targets are not looked at.
         likelihood: what outputs mean; the one that the bank was made with by default.
         prior_shift: shares of the classes [C] in training and where predictions are made: each sample's
             probabilities are corrected before they are averaged, see `uncertainty.prior_shift`.
         loc: added to predicted targets after scaling: the mean the targets were standardised with, or
             one a target [C].
         scale: their standard deviation, so that predictions are in the target's own units.
+        quantiles: levels in (0, 1): of the predictive of a regression, and of the samples' class probabilities.
+        outputs: whether to keep what the module says under each sample.
+        tolerance: standard error of the mean predictive at which to stop; in probability, or units of the target.
+        progress: show a bar on stderr for a data set or loader; by default where stderr is a terminal.
 
     Returns:
-        `ClassPredictive` for `Categorical` and `Bernoulli`, `NormalPredictive` for the Gaussian likelihoods,
-        `StudentTPredictive` or `PoissonPredictive`.
+        `ClassPredictive` for `Categorical` and `Bernoulli`, else `TargetPredictive`.
 
     Raises:
         DataError: a sample gives NaN or Inf; its index is named.
         ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression;
-            other units for counts.
+            other units for counts; levels outside (0, 1); outputs beside a tolerance.
+
+    Examples:
+        >>> import bnn
+        >>> module = torch.nn.Linear(3, 2)
+        >>> bank = bnn.Bank.from_state_dicts([module.state_dict()] * 4, module=module)
+        >>> found = predict(bnn.FunctionalModel(module, bank), torch.zeros(5, 3), likelihood=bnn.likelihoods.Categorical())
+        >>> found.mean.shape, found.mutual_information.max().item()
+        (torch.Size([5, 2]), 0.0)
+
+    Source: batch means, Flegal and Jones (2010), arXiv:0811.1729.
     """
+    asked = _asked(net, likelihood, prior_shift, loc, scale, quantiles, outputs, tolerance)
+    batch = _of_classes if asked.likelihood.task == "classification" else _of_targets
+    if not isinstance(x, (Dataset, DataLoader)):
+        return batch(net, x, asked)
+    loader = x if isinstance(x, DataLoader) else DataLoader(x, batch_size=BATCH_SIZE, generator=torch.Generator())
+    parts = [batch(net, rows, asked) for rows in _shown(loader, progress)]
+    if not parts:
+        raise DataError("x", want="at least one row", got="none", fix="check the data set")
+    return _joined(parts)
+
+
+def mixture(
+    net: FunctionalModel,
+    x: Any,
+    *,
+    likelihood: Likelihood | None = None,
+    loc: float | Tensor = 0.0,
+    scale: float | Tensor = 1.0,
+) -> Mixture:
+    """The predictive of a regression on one batch with all its samples, [S, B, C], for scores that need them."""
+    asked = _asked(net, likelihood, None, loc, scale, (), False, None)
+    if asked.likelihood.task == "classification":
+        raise ConfigError("likelihood", want="one of targets", got="one of classes", fix="use predict")
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for indices, block, found in _outputs(net, x, spread=False):
+            kept.append((*_columns(found, block, asked), net.bank.log_weight[indices].double()))
+    return _mixture(kept, asked.likelihood)
+
+
+def _asked(
+    net: FunctionalModel,
+    likelihood: Likelihood | None,
+    shift: tuple[Any, Any] | None,
+    loc: float | Tensor,
+    scale: float | Tensor,
+    quantiles: Sequence[float],
+    outputs: bool,
+    tolerance: float | None,
+) -> _Asked:
     loc, scale = torch.as_tensor(loc, dtype=torch.float64), torch.as_tensor(scale, dtype=torch.float64)
     if not (torch.isfinite(scale) & (scale > 0)).all():
         raise ConfigError(
             "predict(scale=)", want="positive numbers", got=str(scale.tolist()), fix="pass the target's spread"
         )
+    if not all(0.0 < level < 1.0 for level in quantiles):
+        raise ConfigError(
+            "quantiles", want="levels between 0 and 1", got=str(list(quantiles)), fix="such as (0.05, 0.95)"
+        )
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigError("tolerance", want="a positive number", got=str(tolerance), fix="leave it out for all samples")
+    if tolerance is not None and outputs:
+        raise ConfigError("outputs", want="all samples", got="a tolerance, which may stop before", fix="leave out one")
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     if not len(net.bank):
         raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
-    if likelihood.task == "classification":
-        return _classes(net, x, likelihood, prior_shift)
-    if prior_shift is not None:
-        raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
-    return _targets(net, x, likelihood, loc, scale)
-
-
-@torch.no_grad()
-def _classes(net: FunctionalModel, x: Any, likelihood: Likelihood, shift: tuple[Any, Any] | None) -> ClassPredictive:
-    log_probs = expected_entropy = expected_log_prob = torch.zeros(())
-    for start, log_weight, _, outputs in _outputs(net, x):
-        if isinstance(likelihood, Bernoulli):
-            outputs = outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs
-            if outputs.dim() != 3 or outputs.shape[-1] != 1:
-                raise _shape("[B] or [B, 1], the logit", outputs)
-            outputs = likelihood.class_logits(outputs)
-        if outputs.dim() != 3:
-            raise _shape("[B, C], one output a class", outputs)
-        each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
+    if likelihood.task != "classification":
         if shift is not None:
-            each = prior_shift(each, train=shift[0], natural=shift[1])
-        weight = log_weight.exp()[:, None, None]
-        mixed = torch.logsumexp(each + log_weight[:, None, None], dim=0)  # [B, C]
-        log_probs = mixed if start == 0 else torch.logaddexp(log_probs, mixed)
-        expected_entropy = expected_entropy + (weight[:, 0] * entropy(each.exp())).sum(dim=0)  # [B]
-        expected_log_prob = expected_log_prob + (weight * each).sum(dim=0)
-    return ClassPredictive(log_probs.cpu(), expected_entropy.cpu(), expected_log_prob.cpu())
+            raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
+        if isinstance(likelihood, Poisson) and not (bool((loc == 0).all()) and bool((scale == 1).all())):
+            raise ConfigError(
+                "predict(loc=, scale=)", want="0 and 1 for counts", got="others", fix="fit counts without standardising"
+            )
+    return _Asked(likelihood, shift, loc, scale, tuple(quantiles), outputs, tolerance)
 
 
 @torch.no_grad()
-def _targets(net: FunctionalModel, x: Any, likelihood: Likelihood, loc: Tensor, scale: Tensor) -> TargetPredictive:
-    if isinstance(likelihood, Poisson) and not (bool((loc == 0).all()) and bool((scale == 1).all())):
-        raise ConfigError(
-            "predict(loc=, scale=)", want="0 and 1 for counts", got="others", fix="fit counts without standardising"
-        )
-    places, scales, weights = [], [], []
-    for _, log_weight, block, outputs in _outputs(net, x):
-        if outputs.dim() not in (2, 3):
-            raise _shape("[B] or [B, C]", outputs)
-        columns = (outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs).double()  # [K, B, C]
-        noise = torch.ones(block.num_samples, 1, 1)
-        if isinstance(likelihood, HeteroscedasticGaussian):
-            if columns.shape[-1] % 2 or not columns.shape[-1]:
-                raise _shape("[B, 2 C], the means and then their noise", outputs)
-            columns, noise = likelihood.split(columns)
-        elif isinstance(likelihood, Gaussian | StudentT):
-            noise = likelihood.scale_of(block.params).expand(block.num_samples)[:, None, None]  # [K, 1, 1]
-        places.append(columns.cpu() * scale + loc)
-        scales.append(noise.double().cpu() * scale)
-        weights.append(log_weight.cpu())
-    at, spread, weight = torch.cat(places), torch.cat(scales), torch.cat(weights)
-    if isinstance(likelihood, Poisson):
-        return PoissonPredictive(at, weight)
-    if isinstance(likelihood, StudentT):
-        return StudentTPredictive(at, spread, weight, likelihood.df)
-    return NormalPredictive(at, spread, weight)
-
-
-def _average(values: Tensor, log_weight: Tensor) -> Tensor:
-    """sum_s w_s values_s, [S, B, C] -> [B, C]."""
-    return (log_weight.exp()[:, None, None] * values).sum(dim=0)
-
-
-def _shape(want: str, outputs: Tensor) -> DataError:
-    return DataError(
-        "module", want=f"outputs {want}", got=str(list(outputs.shape[1:])), fix="reshape them in the module's forward"
+def _of_classes(net: FunctionalModel, x: Any, asked: _Asked) -> ClassPredictive:
+    spread = _Spread(net.bank, asked.tolerance)
+    log_probs = expected_entropy = expected_log_prob = torch.zeros((), dtype=torch.float64, device=net.device)
+    kept: list[Tensor] = []
+    raw: list[Tensor] = []
+    for indices, _, found in _outputs(net, x, spread=asked.tolerance is not None):
+        each = _class_log_probs(found, asked)  # [K, B, C]
+        log_weight = spread.log_weight[indices].to(net.device)
+        weight = log_weight.exp()[:, None, None]
+        probs = each.exp()
+        mixed = torch.logsumexp(each + log_weight[:, None, None], dim=0)  # [B, C]
+        log_probs = mixed if not spread.count else torch.logaddexp(log_probs, mixed)
+        expected_entropy = expected_entropy + (weight[:, 0] * entropy(probs)).sum(dim=0)  # [B]
+        expected_log_prob = expected_log_prob + (weight * each).sum(dim=0)
+        spread.add(indices, probs)
+        kept += [probs.cpu()] if asked.quantiles else []
+        raw += [found.cpu()] if asked.outputs else []
+        if spread.enough():
+            break
+    total, rows = spread.total, len(log_probs)
+    log_probs = log_probs - total.log().to(net.device)
+    return ClassPredictive(
+        log_probs.cpu(),
+        (expected_entropy / total.to(net.device)).cpu(),
+        (expected_log_prob / total.to(net.device)).cpu(),
+        spread.variance().cpu(),
+        torch.full((rows,), spread.count),
+        spread.standard_error().cpu(),
+        _sample_quantiles(kept, spread.used_weights(), asked.quantiles),
+        torch.cat(raw) if raw else None,
     )
 
 
-def _outputs(net: FunctionalModel, x: Any) -> Iterator[tuple[int, Tensor, Block, Tensor]]:
-    """First index, normalised log weights [K], block and outputs [K, B, ...] of the whole bank, in order."""
-    log_weight = net.bank.log_weight.log_softmax(dim=0).to(net.device)
-    size = 1
-    start = 0
-    while start < len(net.bank):
-        block = net.bank.block(slice(start, start + size))
-        outputs = net.apply(block, x)
+@torch.no_grad()
+def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive:
+    spread = _Spread(net.bank, asked.tolerance)
+    noise_variance = torch.zeros((), dtype=torch.float64)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    raw: list[Tensor] = []
+    for indices, block, found in _outputs(net, x, spread=asked.tolerance is not None):
+        places, noise = _columns(found, block, asked)
+        log_weight = spread.log_weight[indices]
+        means = places.exp() if isinstance(asked.likelihood, Poisson) else places
+        variances = means if isinstance(asked.likelihood, Poisson) else noise.square()
+        noise_variance = noise_variance + (log_weight.exp()[:, None, None] * variances).sum(dim=0)
+        spread.add(indices, means)
+        kept += [(places, noise, log_weight)] if asked.quantiles else []
+        raw += [found.cpu()] if asked.outputs else []
+        if spread.enough():
+            break
+    mean = spread.mean()
+    levels = {level: quantile(_mixture(kept, asked.likelihood), level) for level in asked.quantiles}
+    aleatoric = (noise_variance / spread.total).expand_as(mean).clone()
+    if isinstance(asked.likelihood, StudentT):  # whose variance is more than its scale squared, or infinite
+        aleatoric *= asked.likelihood.df / (asked.likelihood.df - 2.0) if asked.likelihood.df > 2.0 else torch.inf
+    rows = torch.full((len(mean),), spread.count)
+    return TargetPredictive(
+        mean, aleatoric, spread.variance(), rows, spread.standard_error(), levels, torch.cat(raw) if raw else None
+    )
+
+
+class _Spread:
+    """Weighted moments of what samples say, and the Monte Carlo error of their mean; [B, C] each, float64."""
+
+    def __init__(self, bank: SampleSource, tolerance: float | None) -> None:
+        log_weight = bank.log_weight.double()
+        self.log_weight, self._tolerance = log_weight - log_weight.max(), tolerance
+        self._alike = bool((self.log_weight == 0).all())  # then squared weights are the weights
+        self._groups: Tensor | None = None
+        self._num_groups = 0
+        if tolerance is not None:
+            self._groups, self._num_groups = groups_of(bank)
+        self.count = 0
+        self.total = torch.zeros((), dtype=torch.float64)  # of the weights
+        self._indices: list[Tensor] = []
+
+    def add(self, indices: Tensor, values: Tensor) -> None:
+        """What samples [K] say, [K, B, C]."""
+        weight = self.log_weight[indices].exp().to(values.device)
+        if not self.count:
+            self._shift = values.mean(dim=0)  # moments about a value close by: their differences keep their digits
+            zero = torch.zeros_like(self._shift)
+            self._first, self._second = zero, zero
+            self._square_first, self._square_second = zero, zero  # with squared weights
+            self._squares = torch.zeros((), dtype=torch.float64)
+            if self._groups is not None:
+                self._group_weight = torch.zeros(self._num_groups, dtype=torch.float64, device=values.device)
+                self._group_first = zero.expand(self._num_groups, *zero.shape).clone()
+        centred = values - self._shift
+        squared = centred.square()
+        self._first = self._first + torch.einsum("k,kbc->bc", weight, centred)
+        self._second = self._second + torch.einsum("k,kbc->bc", weight, squared)
+        if not self._alike:
+            self._square_first = self._square_first + torch.einsum("k,kbc->bc", weight.square(), centred)
+            self._square_second = self._square_second + torch.einsum("k,kbc->bc", weight.square(), squared)
+        self._squares = self._squares + weight.square().sum().cpu()
+        if self._groups is not None:
+            group = self._groups[indices].to(values.device)
+            self._group_weight.index_add_(0, group, weight)
+            self._group_first.index_add_(0, group, weight[:, None, None] * centred)
+        self.total = self.total + weight.sum().cpu()
+        self.count += len(indices)
+        self._indices.append(indices)
+
+    def mean(self) -> Tensor:
+        return self._shift + self._first / self.total.to(self._first.device)
+
+    def variance(self) -> Tensor:
+        """sum_s w_s (v_s - mean)^2."""
+        total = self.total.to(self._first.device)
+        return (self._second / total - (self._first / total).square()).clamp_min(0)
+
+    def standard_error(self) -> Tensor:
+        """Of the mean: that of independent draws, times how much more runs of draws differ than those would."""
+        if self.count < 2:
+            return torch.full_like(self._first, torch.nan)
+        total = self.total.to(self._first.device)
+        mean = self._first / total
+        squares = self._squares.to(mean.device)
+        first, second = (self._first, self._second) if self._alike else (self._square_first, self._square_second)
+        # sum_s w_s^2 (v_s - mean)^2, of weights that sum to 1
+        free = (second - 2 * mean * first + squares * mean.square()) / total.square()
+        free = free.clamp_min(0) * self.count / (self.count - 1)
+        if self._groups is None:
+            return free.sqrt()
+        present = self._group_weight > 0
+        number = int(present.sum())
+        if number < 2:
+            return free.sqrt()
+        apart = (self._group_first - self._group_weight[:, None, None] * mean) / total  # [G, B, C]
+        grouped = apart.square().sum(dim=0) * number / (number - 1)
+        ratio = grouped.mean() / free.mean() if float(free.mean()) > 0 else torch.ones(())
+        return (free * ratio.clamp_min(1.0)).sqrt()
+
+    def enough(self) -> bool:
+        """Whether the tolerance is kept; warns where all samples are used and it is not."""
+        if self._tolerance is None or self.count < min(LEAST_SAMPLES, len(self.log_weight)):
+            return False
+        worst = float(self.standard_error().max())
+        if worst <= self._tolerance:
+            return True
+        if self.count == len(self.log_weight):
+            warnings.warn(
+                f"all {self.count} samples leave a standard error of {worst:.2g}, above tolerance={self._tolerance:g}: draw more",
+                NotConverged,
+                stacklevel=5,
+            )
+        return False
+
+    def used_weights(self) -> Tensor:
+        return self.log_weight[torch.cat(self._indices)].log_softmax(dim=0)
+
+
+def groups_of(bank: SampleSource) -> tuple[Tensor, int]:
+    """A number of a run of draws for each sample, int64 [S], and how many runs: each chain is cut into as many."""
+    chain, draw = bank.chain.numpy(), bank.draw.numpy()
+    _, chain = np.unique(chain, return_inverse=True)
+    lengths = np.bincount(chain)
+    pieces = max(1, -(-GROUPS // len(lengths)))
+    order = np.lexsort((draw, chain))
+    place = np.empty(len(chain), dtype=np.int64)
+    place[order] = np.arange(len(chain)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # in its chain
+    return torch.from_numpy(chain * pieces + place * pieces // lengths[chain]), len(lengths) * pieces
+
+
+def _class_log_probs(outputs: Tensor, asked: _Asked) -> Tensor:
+    if isinstance(asked.likelihood, Bernoulli):
+        outputs = outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs
+        if outputs.dim() != 3 or outputs.shape[-1] != 1:
+            raise _shape("[B] or [B, 1], the logit", outputs)
+        outputs = asked.likelihood.class_logits(outputs)
+    if outputs.dim() != 3:
+        raise _shape("[B, C], one output a class", outputs)
+    each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
+    return each if asked.shift is None else prior_shift(each, train=asked.shift[0], natural=asked.shift[1])
+
+
+def _columns(outputs: Tensor, block: Block, asked: _Asked) -> tuple[Tensor, Tensor]:
+    """Where the samples put the targets [K, B, C], and the scale of the noise [K, 1, 1] to [K, B, C], in the target's units."""
+    if outputs.dim() not in (2, 3):
+        raise _shape("[B] or [B, C]", outputs)
+    columns = (outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs).double()  # [K, B, C]
+    noise = torch.ones(block.num_samples, 1, 1)
+    if isinstance(asked.likelihood, HeteroscedasticGaussian):
+        if columns.shape[-1] % 2 or not columns.shape[-1]:
+            raise _shape("[B, 2 C], the means and then their noise", outputs)
+        columns, noise = asked.likelihood.split(columns)
+    elif isinstance(asked.likelihood, Gaussian | StudentT):
+        noise = asked.likelihood.scale_of(block.params).expand(block.num_samples)[:, None, None]  # [K, 1, 1]
+    return columns.cpu() * asked.scale + asked.loc, noise.double().cpu() * asked.scale
+
+
+def _mixture(kept: list[tuple[Tensor, Tensor, Tensor]], likelihood: Likelihood) -> Mixture:
+    places, noise, log_weight = (torch.cat(column) for column in zip(*kept, strict=True))
+    log_weight = log_weight.log_softmax(dim=0)
+    if isinstance(likelihood, Poisson):
+        return PoissonMixture(places, log_weight)
+    if isinstance(likelihood, StudentT):
+        return StudentTMixture(places, noise, log_weight, likelihood.df)
+    return NormalMixture(places, noise, log_weight)
+
+
+def _sample_quantiles(kept: list[Tensor], log_weight: Tensor, levels: tuple[float, ...]) -> dict[float, Tensor]:
+    """The least value that samples of so much weight do not pass, [B, C] a level."""
+    if not levels:
+        return {}
+    ordered, order = torch.cat(kept).sort(dim=0)  # [S, B, C]
+    reached = log_weight.exp()[order].cumsum(dim=0)
+    last = len(ordered) - 1
+    return {
+        level: ordered.gather(0, (reached < level - 1e-12).sum(dim=0, keepdim=True).clamp_max(last)).squeeze(0)
+        for level in levels
+    }
+
+
+def _outputs(net: FunctionalModel, x: Any, *, spread: bool) -> Iterator[tuple[Tensor, Block, Tensor]]:
+    """Bank indices [K], block and outputs [K, B, ...] of the whole bank, in order or spread over it."""
+    for indices, block, outputs in net.stream(x, spread=spread):
         if not isinstance(outputs, Tensor):
             raise DataError(
                 "module",
@@ -285,12 +448,37 @@ def _outputs(net: FunctionalModel, x: Any) -> Iterator[tuple[int, Tensor, Block,
                 fix="wrap the module so that it returns its logits or means",
             )
         if not torch.isfinite(outputs).all():
-            bad = int((~torch.isfinite(outputs.flatten(1))).any(dim=1).nonzero()[0]) + start
+            bad = int(indices[int((~torch.isfinite(outputs.flatten(1))).any(dim=1).nonzero()[0])])
             raise DataError(
                 f"sample {bad}", want="finite outputs", got="NaN or Inf", fix="check the inputs, or drop the sample"
             )
-        yield start, log_weight[start : start + size], block, outputs
-        start += size
-        # The first block of one sample shows how large its outputs are.
-        by_outputs = OUTPUT_VALUES // max(math.prod(outputs.shape[1:]), 1)
-        size = max(1, min(64, by_outputs, SAMPLE_BYTES // net.bank.layout.num_bytes))
+        yield indices, block, outputs
+
+
+def _shown(loader: DataLoader[Any], progress: bool | None) -> Iterator[Any]:
+    """The inputs of each batch of a loader, with a bar."""
+    disable = None if progress is None else not progress
+    sized: Iterable[Any] = loader
+    for part in tqdm(sized, desc="predict", unit="batch", delay=1.0, disable=disable):
+        yield part[0] if isinstance(part, (tuple, list)) else part
+
+
+def _joined(parts: Sequence[Any]) -> Predictive:
+    """Predictives of the batches of a loader as one."""
+    joined: dict[str, Any] = {}
+    for name in parts[0]._fields:
+        values = [getattr(part, name) for part in parts]
+        if name == "quantiles":
+            joined[name] = {level: torch.cat([one[level] for one in values]) for level in values[0]}
+        elif values[0] is None:
+            joined[name] = None
+        else:
+            joined[name] = torch.cat(values, dim=1 if name == "outputs" else 0)
+    whole: Predictive = type(parts[0])(**joined)
+    return whole
+
+
+def _shape(want: str, outputs: Tensor) -> DataError:
+    return DataError(
+        "module", want=f"outputs {want}", got=str(list(outputs.shape[1:])), fix="reshape them in the module's forward"
+    )

@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import bnn
-from bnn import predictive
-from bnn.errors import ConfigError, DataError
+from bnn.errors import ConfigError, DataError, NotConverged
 from bnn.functional import Strategy
+from bnn.functional import model as functional_model
+from bnn.functional.calibration import Meter
 from bnn.layout import Entry, layout_of
 from bnn.likelihoods import (
     SCALE,
@@ -29,12 +31,11 @@ from bnn.likelihoods import (
     Poisson,
     StudentT,
 )
+from bnn.mixtures import Mixture, NormalMixture, PoissonMixture, StudentTMixture, quantile
 from bnn.predictive import (
     ClassPredictive,
-    NormalPredictive,
-    PoissonPredictive,
-    StudentTPredictive,
     TargetPredictive,
+    mixture,
     predict,
 )
 from bnn.priors import HalfCauchy
@@ -91,11 +92,16 @@ def classes_of(tables: Tensor, log_weight: Tensor | None = None) -> ClassPredict
 
 def normal_of(
     tables: Tensor, likelihood: Gaussian, *, log_weight: Tensor | None = None, scales: Tensor | None = None
-) -> NormalPredictive:
+) -> NormalMixture:
     net = table_net(tables, log_weight=log_weight, scales=scales)
-    found = predict(net, torch.arange(tables.shape[1]), likelihood=likelihood)
-    assert isinstance(found, NormalPredictive)
+    found = mixture(net, torch.arange(tables.shape[1]), likelihood=likelihood)
+    assert isinstance(found, NormalMixture)
     return found
+
+
+def core(found: ClassPredictive) -> tuple[Tensor, ...]:
+    """What a bank says, whatever number of samples it says it with."""
+    return found.log_probs, found.expected_entropy, found.expected_log_prob, found.variance
 
 
 def close(actual: Tensor, expected: Tensor | np.ndarray, atol: float = 1e-12) -> None:
@@ -151,18 +157,19 @@ def test_the_size_of_blocks_does_not_matter(
     limit: str, samples_at_once: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = samples_at_once * ROWS * CLASSES
-    if limit == "outputs":
-        monkeypatch.setattr(predictive, "OUTPUT_VALUES", numbers)
-    else:
-        monkeypatch.setattr(predictive, "SAMPLE_BYTES", numbers * 8)
     logits = 3 * random(70, ROWS, CLASSES)
     log_weight, share = random_weights(70, weighted)
-    net, sizes, whole = table_net(logits, log_weight=log_weight), [], bnn.FunctionalModel.apply
-    monkeypatch.setattr(net, "apply", lambda block, x: (sizes.append(block.num_samples), whole(net, block, x))[1])
+    net, sizes = table_net(logits, log_weight=log_weight), []
+    if limit == "outputs":
+        net.memory = 4 * 8 * numbers  # a quarter of it is for outputs
+    else:
+        monkeypatch.setattr(functional_model, "BLOCK_BYTES", numbers * 8)
+    whole = net.bank.block
+    monkeypatch.setattr(net.bank, "block", lambda chosen: (sizes.append(chosen), whole(chosen))[1])
     check_classes(predict(net, torch.arange(ROWS), likelihood=Categorical()), logits, share)
-    assert sum(sizes) == 70
-    assert sizes[:2] == [1, samples_at_once]
-    assert max(sizes) == samples_at_once
+    taken = [len(range(*chosen.indices(70))) for chosen in sizes[1:]]  # after the one sample that is measured
+    assert sum(taken) == 70
+    assert max(taken) == samples_at_once
 
 
 @weights
@@ -178,8 +185,9 @@ def test_rows_in_batches_give_the_rows_of_the_whole(batch_size: int) -> None:
     net = table_net(3 * random(7, ROWS, CLASSES))
     whole = predict(net, torch.arange(ROWS), likelihood=Categorical())
     parts = [predict(net, rows, likelihood=Categorical()) for rows in torch.arange(ROWS).split(batch_size)]
-    for index, expected in enumerate(whole):
-        close(torch.cat([part[index] for part in parts]), expected, atol=1e-14)
+    assert isinstance(whole, ClassPredictive)
+    for index, expected in enumerate(core(whole)):
+        close(torch.cat([core(part)[index] for part in parts]), expected, atol=1e-14)  # type: ignore[arg-type]
 
 
 def test_a_real_module_in_float32_is_averaged_in_float64() -> None:
@@ -192,7 +200,7 @@ def test_a_real_module_in_float32_is_averaged_in_float64() -> None:
     found = predict(net, x, likelihood=Categorical())
     logits = torch.stack([nn.functional.linear(x, one["weight"], one["bias"]) for one in values]).double()
     check_classes(found, logits, np.full(70, 1 / 70), atol=1e-6)
-    assert {values.dtype for values in found} == {torch.float64}
+    assert {values.dtype for values in core(found)} == {torch.float64}
     close(found.probs.sum(dim=1), np.ones(ROWS), atol=1e-12)
 
 
@@ -210,7 +218,8 @@ def test_no_gradient_is_kept_of_parameters_outside_the_sample(likelihood: Catego
     block = make_block({"table": tables}, chain=torch.arange(7), draw=zeros)
     net = bnn.FunctionalModel(module, bnn.Bank.from_blocks([block], layout=layout_of(module, "table"), info={}))
     assert net(torch.arange(ROWS), 0).requires_grad
-    assert not any(values.requires_grad for values in predict(net, torch.arange(ROWS), likelihood=likelihood))
+    found = predict(net, torch.arange(ROWS), likelihood=likelihood, outputs=True)
+    assert not any(values.requires_grad for values in found if isinstance(values, Tensor))
 
 
 # Weights
@@ -219,13 +228,15 @@ def test_no_gradient_is_kept_of_parameters_outside_the_sample(likelihood: Catego
 def test_a_sample_of_double_weight_is_a_sample_kept_twice() -> None:
     logits = 3 * random(2, ROWS, CLASSES)
     doubled = classes_of(logits, torch.tensor([0.0, math.log(2)], dtype=torch.float64))
-    for found, expected in zip(doubled, classes_of(logits[[0, 1, 1]]), strict=True):
+    for found, expected in zip(core(doubled), core(classes_of(logits[[0, 1, 1]])), strict=True):
         close(found, expected)
 
 
 def test_a_common_factor_of_the_weights_changes_nothing() -> None:
     logits, log_weight = 3 * random(7, ROWS, CLASSES), random(7)
-    for found, expected in zip(classes_of(logits, log_weight + 1000.0), classes_of(logits, log_weight), strict=True):
+    for found, expected in zip(
+        core(classes_of(logits, log_weight + 1000.0)), core(classes_of(logits, log_weight)), strict=True
+    ):
         close(found, expected, atol=1e-10)
 
 
@@ -234,7 +245,9 @@ def test_a_sample_of_weight_zero_is_not_there(absent: int) -> None:
     logits, log_weight = 3 * random(7, ROWS, CLASSES), random(7)
     log_weight[absent] = -math.inf
     kept = [s for s in range(7) if s != absent]
-    for found, expected in zip(classes_of(logits, log_weight), classes_of(logits[kept], log_weight[kept]), strict=True):
+    for found, expected in zip(
+        core(classes_of(logits, log_weight)), core(classes_of(logits[kept], log_weight[kept])), strict=True
+    ):
         close(found, expected)
 
 
@@ -266,13 +279,15 @@ def test_bounds_and_duplicates(size: tuple[int, int, int], seed: int) -> None:
     for once in (equal, classes_of(logits, log_weight)):
         assert bool((once.expected_log_prob <= once.log_probs + 1e-12).all())  # Jensen
     twice = classes_of(torch.cat([logits, logits]), torch.cat([log_weight, log_weight]))
-    for found, expected in zip(twice, classes_of(logits, log_weight), strict=True):
+    for found, expected in zip(core(twice), core(classes_of(logits, log_weight)), strict=True):
         close(found, expected, atol=1e-10)
 
 
 def test_a_constant_added_to_the_logits_of_a_row_changes_nothing() -> None:
     logits = 3 * random(7, ROWS, CLASSES)
-    for found, expected in zip(classes_of(logits + 100 * random(7, ROWS, 1)), classes_of(logits), strict=True):
+    for found, expected in zip(
+        core(classes_of(logits + 100 * random(7, ROWS, 1))), core(classes_of(logits)), strict=True
+    ):
         close(found, expected, atol=1e-10)
 
 
@@ -281,7 +296,7 @@ def test_huge_logits_stay_finite(dtype: torch.dtype) -> None:
     """Samples so sure of one class that probabilities of the others are 0: only logarithms hold them."""
     logits = (1e4 * random(1, ROWS, CLASSES).sign() * (1 + random(7, ROWS, CLASSES, seed=1).abs())).to(dtype)
     found = classes_of(logits)
-    assert all(bool(torch.isfinite(values).all()) for values in (*found, found.entropy, found.mutual_information))
+    assert all(bool(torch.isfinite(values).all()) for values in (*core(found), found.entropy, found.mutual_information))
     check_classes(found, logits.double(), np.full(7, 1 / 7), atol=1e-9)
     assert found.log_probs.min() < -5000
 
@@ -317,7 +332,8 @@ def test_identical_samples_have_no_epistemic_part(num_samples: int) -> None:
 def test_predictions_come_in_the_units_of_the_target() -> None:
     means, scales = random(7, ROWS, 2), 0.3 + random(7).abs()
     net = table_net(means, scales=scales)
-    found = predict(net, torch.arange(ROWS), likelihood=Gaussian(HalfCauchy(1.0)), loc=-40.0, scale=2.5)
+    found = mixture(net, torch.arange(ROWS), likelihood=Gaussian(HalfCauchy(1.0)), loc=-40.0, scale=2.5)
+    assert isinstance(found, NormalMixture)
     close(found.means, 2.5 * means - 40.0)
     close(found.scales, 2.5 * scales[:, None, None])
     close(found.epistemic, 2.5**2 * means.numpy().var(axis=0), atol=1e-10)
@@ -340,8 +356,8 @@ def test_the_likelihood_is_the_banks_unless_another_is_given() -> None:
         [{"table": 3 * random(ROWS, CLASSES)}] * 2, module=module, info={"likelihood": Gaussian(0.25).to_config()}
     )
     net = bnn.FunctionalModel(module, bank)
-    found = predict(net, torch.arange(ROWS))
-    assert isinstance(found, NormalPredictive)
+    found = mixture(net, torch.arange(ROWS))
+    assert isinstance(found, NormalMixture)
     assert found.scales.unique().tolist() == [0.25]
     assert isinstance(predict(net, torch.arange(ROWS), likelihood=Categorical()), ClassPredictive)
 
@@ -442,15 +458,15 @@ def parts_of(kind: str, tables: Tensor, scales: Tensor | None, loc: Any = 0.0, s
 
 def targets_of(
     kind: str, tables: Tensor, log_weight: Tensor | None = None, scales: Tensor | None = None, **units: Any
-) -> TargetPredictive:
+) -> Mixture:
     net = table_net(tables, log_weight=log_weight, scales=scales)
-    found = predict(net, torch.arange(tables.shape[1]), likelihood=KINDS[kind], **units)
-    wanted = {"poisson": PoissonPredictive, "gaussian": NormalPredictive, "heteroscedastic": NormalPredictive}
-    assert type(found) is wanted.get(kind, StudentTPredictive)
-    return found  # type: ignore[return-value]
+    found = mixture(net, torch.arange(tables.shape[1]), likelihood=KINDS[kind], **units)
+    wanted = {"poisson": PoissonMixture, "gaussian": NormalMixture, "heteroscedastic": NormalMixture}
+    assert type(found) is wanted.get(kind, StudentTMixture)
+    return found
 
 
-def check_targets(found: TargetPredictive, parts: Any, share: np.ndarray, y: np.ndarray, atol: float = 1e-7) -> None:
+def check_targets(found: Mixture, parts: Any, share: np.ndarray, y: np.ndarray, atol: float = 1e-7) -> None:
     """Moments, log densities and cumulative probabilities at targets [N, C], by sums over the full [S, N, C].
 
     A fixed scale such as 0.7 is a float32 inside, hence the tolerance.
@@ -490,7 +506,7 @@ def test_targets_in_blocks_of_three_are_those_of_all_at_once(
 ) -> None:
     tables, scales = tables_of(kind, 7, 2)
     log_weight, share = random_weights(7, weighted)
-    monkeypatch.setattr(predictive, "OUTPUT_VALUES", 3 * tables[0].numel())
+    monkeypatch.setattr(functional_model, "MOST_SAMPLES", 3)
     check_targets(
         targets_of(kind, tables, log_weight, scales), parts_of(kind, tables, scales), share, some_targets(kind, 2)
     )
@@ -556,7 +572,7 @@ def test_the_mass_of_counts_below_one_is_that_of_them_all_added_up() -> None:
         below = found.cdf(y - 1)
         close(below, total)
         close(found.cdf(y + 0.7), found.cdf(y))  # no mass between whole numbers
-        only = PoissonPredictive(found.log_rates[:, :, :1], found.log_weight)
+        only = PoissonMixture(found.log_rates[:, :, :1], found.log_weight)
         total = found.cdf(y)
         close((total - below)[:, 0], only.log_prob(y[:, :1]).exp(), 1e-12)
     close(total, np.ones((ROWS, 2)), 1e-10)
@@ -570,14 +586,14 @@ def test_a_t_without_a_variance_says_so(df: float) -> None:
     log_weight = random(7)
     log_weight[2] = -math.inf
     net = table_net(random(7, ROWS, 2), log_weight=log_weight)
-    found = predict(net, torch.arange(ROWS), likelihood=StudentT(df))
-    assert isinstance(found, StudentTPredictive)
+    found = mixture(net, torch.arange(ROWS), likelihood=StudentT(df))
+    assert isinstance(found, StudentTMixture)
     assert bool((found.aleatoric == math.inf).all())
     kept = [0, 1, 3, 4, 5, 6]
-    without = predict(
+    without = mixture(
         table_net(random(7, ROWS, 2)[kept], log_weight=log_weight[kept]), torch.arange(ROWS), likelihood=StudentT(df)
     )
-    assert isinstance(without, StudentTPredictive)
+    assert isinstance(without, StudentTMixture)
     for of in ("mean", "epistemic"):
         close(getattr(found, of), getattr(without, of))
     close(found.log_prob(torch.zeros(ROWS, 2)), without.log_prob(torch.zeros(ROWS, 2)))
@@ -586,8 +602,8 @@ def test_a_t_without_a_variance_says_so(df: float) -> None:
 
 @pytest.mark.parametrize(("df", "factor"), [(2.1, 21.0), (2.5, 5.0), (3.0, 3.0), (12.0, 1.2)])
 def test_a_t_of_more_than_two_degrees_of_freedom_has_a_variance(df: float, factor: float) -> None:
-    found = predict(table_net(random(7, ROWS, 2)), torch.arange(ROWS), likelihood=StudentT(df, 0.5))
-    assert isinstance(found, StudentTPredictive)
+    found = mixture(table_net(random(7, ROWS, 2)), torch.arange(ROWS), likelihood=StudentT(df, 0.5))
+    assert isinstance(found, StudentTMixture)
     close(found.aleatoric, np.full((ROWS, 2), 0.25 * factor), 1e-9)
 
 
@@ -628,7 +644,8 @@ def test_one_logit_is_two_classes(num_samples: int, weighted: bool, column: bool
 
 def test_sure_logits_stay_finite() -> None:
     found = predict(table_net(1e4 * random(7, ROWS, 1).sign()), torch.arange(ROWS), likelihood=Bernoulli())
-    assert all(bool(torch.isfinite(values).all()) for values in found)  # type: ignore[arg-type]
+    assert isinstance(found, ClassPredictive)
+    assert all(bool(torch.isfinite(values).all()) for values in core(found))
 
 
 def test_a_prior_shift_of_one_logit_adds_to_it() -> None:
@@ -681,3 +698,169 @@ def test_the_likelihood_of_a_bank_comes_from_its_info(likelihood: Likelihood) ->
     assert type(found) is type(expected)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+# Data sets, quantiles, outputs, and when to stop
+
+
+@pytest.mark.parametrize("form", ["loader", "data set", "inputs alone", "one tensor a batch"])
+def test_data_sets_and_loaders_give_their_rows_in_order(form: str) -> None:
+    net = table_net(3 * random(7, ROWS, CLASSES))
+    rows = torch.arange(ROWS)
+    pairs, alone = TensorDataset(rows, torch.zeros(ROWS)), TensorDataset(rows)
+    data = {
+        "loader": DataLoader(pairs, batch_size=4),
+        "data set": pairs,
+        "inputs alone": DataLoader(alone, batch_size=3),
+        "one tensor a batch": DataLoader(range(ROWS), batch_size=5),  # type: ignore[arg-type]
+    }[form]
+    options: dict[str, Any] = {"likelihood": Categorical(), "outputs": True, "quantiles": (0.5,)}
+    whole, found = predict(net, rows, **options), predict(net, data, progress=False, **options)
+    assert isinstance(whole, ClassPredictive)
+    assert isinstance(found, ClassPredictive)
+    for mine, expected in zip(core(found), core(whole), strict=True):
+        close(mine, expected, atol=1e-14)
+    close(found.quantiles[0.5], whole.quantiles[0.5])
+    assert found.outputs is not None
+    assert torch.equal(found.outputs, whole.outputs)
+    assert found.samples_used.tolist() == [7] * ROWS
+
+
+def test_an_empty_loader_is_refused() -> None:
+    with pytest.raises(DataError, match="want at least one row"):
+        predict(table_net(random(7, ROWS, 3)), DataLoader(TensorDataset(torch.zeros(0, 1))), likelihood=Categorical())
+
+
+@weights
+def test_variances_and_outputs_are_those_of_the_samples(weighted: bool) -> None:
+    logits = 3 * random(70, ROWS, CLASSES)
+    log_weight, share = random_weights(70, weighted)
+    net = table_net(logits, log_weight=log_weight)
+    found = predict(net, torch.arange(ROWS), likelihood=Categorical(), outputs=True)
+    assert isinstance(found, ClassPredictive)
+    probs = scipy.special.softmax(logits.numpy(), axis=-1)
+    mean = np.einsum("s,snc->nc", share, probs)
+    close(found.mean, mean)
+    close(found.variance, np.einsum("s,snc->nc", share, (probs - mean) ** 2))
+    assert torch.equal(found.outputs, logits)  # type: ignore[arg-type]
+    # sum_s w_s^2 (p_s - mean)^2 S / (S - 1), of draws that are independent
+    close(found.standard_error, np.sqrt(np.einsum("s,snc->nc", share**2, (probs - mean) ** 2) * 70 / 69))
+
+
+@kinds
+def test_moments_are_those_of_the_mixture(kind: str) -> None:
+    tables, scales = tables_of(kind, 70, 2)
+    log_weight, _ = random_weights(70, True)
+    net = table_net(tables, log_weight=log_weight, scales=scales)
+    units = {} if kind == "poisson" else {"loc": -4.0, "scale": 2.5}
+    whole = mixture(net, torch.arange(ROWS), likelihood=KINDS[kind], **units)  # type: ignore[arg-type]
+    found = predict(net, torch.arange(ROWS), likelihood=KINDS[kind], **units)  # type: ignore[arg-type]
+    assert isinstance(found, TargetPredictive)
+    close(found.mean, whole.mean, 1e-9)
+    close(found.aleatoric, whole.aleatoric, 1e-9)
+    close(found.epistemic, whole.epistemic, 1e-9)
+    close(found.variance, whole.aleatoric + whole.epistemic, 1e-9)
+
+
+@kinds
+@pytest.mark.parametrize("level", [0.01, 0.5, 0.95])
+def test_quantiles_are_where_the_mixture_has_that_much_below(kind: str, level: float) -> None:
+    tables, scales = tables_of(kind, 7, 2)
+    net = table_net(tables, log_weight=random(7), scales=scales)
+    whole = mixture(net, torch.arange(ROWS), likelihood=KINDS[kind])
+    found = predict(net, torch.arange(ROWS), likelihood=KINDS[kind], quantiles=[level]).quantiles[level]
+    if kind == "poisson":
+        assert torch.equal(found, found.round())
+        assert bool((whole.cdf(found) >= level).all())
+        assert bool((whole.cdf(found - 1) < level).all())
+    else:
+        close(whole.cdf(found), np.full((ROWS, 2 if kind != "heteroscedastic" else found.shape[1]), level), 1e-9)
+    assert torch.equal(found, quantile(whole, level))
+
+
+def test_quantiles_of_class_probabilities_count_samples_by_weight() -> None:
+    logits = 3 * random(7, ROWS, CLASSES)
+    net = table_net(logits, log_weight=torch.tensor([0.0] * 6 + [math.log(4.0)], dtype=torch.float64))
+    found = predict(net, torch.arange(ROWS), likelihood=Categorical(), quantiles=(0.25, 0.5)).quantiles
+    repeated = torch.cat([logits, logits[6:], logits[6:], logits[6:]]).softmax(dim=-1)
+    for level, expected in found.items():
+        close(expected, np.quantile(repeated.numpy(), level, axis=0, method="inverted_cdf"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quantiles": [0.0]}, {"quantiles": [0.5, 1.0]}, {"tolerance": 0.0}, {"tolerance": 1.0, "outputs": True}],
+)
+def test_levels_and_tolerances_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^(quantiles|tolerance|outputs): want "):
+        predict(table_net(random(7, ROWS, 3)), torch.arange(ROWS), likelihood=Categorical(), **options)
+
+
+def drawn_net(values: Tensor, chain: Tensor, log_weight: Tensor | None = None) -> bnn.FunctionalModel:
+    """Samples [S, N, C] in order of their draws, of several chains."""
+    module = Table(tuple(values.shape[1:]))
+    draw = torch.zeros(len(chain), dtype=torch.int64)
+    for one in chain.unique():
+        draw[chain == one] = torch.arange(int((chain == one).sum()))
+    block = make_block({"table": values}, chain=chain, draw=draw, log_weight=log_weight)
+    return bnn.FunctionalModel(module, bnn.Bank.from_blocks([block], layout=layout_of(module), info={}))
+
+
+def test_samples_are_taken_until_the_standard_error_is_small_enough() -> None:
+    """Independent draws of variance 1: s / sqrt(n) <= 0.1 wants about 100 of them."""
+    net = drawn_net(random(4000, ROWS, 1), torch.arange(4).repeat_interleave(1000))
+    for tolerance in (0.1, 0.05):
+        found = predict(net, torch.arange(ROWS), likelihood=Gaussian(0.5), tolerance=tolerance)
+        used = int(found.samples_used[0])
+        assert 1 / tolerance**2 <= used <= 2.5 / tolerance**2  # the largest of 11 rows decides
+        assert float(found.standard_error.max()) <= tolerance
+        assert bool((found.mean.abs() < 5 * tolerance).all())
+
+
+def test_chains_that_disagree_make_the_error_larger() -> None:
+    """Four chains with means of their own: the error of the mean is that of four draws, however long they are."""
+    chain = torch.arange(4).repeat_interleave(500)
+    centres = torch.tensor([-3.0, -1.0, 1.0, 3.0], dtype=torch.float64)
+    values = 0.1 * random(2000, ROWS, 1) + centres[chain][:, None, None]
+    with pytest.warns(NotConverged, match=r"all 2000 samples leave a standard error of .* above tolerance=0\.1"):
+        found = predict(drawn_net(values, chain), torch.arange(ROWS), likelihood=Gaussian(0.5), tolerance=0.1)
+    assert found.samples_used.tolist() == [2000] * ROWS
+    # 16 runs of draws, four a chain: sum of (m_g - m)^2 / 16^2 over them, 16 / 15 of it
+    expected = math.sqrt(4 * float(centres.square().sum()) / 256 * 16 / 15)
+    assert float(found.standard_error.mean()) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_error_of_the_mean_is_what_repeated_banks_show() -> None:
+    """Autocorrelated chains: z-scores of the mean have variance 1, within its own standard error."""
+    rho, draws, chains, rows = 0.9, 400, 4, 60
+    noise = random(draws * chains, rows, 1, seed=3).reshape(chains, draws, rows, 1)
+    values = torch.empty_like(noise)
+    values[:, 0] = noise[:, 0]
+    for step in range(1, draws):
+        values[:, step] = rho * values[:, step - 1] + math.sqrt(1 - rho**2) * noise[:, step]
+    net = drawn_net(values.flatten(0, 1), torch.arange(chains).repeat_interleave(draws))
+    found = predict(net, torch.arange(rows), likelihood=Gaussian(0.5), tolerance=1e-9)
+    z = (found.mean / found.standard_error).square().mean()  # of 60 independent rows
+    assert abs(float(z) - 1.0) < 4 * math.sqrt(2 / rows)
+    plain = found.epistemic.sqrt() / math.sqrt(draws * chains)
+    assert float((found.standard_error / plain).mean()) > 3.0  # sqrt((1 + rho) / (1 - rho)) = 4.4
+
+
+def test_a_tolerance_with_weights_counts_effective_samples() -> None:
+    log_weight = torch.where(torch.arange(2000) % 2 == 0, 0.0, -30.0).double()  # half of them count
+    net = drawn_net(random(2000, ROWS, 1), torch.zeros(2000, dtype=torch.int64), log_weight)
+    found = predict(net, torch.arange(ROWS), likelihood=Gaussian(0.5), tolerance=0.1)
+    assert 200 <= int(found.samples_used[0]) <= 500
+
+
+def test_memory_of_a_prediction_does_not_grow_with_the_bank() -> None:
+    """Bytes that are alive at once, of a thousand samples and of ten thousand: both fill their blocks."""
+    peaks = []
+    for size in (1_000, 10_000):
+        net = drawn_net(random(1, 50, 3).expand(size, -1, -1), torch.zeros(size, dtype=torch.int64))
+        net = bnn.FunctionalModel(net.module, net.bank, strategy="loop", memory=2**20)
+        meter = Meter([net.bank.block(slice(0, 1)).params["table"]])  # the bank itself is there already
+        with meter:
+            predict(net, torch.arange(50), likelihood=Categorical())
+        peaks.append(meter.peak)
+    assert peaks[1] < peaks[0] + 10_000 * 8 * 8  # some columns [S] besides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copyreg
 import hashlib
 from collections import OrderedDict
@@ -69,6 +70,8 @@ class Bank(Sequence[Params]):
         self._more = fmt.more_columns(self.info, "bank.json")
         self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._starts: list[int] = self._firsts.tolist()
+        self._opened: dict[int, Params] = {}  # the entries of shards that single samples were asked of
         self._touched: OrderedDict[int, int] = OrderedDict()  # shard -> bytes seen since it was released
 
     # Ways to make one
@@ -166,18 +169,25 @@ class Bank(Sequence[Params]):
         """A bank with one sample a state dict, such as the checkpoints of an ensemble.
 
         Args:
-            state_dicts: at least one, each with every parameter of `module`. Buffers must equal the
-                module's: a bank keeps them once.
+            state_dicts: at least one, each with every parameter of `module`. Buffers of real numbers that are not
+                the module's in all of them, such as the statistics of batch norm, become part of the samples; others
+                must equal the module's, for a bank keeps them once.
             module: whose parameters they are.
             out: a folder to write the bank to; in memory without it.
             overwrite: replace a bank that is there.
             info: more for `bank.json`, such as `{"likelihood": likelihood.to_config()}`.
 
         Raises:
-            BankMismatch: an entry is missing, has another shape, or a buffer differs.
+            BankMismatch: an entry is missing, has another shape, or a buffer of whole numbers differs.
             BankError: a value is NaN or Inf.
         """
-        layout = layout_of(module)
+        sampled = [
+            name
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point()
+            and any(not torch.equal(one[name].cpu(), buffer.cpu()) for one in state_dicts if name in one)
+        ]
+        layout = layout_of(module, buffers=sampled)
         params: dict[str, list[Tensor]] = {name: [] for name in layout.names}
         buffers = {name: buffer for name, buffer in module.state_dict().items() if name not in params}
         for place, state_dict in enumerate(state_dicts):
@@ -190,12 +200,16 @@ class Bank(Sequence[Params]):
                     )
                 params[entry.name].append(tensor.detach().to("cpu", entry.dtype))
             for name, buffer in buffers.items():
-                if name not in layout.aliases and not torch.equal(state_dict.get(name, buffer).cpu(), buffer.cpu()):
+                if (
+                    name in layout.aliases or name.split(".")[-1] == "num_batches_tracked"
+                ):  # which no forward in eval mode reads
+                    continue
+                if not torch.equal(state_dict.get(name, buffer).cpu(), buffer.cpu()):
                     raise BankMismatch(
                         f"state dict {place}",
                         want=f"buffer '{name}' of the module",
                         got="other values",
-                        fix="a bank keeps buffers once: load them into the module, or use layers without them",
+                        fix="a bank keeps buffers of whole numbers once: load them into the module, or use layers without them",
                     )
         count = len(params[layout.names[0]])
         if not count:
@@ -226,14 +240,17 @@ class Bank(Sequence[Params]):
         if not -size <= index < size:
             raise IndexError(f"bank index {index}: want 0 <= index < {size}")
         index = index + size if index < 0 else index
-        place = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        row = index - int(self._firsts[place])
-        params = {name: self._tensor(place, name)[row] for name in self.layout.names}
+        place = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[place]
+        tensors = self._opened.get(place)
+        if tensors is None:
+            tensors = self._opened[place] = {name: self._tensor(place, name) for name in self.layout.names}
+        params = {name: tensor[row] for name, tensor in tensors.items()}
         self._count(place, self.layout.num_bytes)
         return params
 
     def block(self, indices: Sequence[int] | slice | Tensor) -> Block:
-        """K samples stacked, in the order of `indices`: views where they are neighbours in one shard.
+        """K samples stacked, in the order of `indices`: views where they are neighbours in one shard, or every n-th of it.
 
         Raises:
             IndexError: an index outside [-S, S).
@@ -247,8 +264,9 @@ class Bank(Sequence[Params]):
         names = (*self.layout.names, *self._columns)
         if rows.size and (places == places[0]).all():
             local = rows - self._firsts[places[0]]
-            consecutive = bool((np.diff(local) == 1).all())
-            pick = slice(int(local[0]), int(local[-1]) + 1) if consecutive else torch.from_numpy(local)
+            step = int(local[1] - local[0]) if len(local) > 1 else 1
+            even = step > 0 and bool((np.diff(local) == step).all())
+            pick = slice(int(local[0]), int(local[-1]) + 1, step) if even else torch.from_numpy(local)
             tensors = {name: self._tensor(int(places[0]), name)[pick] for name in names}
             self._count(int(places[0]), self.layout.num_bytes * len(rows))
         else:
@@ -369,6 +387,7 @@ class Bank(Sequence[Params]):
             if isinstance(shard, MappedShard):
                 shard.close()
         self._touched.clear()
+        self._opened.clear()
 
     def __reduce__(self) -> tuple[object, ...]:
         # A process that gets the bank opens the same commit of it: maps do not travel.

@@ -28,7 +28,8 @@ from bnn.likelihoods import (
     check_logits,
     likelihood_from_config,
 )
-from bnn.predictive import ClassPredictive, NormalPredictive, PoissonPredictive, TargetPredictive, predict
+from bnn.mixtures import Mixture, NormalMixture, PoissonMixture
+from bnn.predictive import ClassPredictive, mixture, predict
 from bnn.samplers import EpochSampler
 from bnn.types import Batch, Data
 
@@ -87,11 +88,14 @@ def evaluate(
         0.5
     """
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
+    if prior_shift is not None and likelihood.task != "classification":
+        raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
     began = time.perf_counter()
     rows: dict[str, list[Tensor]] = {}
     for batch in _batches(data, batch_size, "evaluate", progress):
-        predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift, loc=loc, scale=scale)
-        if isinstance(predictive, ClassPredictive):
+        if likelihood.task == "classification":
+            predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift)
+            assert isinstance(predictive, ClassPredictive)
             y = batch.y
             if isinstance(likelihood, Bernoulli):
                 check_logit(y, y)
@@ -102,7 +106,8 @@ def evaluate(
         else:
             if isinstance(likelihood, Poisson):
                 check_counts(batch.y)
-            found = _target_rows(predictive, as_columns(batch.y).double() * scale + loc)
+            mixed = mixture(net, batch.x, likelihood=likelihood, loc=loc, scale=scale)
+            found = _target_rows(mixed, as_columns(batch.y).double() * scale + loc)
         for name, values in found.items():
             rows.setdefault(name, []).append(values)
     seconds = time.perf_counter() - began
@@ -168,7 +173,7 @@ def _class_figures(report: Report, num_bins: int, outside: Tensor | None) -> Non
         )
 
 
-def _target_rows(predictive: TargetPredictive, y: Tensor) -> dict[str, Tensor]:
+def _target_rows(predictive: Mixture, y: Tensor) -> dict[str, Tensor]:
     y, mean = y.cpu(), predictive.mean
     if y.shape != mean.shape:
         raise DataError(
@@ -184,11 +189,11 @@ def _target_rows(predictive: TargetPredictive, y: Tensor) -> dict[str, Tensor]:
         "squared_error": (y - mean).square(),
         "nll": -predictive.log_prob(y),
         "pit": pit,
-        "pit_below": predictive.cdf(y - 1) if isinstance(predictive, PoissonPredictive) else pit,  # P(Y < y)
+        "pit_below": predictive.cdf(y - 1) if isinstance(predictive, PoissonMixture) else pit,  # P(Y < y)
         "aleatoric_variance": predictive.aleatoric,
         "epistemic_variance": predictive.epistemic,
     }
-    if isinstance(predictive, NormalPredictive):
+    if isinstance(predictive, NormalMixture):
         rows["crps"] = metrics.mixture_crps(predictive.means, predictive.scales, y, predictive.log_weight)
     return rows
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import operator
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
-from torch._inductor import config as inductor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.inference import products
 from bnn.model import BayesianModel
+from bnn.tracing import compiled, has_compiler, trace
 from bnn.types import Batch
 
 Mode: TypeAlias = Literal["compiled", "traced", "eager"]
@@ -199,12 +197,12 @@ class Prepared:
         if self.plan.mode == "eager":
             return self._vectorised
         with threads(self.plan.threads):
-            graph = graph or trace(self._vectorised, flat, tensors)
+            graph = graph or trace(self._vectorised, (flat, *tensors))
             if self.plan.onednn:
                 products.replaced(graph)
             if self.plan.mode == "traced":
                 return graph
-            return _compiled(graph, flat, tensors, self.plan.threads)
+            return compiled(graph, (flat, *tensors), self.plan.threads)
 
 
 def _vectorised(target: Target) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -219,31 +217,6 @@ def _vectorised(target: Target) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return vectorised
 
 
-def trace(function: Callable[..., Any], flat: Tensor, tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """The tensor operations that a function runs on such arguments, without the Python and autograd around them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch says of its own tracing
-        graph = make_fx(function)(flat, *tensors)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
-def _compiled(graph: fx.GraphModule, flat: Tensor, tensors: Sequence[Tensor], threads: int) -> Callable[..., Any]:
-    # tanh by way of exp: to rounding of 1, not of the value, and three times as fast.
-    settings: dict[str, str | int | bool | Callable[..., Any]] = {
-        "cpp.threads": threads or -1,
-        "cpp.use_decompose_tanh": True,
-    }
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch says of itself while it loads its compiler
-        compiled: Callable[..., Any] = torch.compile(graph, dynamic=False, options=settings)
-        compiled(
-            flat, *tensors
-        )  # compiled now, not at the first step; again with these settings where torch forgets it
-    return compiled
-
-
 def _plan(
     target: Target, flat: Tensor, num_gradients: int, memory: int | None, compile: bool | None
 ) -> tuple[Plan, fx.GraphModule | None]:
@@ -252,7 +225,7 @@ def _plan(
     try:
         slices = _num_slices(target, vectorised, flat, memory)
         tensors = target.slices(slices)[0][1]
-        graph = trace(vectorised, flat, tensors)
+        graph = trace(vectorised, (flat, *tensors))
         cost = cost_of(graph)
     except BnnError:
         raise
@@ -301,7 +274,7 @@ def _num_slices(target: Target, vectorised: Callable[..., Any], flat: Tensor, me
     if target.most_slices < 16 or (memory is None and flat.device.type != "cpu"):
         return 1
     few, many = (target.slices(target.most_slices // rows)[0][1] for rows in (4, 8))
-    graphs = [trace(vectorised, flat, tensors) for tensors in (few, many)]
+    graphs = [trace(vectorised, (flat, *tensors)) for tensors in (few, many)]
     sizes = [{node.name: _num_bytes(node) for node in graph.graph.nodes} for graph in graphs]
     rows_few, rows_many = len(few[0]), len(many[0])
 
@@ -395,15 +368,6 @@ def _numel(node: fx.Node) -> float:
 
 def _num_bytes(node: fx.Node) -> float:
     return float(sum(v.nbytes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)))
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can work here: with a C++ compiler, for CUDA with Triton, which torch brings there."""
-    return device.type == "cuda" or any(
-        shutil.which(name)
-        for option in (inductor.cpp.cxx,)
-        for name in (*(o for o in (option if isinstance(option, tuple) else (option,)) if o), "c++", "g++", "clang++")
-    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
 from bnn.layout import Entry, layout_of
 from bnn.likelihoods import SCALE, Categorical, Gaussian, Likelihood, as_columns, likelihood_from_config
-from bnn.predictive import ClassPredictive, NormalPredictive, predict
+from bnn.predictive import ClassPredictive, TargetPredictive, predict
 from bnn.priors import HalfCauchy
 from bnn.samplers import EpochSampler, PairedLoader
 from bnn.seeding import derive, generator
@@ -135,6 +135,7 @@ def distil(
             got=type(likelihood).__name__,
             fix="evaluate the bank itself",
         )
+    net = net.settled()  # a run that goes on meets the same bits: by rule, whatever ways are fast today
     layout = layout_of(student, extra=[Entry(SCALE, (), torch.float32)] if is_normal else [])
     loader = paired(
         data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
@@ -159,6 +160,7 @@ def distil(
         "mixup": mixup,
         "batch_size": batch_size,
         "teacher": net.bank.digest,
+        "strategy": net.strategy,
     }
     config = {
         "likelihood": _of_student(likelihood).to_config(),
@@ -221,9 +223,9 @@ def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -
     outputs, scales = [], []
     for part in parts:
         predictive = predict(net, inputs_and_targets(part).x, likelihood=likelihood)
-        if isinstance(predictive, NormalPredictive):
+        if isinstance(predictive, TargetPredictive):
             outputs.append(predictive.mean.float())
-            scales.append((predictive.aleatoric + predictive.epistemic).sqrt().float())
+            scales.append(predictive.variance.sqrt().float())
         elif isinstance(predictive, ClassPredictive):
             outputs.append(predictive.log_probs.float())
     return torch.cat(outputs), torch.cat(scales) if scales else torch.ones(())

@@ -514,9 +514,10 @@ def test_from_state_dicts_in_memory_and_on_disk(tmp_path: Path) -> None:
 
 
 def test_from_state_dicts_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
-    module, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    other.running_mean.fill_(1.0)
-    with pytest.raises(BankMismatch, match="state dict 1: want buffer 'running_mean'"):
+    module, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    for one, numbers in ((module, [0, 1]), (other, [1, 0])):
+        one.register_buffer("order", torch.tensor(numbers))
+    with pytest.raises(BankMismatch, match="state dict 1: want buffer 'order'"):
         Bank.from_state_dicts([module.state_dict(), other.state_dict()], module=module)
     with pytest.raises(BankMismatch, match=r"state dict 0: want 'weight' \[2, 3\], got \[2, 4\]"):
         Bank.from_state_dicts([nn.Linear(4, 2).state_dict()], module=nn.Linear(3, 2))

@@ -24,16 +24,15 @@ from bnn.inference.density import (
     Prepared,
     Target,
     cost_of,
-    has_compiler,
     prepare,
     target_of_function,
     target_of_model,
     threads,
-    trace,
 )
 from bnn.model import BayesianModel
 from bnn.modules import build
 from bnn.seeding import generator, isolated
+from bnn.tracing import has_compiler, trace
 from bnn.types import Batch
 
 CHAINS = 3
@@ -244,7 +243,7 @@ def test_plans_survive_a_state() -> None:
 
 def modes_of(monkeypatch: pytest.MonkeyPatch, *, compiler: bool) -> Callable[..., Plan]:
     """`prepare` as a plan, with a compiler that does nothing, or without one."""
-    monkeypatch.setattr(density_module, "_compiled", lambda graph, flat, tensors, number: graph)
+    monkeypatch.setattr(density_module, "compiled", lambda graph, tensors, number: graph)
     monkeypatch.setattr(density_module, "has_compiler", lambda device: compiler)
     target, flat = target_of_function(quadratic, None), torch.ones(3, 5)
 
@@ -263,7 +262,7 @@ def test_the_rule_compiles_what_takes_longer_than_a_compilation(monkeypatch: pyt
     assert planned(10, compile=True).mode == "compiled"
     assert planned(10**10, compile=False).mode == "traced"
     target, flat = target_of_function(quadratic, None), torch.ones(3, 5)
-    seconds = cost_of(trace(density_module._vectorised(target), flat, ())).seconds
+    seconds = cost_of(trace(density_module._vectorised(target), (flat,))).seconds
     monkeypatch.setattr(density_module, "WORTH_COMPILING", seconds * 1000.5)
     assert [planned(number).mode for number in (1000, 1001)] == ["traced", "compiled"]
 
@@ -274,7 +273,7 @@ def test_the_rule_counts_every_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = positions_of(case.model)
     target = target_of_model(case.model, case.batch)
     monkeypatch.setattr(density_module, "_num_slices", lambda *_: 5)
-    seconds = cost_of(trace(density_module._vectorised(target), flat, target.slices(5)[0][1])).seconds
+    seconds = cost_of(trace(density_module._vectorised(target), (flat, *target.slices(5)[0][1]))).seconds
     monkeypatch.setattr(density_module, "WORTH_COMPILING", 100 * seconds * 4.5)
     assert prepare(target, flat, num_gradients=100, memory=PLENTY, compile=None).plan == Plan("compiled", 5, 1)
     monkeypatch.setattr(density_module, "WORTH_COMPILING", 100 * seconds * 5.5)
@@ -327,7 +326,7 @@ def test_whether_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_work_takes_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("plain")
     flat, target = positions_of(case.model), target_of_model(case.model, case.batch)
-    cost = cost_of(trace(density_module._vectorised(target), flat, target.slices(1)[0][1]))
+    cost = cost_of(trace(density_module._vectorised(target), (flat, *target.slices(1)[0][1])))
     arithmetic = cost.seconds - cost.overhead
     assert 0 < arithmetic < cost.seconds
     for limit, number in ((1.001 * arithmetic, 1), (0.999 * arithmetic, 0)):
@@ -438,7 +437,7 @@ def regression(spec: str, num_rows: int, num_inputs: int) -> tuple[Target, Tenso
 def test_the_cost_of_a_gradient_bounds_the_bytes_that_it_keeps(spec: str) -> None:
     target, flat = regression(spec, 1100, 6)
     tensors = target.slices(1)[0][1]
-    graph = trace(density_module._vectorised(target), flat, tensors)
+    graph = trace(density_module._vectorised(target), (flat, *tensors))
     with torch.no_grad(), Living() as living:
         graph(flat, *tensors)
     assert living.peak <= cost_of(graph).bytes < 3 * living.peak
@@ -449,11 +448,11 @@ def test_memory_bounds_the_bytes_that_a_gradient_keeps(spec: str, share: float) 
     """Under budgets that are too small for all rows, by the plan's own count and by what operations keep."""
     target, flat = regression(spec, 1100, 6)
     vectorised = density_module._vectorised(target)
-    memory = int(share * cost_of(trace(vectorised, flat, target.slices(1)[0][1])).bytes)
+    memory = int(share * cost_of(trace(vectorised, (flat, *target.slices(1)[0][1]))).bytes)
     made = prepare(target, flat, num_gradients=1, memory=memory, compile=False)
     assert made.plan.slices > 1
     sizes = {len(tensors[0]): tensors for _, tensors in target.slices(made.plan.slices)}
-    assert cost_of(trace(vectorised, flat, sizes[max(sizes)])).bytes <= memory
+    assert cost_of(trace(vectorised, (flat, *sizes[max(sizes)]))).bytes <= memory
     with Living() as living:
         cut = made(flat)
     sums = 4 * flat.nbytes  # gradients that are added up
@@ -468,7 +467,7 @@ def test_as_few_slices_as_the_budget_allows() -> None:
     vectorised = density_module._vectorised(target)
 
     def needed(count: int) -> float:
-        return cost_of(trace(vectorised, flat, target.slices(count)[0][1])).bytes
+        return cost_of(trace(vectorised, (flat, *target.slices(count)[0][1]))).bytes
 
     for count in (1, 6):
         found = density_module._num_slices(target, vectorised, flat, int(1.05 * needed(count)))
@@ -485,7 +484,7 @@ def test_without_a_bound_slices_fit_a_cache_but_are_not_small(monkeypatch: pytes
         monkeypatch.setattr(density_module, "CACHE", cache)
         return density_module._num_slices(target, vectorised, flat, None)
 
-    few, many = (cost_of(trace(vectorised, flat, target.slices(count)[0][1])).bytes for count in (2, 1))
+    few, many = (cost_of(trace(vectorised, (flat, *target.slices(count)[0][1]))).bytes for count in (2, 1))
     a_row = (many - few) / 550  # both far from where fixed parts decide
     assert slices_of(int(1.001 * 1100 * a_row)) == 1
     assert slices_of(int(1.001 * 550 * a_row)) == 2
@@ -514,7 +513,7 @@ def test_memory_for_not_even_one_row_is_refused_in_one_line() -> None:
 
 def node_cost(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> density_module.Cost:
     first, *rest = (torch.ones(shape) for shape in shapes)
-    return cost_of(trace(function, first, rest))
+    return cost_of(trace(function, (first, *rest)))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from bnn.bank import Bank, writer
 from bnn.errors import FitError
 from bnn.fitting import fit
 from bnn.inference.chains import COLUMNS
-from bnn.inference.density import has_compiler
 from bnn.inference.hmc import HMC
 from bnn.inference.starting import CLIMB_STEPS
 from bnn.seeding import generator
+from bnn.tracing import has_compiler
 
 CLIMBS = CLIMB_STEPS // 50  # turns of the climb, after each of which there is a state
 TESTS = str(Path(__file__).parents[1])

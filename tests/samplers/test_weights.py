@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from bnn.errors import ConfigError, DataError
-from bnn.predictive import ClassPredictive, NormalPredictive
+from bnn.mixtures import NormalMixture
+from bnn.predictive import ClassPredictive
 from bnn.samplers import (
     ClassBalancedSampler,
     TensorRows,
@@ -123,14 +124,16 @@ def class_predictive() -> ClassPredictive:
     logits[:, 0] = logits[0, 0]
     log_probs = logits.log_softmax(dim=-1)  # [K, B, C]
     mixed = log_probs.logsumexp(dim=0) - np.log(3)  # [B, C]
-    return ClassPredictive(mixed, entropy(log_probs.exp()).mean(dim=0), log_probs.mean(dim=0))
+    aleatoric, used = entropy(log_probs.exp()).mean(dim=0), torch.full((len(mixed),), len(log_probs))
+    variance = log_probs.exp().var(dim=0, correction=0)
+    return ClassPredictive(mixed, aleatoric, log_probs.mean(dim=0), variance, used, torch.zeros_like(mixed))
 
 
-def normal_predictive() -> NormalPredictive:
+def normal_predictive() -> NormalMixture:
     """Three samples of seven rows and two outputs."""
     means = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[:, None, None]
-    return NormalPredictive(means, scales, torch.full((3,), -np.log(3), dtype=torch.float64))
+    return NormalMixture(means, scales, torch.full((3,), -np.log(3), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("score", ["mutual_information", "expected_entropy", "entropy"])
@@ -168,9 +171,10 @@ def test_variances_are_summed_over_outputs(score: Any) -> None:
 def test_no_uncertainty_anywhere_draws_all_alike() -> None:
     """One sample: the mutual information is 0 in every row."""
     certain = torch.eye(4, dtype=torch.float64)[[0, 1, 2, 3, 1]].log()
-    one = ClassPredictive(certain, torch.zeros(5, dtype=torch.float64), certain)
+    zero, used = torch.zeros_like(certain), torch.ones(5, dtype=torch.int64)
+    one = ClassPredictive(certain, torch.zeros(5, dtype=torch.float64), certain, zero, used, zero)
     assert weights_from_uncertainty(one).tolist() == [1.0] * 5
-    mean = NormalPredictive(torch.randn(1, 6, 2).double(), torch.ones(1, 1, 1).double(), torch.zeros(1).double())
+    mean = NormalMixture(torch.randn(1, 6, 2).double(), torch.ones(1, 1, 1).double(), torch.zeros(1).double())
     assert weights_from_uncertainty(mean, "epistemic").tolist() == [1.0] * 6
 
 

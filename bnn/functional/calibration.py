@@ -1,0 +1,239 @@
+"""Which way to run a block of samples: measured once for each shape, on the samples and rows that came."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnn.errors import BnnError
+from bnn.functional.outputs import taken_apart
+from bnn.functional.ways import Form, Runner, Way
+from bnn.types import Params
+
+CALL_SECONDS = 8e-6  # that Python spends about an operation, which a trace saves
+WORTH_TRACING = 0.05  # share of a sample's time that this must be
+LONGEST_TRACE = 2000  # operations; a trace takes about a millisecond for each
+LONG_SAMPLE = 0.1  # seconds of one sample on a CPU, where there is nothing left to gain by running several at once
+FIRST_BLOCK, GROWTH, GAIN = 8, 4, 0.97  # samples that vmap is tried with first; how they grow, while it pays
+TRIAL_SECONDS, TRIAL_RUNS = 0.02, 3
+
+
+class Profile(NamedTuple):
+    """What one sample takes on a batch."""
+
+    bytes: int  # of the values that are alive at once, at most
+    output_bytes: int
+    operations: int
+
+
+class Trial(NamedTuple):
+    """One way, and what a sample took by it; None where it is not open, and why."""
+
+    way: Way
+    seconds: float | None
+    why: str = ""
+
+
+class Choice(NamedTuple):
+    """The way of one shape of x and block, and what else was tried."""
+
+    way: Way
+    trials: tuple[Trial, ...]
+    profile: Profile
+
+
+class Meter(TorchDispatchMode):
+    """Counts operations, and the bytes of the values that they make and that are alive at once.
+
+    `ignore` are tensors that were there before.
+    """
+
+    def __init__(self, ignore: list[Tensor]) -> None:
+        super().__init__()
+        self.operations = self.peak = self._alive = 0
+        self._before = {tensor.untyped_storage()._cdata for tensor in ignore}
+        self._holders: dict[int, int] = {}  # how many tensors lie in a storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for leaf in pytree.tree_leaves(found):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._before:
+                    self._hold(leaf, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self._alive)
+        return found
+
+    def _hold(self, tensor: Tensor, storage: int, size: int) -> None:
+        if storage not in self._holders:
+            self._holders[storage] = 0
+            self._alive += size
+        self._holders[storage] += 1
+        weakref.finalize(tensor, self._release, storage, size)
+
+    def _release(self, storage: int, size: int) -> None:
+        self._holders[storage] -= 1
+        if not self._holders[storage]:
+            del self._holders[storage]
+            self._alive -= size
+
+
+def profiled(run: Callable[[], Any], ignore: list[Tensor]) -> Profile:
+    """Run a forward once, and what it took; `ignore` are the tensors that are there already."""
+    meter = Meter(ignore)
+    with torch.no_grad(), meter:
+        outputs = run()
+    tensors, _ = taken_apart(outputs)
+    return Profile(meter.peak, sum(tensor.nbytes for tensor in tensors), meter.operations)
+
+
+def forms_of(compile: bool | None, device: torch.device) -> tuple[Form, ...]:
+    """The forms that `auto` may choose from."""
+    if compile:
+        return ("compiled",)
+    if compile is False:
+        return ("eager",)
+    return ("eager", "traced", "graph") if device.type == "cuda" else ("eager", "traced")
+
+
+def calibrate(
+    runner: Runner,
+    params: Params,
+    x: Any,
+    profile: Profile,
+    *,
+    forms: tuple[Form, ...],
+    most_samples: int,
+    rows: int | None,
+) -> Choice:
+    """Try what is open for a block, and choose what takes the least time a sample.
+
+    Args:
+        runner: of the module or its head; one sample has run in these modes.
+        params: the samples [K, ...].
+        x: the batch.
+        profile: of one sample.
+        forms: that may be chosen.
+        most_samples: that vmap may run at once.
+        rows: of x at once, None for all.
+    """
+    size = len(next(iter(params.values())))
+    trials: list[Trial] = []
+    device = runner.device
+
+    def attempt(way: Way) -> float | None:
+        count = min(size, way.samples if way.strategy == "vmap" else 4)
+        block = {name: tensor[:count] for name, tensor in params.items()}
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # the time shows it
+                outputs = runner.block(way, block, x)
+                if reference and not _close(outputs, reference[0], device):
+                    trials.append(Trial(way, None, "outputs differ from those of one sample at a time"))
+                    return None
+                if not reference:
+                    reference.append(outputs)
+                seconds = _seconds(lambda: runner.block(way, block, x), device) / count
+        except Exception as error:  # a way that is not open to this module, for whatever reason torch finds
+            lines = str(error).strip().splitlines()
+            words = error.got if isinstance(error, BnnError) else f"{type(error).__name__}: {lines[0] if lines else ''}"
+            trials.append(Trial(way, None, words[:200]))
+            return None
+        trials.append(Trial(way, seconds))
+        return seconds
+
+    reference: list[Any] = []
+    runner.block(
+        Way("loop", "eager", 1, rows), {name: tensor[:1] for name, tensor in params.items()}, x
+    )  # raises as it is
+    first = attempt(Way("loop", "eager", 1, rows))
+    assert first is not None
+    for form in forms:
+        if form != "eager" and _worth(form, profile, first):
+            attempt(Way("loop", form, 1, rows))
+    if size > 1 and most_samples > 1 and (first < LONG_SAMPLE or device.type != "cpu"):
+        best, samples = float("inf"), min(FIRST_BLOCK, size, most_samples)
+        base: Form = "eager" if "eager" in forms else forms[0]
+        while True:
+            seconds = attempt(Way("vmap", base, samples, rows))
+            if seconds is None or seconds > GAIN * best:
+                break
+            best = seconds
+            if samples == min(size, most_samples):
+                break
+            samples = min(samples * GROWTH, size, most_samples)
+        fastest = min(
+            (t for t in trials if t.seconds and t.way.strategy == "vmap"), key=lambda t: t.seconds or 0.0, default=None
+        )
+        if fastest is not None:
+            for form in forms:
+                if form != base and _worth(form, profile, (fastest.seconds or 0.0) * fastest.way.samples):
+                    attempt(Way("vmap", form, fastest.way.samples, rows))
+    allowed = [t for t in trials if t.seconds is not None and t.way.form in forms] or [
+        t for t in trials if t.seconds is not None
+    ]
+    chosen = min(allowed, key=lambda trial: trial.seconds or 0.0)
+    return Choice(chosen.way, tuple(trials), profile)
+
+
+def _worth(form: Form, profile: Profile, seconds: float) -> bool:
+    if form == "compiled":
+        return True
+    return profile.operations <= LONGEST_TRACE and profile.operations * CALL_SECONDS > WORTH_TRACING * seconds
+
+
+def _close(found: Any, expected: Any, device: torch.device) -> bool:
+    """Whether outputs agree for the samples that both have, as far as sums in another order do."""
+    for mine, theirs in zip(taken_apart(found)[0], taken_apart(expected)[0], strict=True):
+        count = min(len(mine), len(theirs))
+        mine, theirs = mine[:count], theirs[:count]
+        if not mine.is_floating_point():
+            if not torch.equal(mine, theirs):
+                return False
+            continue
+        loose = mine.dtype in (torch.float16, torch.bfloat16) or device.type == "cuda"
+        scale = float(theirs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if theirs.numel() else 0.0
+        if not torch.allclose(
+            mine, theirs, rtol=0.0, atol=(2e-2 if loose else 1e-4) * max(scale, 1e-30), equal_nan=True
+        ):
+            return False
+    return True
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The least seconds of a few runs, after the one that was for checking."""
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < TRIAL_RUNS and (runs == 0 or spent < TRIAL_SECONDS * TRIAL_RUNS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
+    return best
+
+
+def mixes_rows(run: Callable[[Any], Any], x: Any, rows_of: Callable[[Any, slice], Any]) -> bool:
+    """Whether a module's outputs for some rows change with the rows beside them: then a batch cannot be cut."""
+    with torch.no_grad():
+        whole = taken_apart(run(rows_of(x, slice(0, 2))))[0]
+        first, second = (taken_apart(run(rows_of(x, slice(k, k + 1))))[0] for k in (0, 1))
+    for both, one, other in zip(whole, first, second, strict=True):
+        if both.shape[:1] != (2,) or one.shape[:1] != (1,):
+            return True
+        apart = torch.cat([one, other]).to(torch.float64)
+        scale = float(both.abs().max()) if both.numel() else 0.0
+        if not torch.allclose(apart, both.to(torch.float64), rtol=0.0, atol=1e-3 * max(scale, 1e-30), equal_nan=True):
+            return True
+    return False

@@ -1,0 +1,309 @@
+"""A module's structure without its values: run with any tensors, while the module itself is never entered."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from bnn.errors import ModuleError
+from bnn.layout import Layout
+from bnn.seeding import isolated
+from bnn.types import Params
+
+Outputs: TypeAlias = Any
+"""A tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors: whatever the module returns."""
+
+DrawKey: TypeAlias = tuple[int, str, int, int | str]
+"""Seed and place of what a forward draws in train mode, as in `seeding.derive`: (seed, what for, batch, bank index)."""
+
+
+class Call(NamedTuple):
+    """Arguments of a forward, where they are neither a tensor, a tuple nor a dict alone."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Clone(NamedTuple):
+    """A private copy of a live buffer, and the versions of both when it was made."""
+
+    live: Tensor
+    live_version: int
+    tensor: Tensor
+    version: int
+
+
+class Slot(NamedTuple):
+    """Where a tensor is put in a copy, and where its value is found unless the sample has it."""
+
+    kept_as: str  # its name in a sample
+    shadow: dict[str, Any]  # `_parameters` or `_buffers` of its owner in the copy
+    live: dict[str, Any]  # that of its owner in the live module: new tensors put into it are seen
+    key: str
+    placeholder: Tensor
+    is_buffer: bool
+
+
+class Shell(NamedTuple):
+    """A copy of a module without values, for one thread."""
+
+    module: nn.Module
+    parts: list[tuple[nn.Module, nn.Module]]  # (live, copy) pairs, to carry train / eval over
+    slots: list[Slot]
+    clones: dict[str, _Clone]
+    draws: dict[tuple[bool, ...], bool]  # whether a forward draws random numbers, by the modes of the parts
+
+
+class Skeleton:
+    """A module's structure run with given parameters; the module itself is never entered.
+
+    Each thread has its own copy, whose parameters and buffers live on the meta device.
+    Tensors that are not given come from the live module at each call; buffers are passed as private
+    clones, so that a forward that writes into them changes nothing outside.
+
+    Args:
+        module: the module to copy; hook-style `weight_norm` and `spectral_norm`, scripted and lazy
+            modules are refused.
+        layout: its Bayesian parameters.
+        detach: whether gradients are kept from reaching the module's own parameters.
+        prefix: of the names in a sample, where the module is a part of the one that the sample is of.
+
+    Raises:
+        ModuleError: the module cannot be copied, or is in a mode that would change it.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, *, detach: bool, prefix: str = "") -> None:
+        check_copyable(module)
+        self.live, self._detach, self._prefix = module, detach, prefix
+        self._aliases = dict(layout.aliases)
+        self._local = threading.local()
+        self.shell()  # what cannot be copied is refused here, not at the first call
+
+    def __call__(
+        self, params: Params, x: Any, *, device: torch.device | None = None, draw_key: DrawKey | None = None
+    ) -> Outputs:
+        """Outputs of the module for one sample.
+
+        Args:
+            params: the sample.
+            x: a tensor, a tuple (*args), a dict (**kwargs), or a `Call`.
+            device: where tensors that are not in the sample are wanted.
+            draw_key: where layers in train mode may draw from, such as dropout; without it they are refused.
+        """
+        shell = self.shell()
+        training = self.follow_modes(shell, may_draw=draw_key is not None)
+        values = self.values(shell, params, device)
+        if draw_key is None:
+            return self.run(shell, values, x)
+        modes = modes_of(shell) if training else ()
+        draws = shell.draws.get(modes)
+        if draws is False:
+            return self.run(shell, values, x)
+        with isolated(*draw_key):
+            before = None if draws else _streams(device)
+            outputs = self.run(shell, values, x)
+            if before is not None:  # the first forward in these modes shows whether they draw
+                shell.draws[modes] = _may_draw(shell) or _streams(device) != before
+        return outputs
+
+    def shell(self) -> Shell:
+        """This thread's copy."""
+        shell: Shell | None = getattr(self._local, "shell", None)
+        if shell is None:
+            shadow = _without_values(self.live)
+            parts = list(zip(self.live.modules(), shadow.modules(), strict=True))
+            # Where each tensor stands is resolved once: walking the module at every call, as
+            # `torch.func.functional_call` does, costs more than a small forward.
+            kinds: tuple[Literal["_parameters", "_buffers"], ...] = ("_parameters", "_buffers")
+            slots = [
+                Slot(
+                    self._aliases.get(self._prefix + name, self._prefix + name),
+                    getattr(there, kind),
+                    getattr(here, kind),
+                    key,
+                    placeholder,
+                    kind == "_buffers",
+                )
+                for kind in kinds
+                for name, here, there, key, placeholder in _owned(self.live, shadow, kind)
+            ]
+            shell = self._local.shell = Shell(shadow, parts, slots, {}, {})
+        return shell
+
+    def follow_modes(self, shell: Shell, *, may_draw: bool = False) -> bool:
+        """Carry the train / eval mode of the live module over; whether any part of it is in train mode."""
+        training = False
+        for live, shadow in shell.parts:
+            if live.training:
+                check_mode(live, may_draw=may_draw)
+                shadow.training = training = True
+            elif shadow.training:
+                shadow.training = False
+        return training
+
+    def values(self, shell: Shell, params: Params, device: torch.device | None) -> list[Tensor]:
+        """A tensor for every slot: the sample's, else the live module's."""
+        values = []
+        for kept_as, _, live, key, _, is_buffer in shell.slots:
+            given = params.get(kept_as)
+            if given is None:
+                if is_buffer:
+                    given = self._private(shell, kept_as, live[key], device)
+                else:
+                    given = live[key].detach() if self._detach else live[key]
+                    given = given if device is None or given.device == device else given.to(device)
+            values.append(given)
+        return values
+
+    def run(self, shell: Shell, values: Sequence[Tensor], x: Any) -> Outputs:
+        """The forward of this thread's copy with a tensor for every slot."""
+        slots = shell.slots
+        try:
+            for (_, shadow, _, key, _, _), value in zip(slots, values, strict=True):
+                shadow[key] = value
+            if isinstance(x, Tensor):
+                return shell.module(x)
+            if isinstance(x, Call):
+                return shell.module(*x.args, **x.kwargs)
+            args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
+            return shell.module(*args, **(x if isinstance(x, dict) else {}))
+        finally:
+            for _, shadow, _, key, placeholder, _ in slots:
+                shadow[key] = placeholder  # keeps no sample alive, nor a tensor of a transform that has ended
+            if shell.clones:
+                for name in [name for name, clone in shell.clones.items() if version(clone.tensor) != clone.version]:
+                    del shell.clones[name]  # written to by the forward: the next call starts from the live one
+
+    @staticmethod
+    def _private(shell: Shell, name: str, buffer: Tensor, device: torch.device | None) -> Tensor:
+        clone = shell.clones.get(name)
+        if clone is None or clone.live is not buffer or clone.live_version != version(buffer):
+            copied = buffer.detach().to(device or buffer.device, copy=True)
+            clone = shell.clones[name] = _Clone(buffer, version(buffer), copied, version(copied))
+        return clone.tensor
+
+
+def modes_of(shell: Shell) -> tuple[bool, ...]:
+    """Train or eval of every part."""
+    return tuple([shadow.training for _, shadow in shell.parts])
+
+
+def check_copyable(module: nn.Module) -> None:
+    """Raise ModuleError, naming the place, for what a copy without values cannot stand for."""
+    for name, part in module.named_modules():
+        place = f"module '{name}' ({type(part).__name__})"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModuleError(
+                place, want="a Python module", got="a scripted one", fix="pass the module before torch.jit.script"
+            )
+        if isinstance(part, nn.modules.lazy.LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
+            raise ModuleError(
+                place, want="materialised parameters", got="a lazy module", fix="run the module once on a batch"
+            )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise ModuleError(
+                place,
+                want="a forward that leaves its weights alone",
+                got="max_norm, which rescales them in place",
+                fix="drop max_norm, and bound the rows by their prior",
+            )
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                raise ModuleError(
+                    place,
+                    want="parametrised weights",
+                    got=f"the hook-style {type(hook).__name__}, which leaves tensors behind",
+                    fix=f"use torch.nn.utils.parametrizations.{'weight_norm' if isinstance(hook, WeightNorm) else 'spectral_norm'}",
+                )
+
+
+def check_mode(part: nn.Module, *, may_draw: bool = False) -> None:
+    """Raise ModuleError for a layer in train mode that would change the module or draw random numbers."""
+    if isinstance(part, _BatchNorm):
+        raise ModuleError(
+            type(part).__name__,
+            want="eval mode",
+            got="train mode, in which it rewrites its statistics",
+            fix="call module.eval()" + (", or .eval() of this layer alone" if may_draw else ""),
+        )
+    if not may_draw and _draws_in_training(part):
+        raise ModuleError(
+            type(part).__name__,
+            want="eval mode",
+            got="train mode, in which it draws from the global stream",
+            fix="call module.eval()",
+        )
+
+
+def _draws_in_training(part: nn.Module) -> bool:
+    """Whether a layer of torch is known to draw random numbers in train mode."""
+    rate = getattr(part, "dropout", 0.0) if isinstance(part, (nn.MultiheadAttention, nn.RNNBase)) else 0.0
+    if isinstance(part, _DropoutNd):
+        rate = part.p
+    return isinstance(part, nn.RReLU) or (isinstance(rate, float) and rate > 0)
+
+
+def _may_draw(shell: Shell) -> bool:
+    return any(shadow.training and _draws_in_training(shadow) for _, shadow in shell.parts)
+
+
+def _streams(device: torch.device | None) -> tuple[Any, ...]:
+    """The states of the global random streams, to be compared."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - compared, not used
+    states = [torch.default_generator.get_state().numpy().tobytes(), random.getstate()]
+    states += [numpy_state[1].tobytes(), numpy_state[2]]
+    if device is not None and device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return tuple(states)
+
+
+def _owned(
+    module: nn.Module, shadow: nn.Module, kind: Literal["_parameters", "_buffers"]
+) -> Iterator[tuple[str, nn.Module, nn.Module, str, Tensor]]:
+    """(full name, owner, its copy, key, tensor of the copy) of every tensor, shared ones under each of their names."""
+    named = zip(module.named_modules(remove_duplicate=False), shadow.named_modules(remove_duplicate=False), strict=True)
+    for (prefix, owner), (_, copied) in named:
+        for key, placeholder in getattr(copied, kind).items():
+            if placeholder is not None:
+                yield f"{prefix}.{key}" if prefix else key, owner, copied, key, placeholder
+
+
+def _without_values(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are on the meta device: no value is copied."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError) as error:
+        raise ModuleError(
+            f"module {type(module).__name__}",
+            want="a module that copy.deepcopy can copy",
+            got=str(error),
+            fix="keep files, locks and graph tensors out of its attributes",
+        ) from error
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors of inference mode do not count, and are never equal."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first parameter of a module is; the CPU for a module without any."""
+    tensor = next(iter(module.parameters()), None)
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,144 @@
+"""The fixed beginning of a module, run once a batch where only what follows it has samples."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from bnn.functional.skeleton import Call, Skeleton, modes_of, version
+from bnn.layout import Layout
+from bnn.types import Params
+
+
+class Trunk:
+    """What comes before the head of a module, where the head holds all that the samples bring.
+
+    The head is the children of an `nn.Sequential` from the first one with samples on, or one part of any module. That
+    it can stand for the whole is proved for each batch, never assumed: without hooks, the head's tensors are not
+    used before it, it is called once, and its output is that of the module, the very same object.
+
+    Args:
+        module: the whole.
+        layout: what samples bring.
+        whole: the skeleton of the module.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, whole: Skeleton, head: nn.Module, prefix: str) -> None:
+        self._whole, self._prefix = whole, prefix
+        self._layout = layout
+        self.head = Skeleton(head, layout, detach=False, prefix=f"{prefix}." if prefix else "")
+        self._before: Skeleton | None = None
+        if not prefix:  # an nn.Sequential, cut between two children
+            first = list(module._modules).index(next(iter(head._modules)))
+            before = nn.Sequential(OrderedDict(list(module._modules.items())[:first]))  # type: ignore[arg-type]
+            self._before = Skeleton(before, Layout(()), detach=False)
+
+    def inputs(self, params: Params, x: Any, device: torch.device) -> Any:
+        """The inputs of the head for a batch, given any sample; None where the head cannot stand for the module."""
+        if _has_hooks(self._whole.live):
+            return None
+        shell = self._whole.shell()
+        training = self._whole.follow_modes(shell, may_draw=True)
+        if shell.draws.get(modes_of(shell) if training else (), True):
+            return None
+        try:
+            return self._run_before(x, device) if self._before is not None else self._captured(params, x, device)
+        except Exception:  # whatever the forward of the whole raises on its own comes up when that is run instead
+            return None
+
+    def _run_before(self, x: Any, device: torch.device) -> Any:
+        assert self._before is not None
+        found = self._before({}, x, device=device)
+        return found if isinstance(found, Tensor) else Call((found,), {})
+
+    def _captured(self, params: Params, x: Any, device: torch.device) -> Any:
+        shell = self._whole.shell()
+        self._whole.follow_modes(shell)
+        filled = self._whole.values(shell, params, device)
+        ours = [place for place, slot in enumerate(shell.slots) if slot.kept_as in params]
+        empty = [
+            slot.placeholder if slot.kept_as in params else value
+            for slot, value in zip(shell.slots, filled, strict=True)
+        ]
+        calls: list[Call] = []
+        outputs: list[Any] = []
+        versions: list[int] = []
+
+        def before(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Call(args, kwargs))
+            for place in ours:
+                shell.slots[place].shadow[shell.slots[place].key] = filled[place]
+
+        def after(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            outputs.append(output)
+            versions.extend(_versions(output))
+            for place in ours:  # on the meta device: whoever uses them elsewhere fails, or gives what is no value
+                shell.slots[place].shadow[shell.slots[place].key] = shell.slots[place].placeholder
+
+        head = shell.module.get_submodule(self._prefix)
+        hooks = [
+            head.register_forward_pre_hook(before, with_kwargs=True),
+            head.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            found = self._whole.run(shell, empty, x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(calls) != 1 or found is not outputs[0] or _versions(found) != versions:  # nor written to after the head
+            return None
+        leaves = [leaf for leaf in pytree.tree_leaves((calls[0].args, calls[0].kwargs)) if isinstance(leaf, Tensor)]
+        if not leaves or any(leaf.is_meta for leaf in leaves):
+            return None
+        only = calls[0].args[0] if len(calls[0].args) == 1 and not calls[0].kwargs else None
+        return only if isinstance(only, Tensor) else calls[0]
+
+
+def trunk_of(module: nn.Module, layout: Layout, whole: Skeleton) -> Trunk | None:
+    """The trunk of a module, or None where samples reach to its beginning."""
+    names = [name for name in layout.names if not name.startswith("@")]
+    every = [
+        *(n for n, _ in module.named_parameters(remove_duplicate=False)),
+        *(n for n, _ in module.named_buffers(remove_duplicate=False)),
+    ]
+    sampled = [name for name in every if layout.aliases.get(name, name) in names]
+    if not sampled:
+        return None
+    if type(module).forward is nn.Sequential.forward:
+        children = list(module._modules)
+        first = min(children.index(name.split(".")[0]) for name in sampled)
+        if first == 0:
+            return None
+        head = nn.Sequential(OrderedDict(list(module._modules.items())[first:]))  # type: ignore[arg-type]
+        return Trunk(module, layout, whole, head, "")
+    owners = [
+        name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        for name in sampled
+    ]
+    path = owners[0].split(".")
+    for owner in owners[1:]:
+        shared = 0
+        for mine, theirs in zip(path, owner.split("."), strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        path = path[:shared]
+    prefix = ".".join(path)
+    if not prefix:
+        return None
+    return Trunk(module, layout, whole, module.get_submodule(prefix), prefix)
+
+
+def _versions(output: Any) -> list[int]:
+    return [version(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

@@ -1,0 +1,346 @@
+"""Ways to run a block of samples: one after another or all at once, through Python, traced, compiled or as a graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bnn import tracing
+from bnn.errors import ModuleError
+from bnn.functional.graphs import Graphed
+from bnn.functional.outputs import Form as OutputForm
+from bnn.functional.outputs import combined, put_together, stacked, taken_apart
+from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, modes_of, version
+from bnn.types import Params
+
+Strategy: TypeAlias = Literal["auto", "loop", "vmap"]
+Form: TypeAlias = Literal["eager", "traced", "compiled", "graph"]
+
+Function: TypeAlias = Callable[..., Sequence[Tensor]]
+"""A tensor for every slot and then the leaves of x -> the leaves of the outputs."""
+
+
+class Way(NamedTuple):
+    """How a block is run. What the results are does not hang on it, but for rounding."""
+
+    strategy: Literal["loop", "vmap"]
+    form: Form = "eager"
+    samples: int = 1  # that vmap runs at once
+    rows: int | None = None  # of x at once; None is all
+
+    def __str__(self) -> str:
+        words = [self.strategy if self.strategy == "loop" else f"vmap of {self.samples}"]
+        words += [] if self.form == "eager" else [self.form]
+        words += [] if self.rows is None else [f"{self.rows} rows at once"]
+        return ", ".join(words)
+
+
+class Traced(NamedTuple):
+    """A function without Python, and how its outputs are put together again."""
+
+    function: Function
+    form: OutputForm | None
+
+
+class Runner:
+    """Runs the samples of a block by any way.
+
+    Args:
+        skeleton: of the module, or of a part of it.
+        names: of the parameters and buffers that samples bring.
+        device: where to compute.
+    """
+
+    def __init__(self, skeleton: Skeleton, names: Sequence[str], device: torch.device) -> None:
+        self.skeleton, self.device = skeleton, device
+        self._names = frozenset(names)
+        self._functions: dict[tuple[Any, ...], Traced] = {}
+        self._lock = threading.RLock()
+        self._attends = any(
+            isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder))
+            for part in skeleton.live.modules()
+        )
+
+    def one(self, params: Params, x: Any, draw_key: DrawKey) -> Outputs:
+        """Outputs [B, ...] of one sample by Python; in train mode with random numbers from `draw_key`."""
+        return self.skeleton(params, x, device=self.device, draw_key=draw_key)
+
+    def known(self) -> bool:
+        """Whether a forward was run in the present modes, by this thread."""
+        shell = self.skeleton.shell()
+        training = self.skeleton.follow_modes(shell, may_draw=True)
+        return (modes_of(shell) if training else ()) in shell.draws
+
+    def draws(self) -> bool:
+        """Whether a forward in the present modes draws random numbers; one was run before."""
+        shell = self.skeleton.shell()
+        training = self.skeleton.follow_modes(shell, may_draw=True)
+        return shell.draws.get(modes_of(shell) if training else (), True)
+
+    def single(self, form: Form, params: Params, x: Any) -> Outputs:
+        """Outputs [B, ...] of one sample by a trace."""
+        shell = self.skeleton.shell()
+        self.skeleton.follow_modes(shell, may_draw=True)
+        values = self.skeleton.values(shell, params, self.device)
+        if isinstance(x, Tensor):
+            traced = self.function("loop", form, values, [x], _LEAF)
+            return put_together(traced.function(*values, x), traced.form)
+        leaves, structure = pytree.tree_flatten(x)
+        traced = self.function("loop", form, values, leaves, structure)
+        return put_together(traced.function(*values, *_tensors(leaves)), traced.form)
+
+    def block(self, way: Way, params: Params, x: Any, draw_keys: Sequence[DrawKey] | None = None) -> Outputs:
+        """Outputs [K, B, ...] of the samples of `params` [K, ...]; with `draw_keys`, one a sample, they may draw."""
+        size = len(next(iter(params.values())))
+        count = num_rows(x) if way.rows is not None else None
+        if way.rows is None or count is None or count <= way.rows:
+            return self._samples(way, params, size, x, draw_keys)
+        parts = [
+            self._samples(way, params, size, rows_of(x, slice(start, start + way.rows)), draw_keys)
+            for start in range(0, count, way.rows)
+        ]
+        return combined(lambda tensors: torch.cat(tensors, dim=1), parts)  # [K, B, ...]
+
+    def _samples(self, way: Way, params: Params, size: int, x: Any, draw_keys: Sequence[DrawKey] | None) -> Outputs:
+        if draw_keys is not None:
+            each = [
+                self.one({name: tensor[k] for name, tensor in params.items()}, x, key)
+                for k, key in enumerate(draw_keys)
+            ]
+            return combined(stacked, each)
+        if way.strategy == "loop":
+            return self._loop(way, params, size, x)
+        if way.samples >= size:
+            return self._together(way, params, size, x)
+        parts = [
+            self._together(
+                way,
+                {name: t[start : start + way.samples] for name, t in params.items()},
+                min(way.samples, size - start),
+                x,
+            )
+            for start in range(0, size, way.samples)
+        ]
+        return combined(torch.cat, parts)
+
+    def _loop(self, way: Way, params: Params, size: int, x: Any) -> Outputs:
+        shell = self.skeleton.shell()
+        self.skeleton.follow_modes(shell, may_draw=True)
+        values = self.skeleton.values(shell, params, self.device)
+        places = [place for place, slot in enumerate(shell.slots) if slot.kept_as in params]
+        columns = [values[place].unbind(0) for place in places]
+        if way.form == "eager":
+            outputs = []
+            for k in range(size):
+                for place, column in zip(places, columns, strict=True):
+                    values[place] = column[k]
+                clones = len(shell.clones)
+                outputs.append(self.skeleton.run(shell, values, x))
+                if len(shell.clones) != clones:  # the forward wrote into a buffer: the next sample gets a fresh one
+                    fresh = self.skeleton.values(shell, params, self.device)
+                    values = [value if place in places else fresh[place] for place, value in enumerate(values)]
+            return combined(stacked, outputs)  # K times [B, ...] -> [K, B, ...]
+        leaves, structure = pytree.tree_flatten(x)
+        for place, column in zip(places, columns, strict=True):
+            values[place] = column[0]
+        traced = self.function("loop", way.form, values, leaves, structure)
+        tensors = _tensors(leaves)
+        found = []
+        for k in range(size):
+            for place, column in zip(places, columns, strict=True):
+                values[place] = column[k]
+            found.append(traced.function(*values, *tensors))
+        return put_together([torch.stack(column) for column in zip(*found, strict=True)], traced.form)
+
+    def _together(self, way: Way, params: Params, size: int, x: Any) -> Outputs:
+        shell = self.skeleton.shell()
+        self.skeleton.follow_modes(shell)
+        values = self.skeleton.values(shell, params, self.device)
+        if way.form == "eager":
+            return self._batched(lambda given: self.skeleton.run(shell, given, x), (self._axes(),), values)
+        leaves, structure = pytree.tree_flatten(x)
+        values = [value.contiguous() for value in values]
+        traced = self.function("vmap", way.form, values, leaves, structure, size)
+        tensors = _tensors(leaves)
+        return put_together(traced.function(*values, *tensors), traced.form)
+
+    def rows(self, params: Params, x: Any) -> Outputs:
+        """Outputs [G, M, ...] of G groups of M rows, each group under a sample of its own: all at once."""
+        shell = self.skeleton.shell()
+        self.skeleton.follow_modes(shell)
+        values = self.skeleton.values(shell, params, self.device)
+        axes = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, x)
+        return self._batched(lambda given, part: self.skeleton.run(shell, given, part), (self._axes(), axes), values, x)
+
+    def _batched(self, function: Callable[..., Outputs], axes: tuple[Any, ...], *arguments: Any) -> Outputs:
+        """Outputs [K, ...] of a function under vmap: only tensors pass through that."""
+        form: OutputForm | None = None
+
+        def of_tensors(*batched: Any) -> list[Tensor]:
+            nonlocal form
+            tensors, form = taken_apart(function(*batched))
+            return tensors
+
+        with self._plain_attention():
+            return put_together(torch.func.vmap(of_tensors, in_dims=axes)(*arguments), form)
+
+    def function(
+        self,
+        strategy: Literal["loop", "vmap"],
+        form: Form,
+        values: Sequence[Tensor],
+        leaves: Sequence[Any],
+        structure: pytree.TreeSpec,
+        size: int = 1,
+    ) -> Traced:
+        """The function of one shape of x and block, traced at its first use.
+
+        Raises:
+            ModuleError: the forward cannot be traced; it says why.
+        """
+        shell = self.skeleton.shell()
+        key = (
+            strategy,
+            form,
+            size,
+            structure,
+            _signature(values[:1]),
+            _signature(leaves),
+            modes_of(shell),
+            _autocast(),
+        )
+        found = self._functions.get(key)
+        if found is None:
+            with self._lock:
+                found = self._functions.get(key)
+                if found is None:
+                    found = self._functions[key] = self._made(strategy, form, values, leaves, structure)
+        return found
+
+    def _made(
+        self,
+        strategy: Literal["loop", "vmap"],
+        form: Form,
+        values: Sequence[Tensor],
+        leaves: Sequence[Any],
+        structure: pytree.TreeSpec,
+    ) -> Traced:
+        shell = self.skeleton.shell()
+        outputs_form: OutputForm | None = None
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def forward(*tensors: Tensor) -> list[Tensor]:
+            given, whole = list(tensors[: len(values)]), list(leaves)
+            for place, tensor in zip(places, tensors[len(values) :], strict=True):
+                whole[place] = tensor
+            x = pytree.tree_unflatten(whole, structure)
+
+            def run(given: list[Tensor]) -> list[Tensor]:
+                nonlocal outputs_form
+                tensors, outputs_form = taken_apart(self.skeleton.run(shell, given, x))
+                return tensors
+
+            return torch.func.vmap(run, in_dims=(self._axes(),))(given) if strategy == "vmap" else run(given)
+
+        arguments = [*values, *(leaves[place] for place in places)]
+        before = [version(tensor) for tensor in arguments]
+        with torch.no_grad(), self._plain_attention():
+            try:
+                graph = tracing.trace(forward, arguments, lambda graph: refuse_untraceable(graph, strategy, form))
+            except ModuleError:
+                raise
+            except Exception as error:  # tracing runs anybody's code
+                raise cannot(strategy, form, error) from error
+        if [version(tensor) for tensor in arguments] != before:
+            raise cannot(strategy, form, "the forward writes into its inputs")
+        function: Function = graph.forward
+        if form == "compiled":
+            try:
+                function = tracing.compiled(graph, arguments)
+            except Exception as error:  # the compiler, and whatever it calls
+                raise cannot(strategy, form, error) from error
+        elif form == "graph":
+            function = Graphed(graph.forward, arguments)
+        return Traced(function, outputs_form)
+
+    def _axes(self) -> list[int | None]:
+        return [0 if slot.kept_as in self._names else None for slot in self.skeleton.shell().slots]
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        # The fused fast path of attention layers in eval mode has no rule for vmap.
+        with _FAST_PATH:
+            before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(before)
+
+    def _plain_attention(self) -> Any:
+        return self._attention() if self._attends else nullcontext()
+
+
+_LEAF = pytree.tree_flatten(torch.zeros(()))[1]
+_FAST_PATH = threading.RLock()  # a switch of the process: one thread at a time turns it
+
+
+def cannot(strategy: str, form: str, why: Exception | str) -> ModuleError:
+    """The error of a way that is not open to a module."""
+    if isinstance(why, Exception):
+        lines = str(why).strip().splitlines()
+        why = f"{type(why).__name__}: {lines[0] if lines else ''}"
+    return ModuleError(
+        f"strategy '{strategy}', {form}",
+        want="a forward of tensor operations that can be "
+        + ("traced" if form != "eager" else "batched by torch.func.vmap"),
+        got=why[:300],
+        fix="use strategy='loop'" + ("" if form == "eager" else " and compile=False"),
+    )
+
+
+def refuse_untraceable(graph: fx.GraphModule, strategy: str, form: str) -> None:
+    """Raise ModuleError where a trace would not be true of other values: shapes that follow data, random numbers."""
+    tags = {
+        torch.Tag.dynamic_output_shape: "a shape that depends on values",
+        torch.Tag.data_dependent_output: "a number that depends on values",
+        torch.Tag.nondeterministic_seeded: "random numbers",
+    }
+    for node in graph.graph.nodes:
+        for tag, words in tags.items():
+            if node.op == "call_function" and tag in getattr(node.target, "tags", ()):
+                raise cannot(strategy, form, f"{words} ({node.target})")
+        if "as_strided" in str(node.target):
+            raise cannot(strategy, form, "strides written out (as_strided)")
+
+
+def num_rows(x: Any) -> int | None:
+    """B, where all tensors of x have the same length; None where they differ."""
+    leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    lengths = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def rows_of(x: Any, rows: slice | Tensor) -> Any:
+    """Some rows of every tensor of x."""
+    return pytree.tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, x)
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([(leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def _autocast() -> tuple[Any, ...]:
+    return tuple(
+        [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")]
+    )
