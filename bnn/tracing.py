@@ -54,3 +54,77 @@ def has_compiler(device: torch.device) -> bool:
         for option in (inductor.cpp.cxx,)
         for name in (*(o for o in (option if isinstance(option, tuple) else (option,)) if o), "c++", "g++", "clang++")
     )
+
+
+def simplify(graph: fx.GraphModule) -> None:
+    """Take out operations that do nothing, add biases inside products, and call torch's functions where they are faster.
+
+    Each call of a small operation costs a microsecond or two, whatever it does. Results agree to rounding.
+    """
+    aten = torch.ops.aten
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    if any(node.target._schema.is_mutable for node in calls if hasattr(node.target, "_schema")):
+        return  # who writes into what is left as it was
+    for node in calls:
+        if _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    for node in list(graph.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        _add_inside_product(graph.graph, node)
+    graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and not node.kwargs:
+            node.target = _FASTER.get(node.target, node.target)
+    graph.recompile()
+
+
+_FASTER: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.baddbmm.default: torch.baddbmm,
+    torch.ops.aten.bmm.default: torch.bmm,
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.t.default: torch.t,
+    torch.ops.aten.transpose.int: torch.transpose,
+    torch.ops.aten.tanh.default: torch.tanh,
+    torch.ops.aten.relu.default: torch.relu,
+    torch.ops.aten.unsqueeze.default: torch.unsqueeze,
+    torch.ops.aten.expand.default: torch.Tensor.expand,
+    torch.ops.aten.view.default: torch.Tensor.view,
+}
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """A view or expansion to the shape that is there already, or a product with 1."""
+    aten = torch.ops.aten
+    before, after = (
+        part.meta.get("val") if isinstance(part, fx.Node) else None
+        for part in (node.args[0] if node.args else None, node)
+    )
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
+        return False
+    same = before.shape == after.shape
+    if node.target is aten.mul.Scalar:
+        return same and bool(node.args[1] == 1)
+    views = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
+    return node.target in views and same and before.stride() == after.stride()
+
+
+def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:
+    """bias + bmm(a, b) -> baddbmm(bias, a, b), where the product is used for nothing else."""
+    if len(node.args) != 2 or node.kwargs:
+        return
+    for product, bias in (node.args, node.args[::-1]):
+        if not (isinstance(product, fx.Node) and isinstance(bias, fx.Node)):
+            continue
+        shapes = [
+            part.meta["val"].shape if isinstance(part.meta.get("val"), Tensor) else None
+            for part in (product, bias, node)
+        ]
+        fits = product.target is torch.ops.aten.bmm.default and len(product.users) == 1 and shapes[0] == shapes[2]
+        if fits and shapes[1] is not None and len(shapes[1]) in (0, 1, 2, 3):
+            with graph.inserting_before(node):
+                fused = graph.call_function(torch.ops.aten.baddbmm.default, (bias, *product.args))
+            fused.meta = dict(node.meta)
+            node.replace_all_uses_with(fused)
+            graph.erase_node(node)
+            return

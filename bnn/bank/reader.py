@@ -256,6 +256,10 @@ class Bank(Sequence[Params]):
             IndexError: an index outside [-S, S).
         """
         size = len(self)
+        if isinstance(indices, slice):
+            found = self._sliced(*indices.indices(size))
+            if found is not None:
+                return found
         rows = np.arange(*indices.indices(size)) if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         if rows.size and not (-size <= rows.min() and rows.max() < size):
             raise IndexError(f"bank indices {rows.min()} to {rows.max()}: want 0 <= index < {size}")
@@ -271,12 +275,30 @@ class Bank(Sequence[Params]):
             self._count(int(places[0]), self.layout.num_bytes * len(rows))
         else:
             tensors = self._gather(rows, places, names)
-        params = {name: tensors[name] for name in self.layout.names}
-        more = {name: tensors[f"@{name}"] for name in self._more}
-        chain, draw, log_joint, log_weight = (tensors[name] for name in fmt.COLUMNS)
+        chain = tensors["@chain"]
         if self._num_writers > 1 and rows.size:
             chain = chain + self._first_chains[torch.from_numpy(places)]
-        return Block(params, chain, draw, log_joint, log_weight, more)
+        return self._block_of(tensors, chain)
+
+    def _sliced(self, start: int, stop: int, step: int) -> Block | None:
+        """Every step-th row from start on, as views; None unless they are rows of one shard, forwards."""
+        count = len(range(start, stop, step))
+        if step < 1 or not count:
+            return None
+        place = bisect.bisect_right(self._starts, start) - 1
+        first, last = start - self._starts[place], start + (count - 1) * step - self._starts[place]
+        if last >= self._shards[place].rows:
+            return None
+        names = (*self.layout.names, *self._columns)
+        tensors = {name: self._tensor(place, name)[first : last + 1 : step] for name in names}
+        self._count(place, self.layout.num_bytes * count)
+        chain = tensors["@chain"]
+        return self._block_of(tensors, chain if self._num_writers == 1 else chain + self._first_chains[place])
+
+    def _block_of(self, tensors: dict[str, Tensor], chain: Tensor) -> Block:
+        params = {name: tensors[name] for name in self.layout.names}
+        more = {name: tensors[f"@{name}"] for name in self._more}
+        return Block(params, chain, tensors["@draw"], tensors["@log_joint"], tensors["@log_weight"], more)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
         """The bank from first to last in blocks of at most `size`, with their first index; never a copy."""

@@ -6,6 +6,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ WORTH_TRACING = 0.05  # share of a sample's time that this must be
 LONGEST_TRACE = 2000  # operations; a trace takes about a millisecond for each
 LONG_SAMPLE = 0.1  # seconds of one sample on a CPU, where there is nothing left to gain by running several at once
 FIRST_BLOCK, GROWTH, GAIN = 8, 4, 0.97  # samples that vmap is tried with first; how they grow, while it pays
-TRIAL_SECONDS, TRIAL_RUNS = 0.02, 3
+TRIAL_SECONDS, TRIAL_RUNS, MOST_RUNS = 0.01, 3, 50  # runs of a trial: three, and more while they are short
 
 
 class Profile(NamedTuple):
@@ -48,6 +49,36 @@ class Choice(NamedTuple):
     way: Way
     trials: tuple[Trial, ...]
     profile: Profile
+
+
+def calibrate_single(runner: Runner, params: Params, x: Any, profile: Profile, forms: tuple[Form, ...]) -> Choice:
+    """The form of single samples, each run on its own: through Python, or by a trace where calls are what costs."""
+    trials: list[Trial] = []
+
+    def attempt(way: Way, run: Callable[[], Any]) -> None:
+        try:
+            with torch.no_grad():
+                if not close(stack_of(run()), reference, runner.device):
+                    trials.append(Trial(way, None, "outputs differ from those through Python"))
+                    return
+                trials.append(Trial(way, seconds_of(run, runner.device)))
+        except Exception as error:  # a form that is not open to this module, for whatever reason torch finds
+            trials.append(Trial(way, None, words(error)))
+
+    def stack_of(outputs: Any) -> Any:
+        return [tensor.unsqueeze(0) for tensor in taken_apart(outputs)[0]]
+
+    def python() -> Any:
+        return runner.one(params, x, (0, "forward", 0, 0))
+
+    with torch.no_grad():
+        reference = stack_of(python())
+    attempt(Way("loop"), python)
+    for form in forms:
+        if form != "eager" and _worth(form, profile, trials[0].seconds or 0.0):
+            attempt(Way("loop", form), partial(runner.single, form, params, x))
+    allowed = [t for t in trials if t.seconds is not None and t.way.form in forms] or trials[:1]
+    return Choice(min(allowed, key=lambda trial: trial.seconds or 0.0).way, tuple(trials), profile)
 
 
 class Meter(TorchDispatchMode):
@@ -137,16 +168,14 @@ def calibrate(
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # the time shows it
                 outputs = runner.block(way, block, x)
-                if reference and not _close(outputs, reference[0], device):
+                if reference and not close(outputs, reference[0], device):
                     trials.append(Trial(way, None, "outputs differ from those of one sample at a time"))
                     return None
                 if not reference:
                     reference.append(outputs)
-                seconds = _seconds(lambda: runner.block(way, block, x), device) / count
+                seconds = seconds_of(lambda: runner.block(way, block, x), device) / count
         except Exception as error:  # a way that is not open to this module, for whatever reason torch finds
-            lines = str(error).strip().splitlines()
-            words = error.got if isinstance(error, BnnError) else f"{type(error).__name__}: {lines[0] if lines else ''}"
-            trials.append(Trial(way, None, words[:200]))
+            trials.append(Trial(way, None, words(error)))
             return None
         trials.append(Trial(way, seconds))
         return seconds
@@ -185,13 +214,19 @@ def calibrate(
     return Choice(chosen.way, tuple(trials), profile)
 
 
+def words(error: Exception) -> str:
+    """What an error says, in a line."""
+    lines = str(error).strip().splitlines()
+    return (error.got if isinstance(error, BnnError) else f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]
+
+
 def _worth(form: Form, profile: Profile, seconds: float) -> bool:
     if form == "compiled":
         return True
     return profile.operations <= LONGEST_TRACE and profile.operations * CALL_SECONDS > WORTH_TRACING * seconds
 
 
-def _close(found: Any, expected: Any, device: torch.device) -> bool:
+def close(found: Any, expected: Any, device: torch.device) -> bool:
     """Whether outputs agree for the samples that both have, as far as sums in another order do."""
     for mine, theirs in zip(taken_apart(found)[0], taken_apart(expected)[0], strict=True):
         count = min(len(mine), len(theirs))
@@ -209,10 +244,10 @@ def _close(found: Any, expected: Any, device: torch.device) -> bool:
     return True
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """The least seconds of a few runs, after the one that was for checking."""
     best, spent, runs = float("inf"), 0.0, 0
-    while runs < TRIAL_RUNS and (runs == 0 or spent < TRIAL_SECONDS * TRIAL_RUNS):
+    while (runs < TRIAL_RUNS and spent < 10 * TRIAL_SECONDS) or (spent < TRIAL_SECONDS and runs < MOST_RUNS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()

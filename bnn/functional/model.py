@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,9 +17,21 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnn import tracing
 from bnn.errors import BankError, ConfigError, DataError, ModuleError, SlowerWay, choose
-from bnn.functional.calibration import Choice, Profile, calibrate, forms_of, mixes_rows, profiled
+from bnn.functional.calibration import (
+    Choice,
+    Profile,
+    Trial,
+    calibrate,
+    calibrate_single,
+    close,
+    forms_of,
+    mixes_rows,
+    profiled,
+    seconds_of,
+    words,
+)
 from bnn.functional.outputs import combined
-from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of, modes_of, version
+from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of, version
 from bnn.functional.trunk import trunk_of
 from bnn.functional.ways import Form, Runner, Strategy, Way, num_rows, rows_of
 from bnn.layout import Layout, layout_of
@@ -188,8 +200,9 @@ class FunctionalModel:
         if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.dim() == 0):
             return self._single(x, int(index), batch)
         block = self.bank.block(index)  # type: ignore[arg-type]
-        indices = np.arange(*index.indices(len(self.bank))) if isinstance(index, slice) else np.asarray(index)
-        return self.apply(block, x, indices=indices % len(self.bank), batch=batch)
+        if block.num_samples == 0:
+            raise BankError("net(x, index)", want="at least one sample", got="none", fix="pick indices below len(bank)")
+        return self._apply(self._taken(block.params), self._prepared(x), index, batch)  # type: ignore[arg-type]
 
     def params(self, index: int) -> Params:
         """The values of one sample on the model's device, in the module's dtypes."""
@@ -318,7 +331,7 @@ class FunctionalModel:
                 stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
                 profile = self._profile(_Prepared(self._whole, x, "module"), stacked)
                 forms = forms_of(self.compile, self.device)
-                choice = calibrate(self._whole, stacked, x, profile, forms=forms, most_samples=1, rows=None)
+                choice = calibrate_single(self._whole, params, x, profile, forms)
                 if self.compile and choice.way.form != "compiled":
                     raise self._not_compiled(choice)
                 self._keep(key, choice, "module, one sample", x)
@@ -343,7 +356,11 @@ class FunctionalModel:
         return _Prepared(self._head, inputs, "head")
 
     def _apply(
-        self, params: Params, prepared: _Prepared, indices: Sequence[int] | np.ndarray, batch: int | None
+        self,
+        params: Params,
+        prepared: _Prepared,
+        indices: Sequence[int] | slice | np.ndarray | Tensor,
+        batch: int | None,
     ) -> Outputs:
         runner, x, kind = prepared
         if not runner.known():
@@ -356,8 +373,9 @@ class FunctionalModel:
                     got="layers that draw in train mode, or a forward that always does",
                     fix="use strategy='loop', or module.eval()",
                 )
-            number = self._next_batch(batch)
-            keys = [self._draw_key(int(index), number) for index in indices]
+            number, size = self._next_batch(batch), len(self.bank)
+            chosen = range(*indices.indices(size)) if isinstance(indices, slice) else indices
+            keys = [self._draw_key(int(index) % size, number) for index in chosen]
             return self._guarded(params, x, lambda: runner.block(Way("loop"), params, x, keys))
         python = self._needs_python(x, params)
         key, choice = self._choice(prepared, params, python)
@@ -496,15 +514,70 @@ class FunctionalModel:
         runner = self._whole
         if not runner.known():
             self._admit(runner, self.params(int(rows[0])), rows_of(x, slice(0, 1)), "module")
-        number = self._next_batch(batch) if runner.draws() else 0
         order = rows.argsort(stable=True)
         indices, counts = rows[order].unique_consecutive(return_counts=True)
+        if runner.draws():
+            number = self._next_batch(batch)
+            return self._groups(x, indices, counts, order, [self._draw_key(int(index), number) for index in indices])
+        size, most = len(indices), int(counts.max())
+        taken = size * (self.bank.layout.num_bytes + most * sum(leaf[:1].nbytes for leaf in _tensors(x)))
+        if self.strategy == "loop" or size == 1 or taken > self.memory or torch.is_autocast_enabled(self.device.type):
+            return self._groups(x, indices, counts, order, None)
+        key = (
+            *self._key(runner, rows_of(x, slice(0, 1)), f"{_bucket(most)} rows a sample", size),
+            self._needs_python(x, {}),
+        )
+        if key not in self._choices:
+            with self._lock:
+                self._keep(
+                    key,
+                    self._chosen_for_rows(x, indices, counts, order),
+                    f"module, {size} groups of at most {most} rows",
+                    x,
+                )
+        if self._choices[key].way.strategy == "loop":
+            return self._groups(x, indices, counts, order, None)
+        return self._at_once(x, indices, counts, order)
+
+    def _chosen_for_rows(self, x: Any, indices: Tensor, counts: Tensor, order: Tensor) -> Choice:
+        """Groups one after another or all at once: what takes less time, and gives the same."""
+        loop, together = Way("loop"), Way("vmap", "eager", len(indices))
+        profile = Profile(0, 0, 0)
+        with torch.no_grad():
+            reference = self._groups(x, indices, counts, order, None)
+            slow = Trial(loop, seconds_of(lambda: self._groups(x, indices, counts, order, None), self.device))
+            try:
+                if not close(self._at_once(x, indices, counts, order), reference, self.device):
+                    raise ValueError("outputs differ from those of one group at a time")
+                fast = Trial(together, seconds_of(lambda: self._at_once(x, indices, counts, order), self.device))
+            except Exception as error:  # no way for this module, for whatever reason torch finds
+                return Choice(loop, (slow, Trial(together, None, words(error))), profile)
+        chosen = together if self.strategy == "vmap" or (fast.seconds or 0.0) < (slow.seconds or 0.0) else loop
+        return Choice(chosen, (slow, fast), profile)
+
+    def _groups(
+        self, x: Any, indices: Tensor, counts: Tensor, order: Tensor, draw_keys: Sequence[DrawKey] | None
+    ) -> Outputs:
+        """One call of the module for the rows of each sample."""
         groups = []
-        for index, places in zip(indices.tolist(), order.split(counts.tolist()), strict=True):
-            part, params, key = rows_of(x, places.to(self.device)), self.params(index), self._draw_key(index, number)
-            groups.append(self._guarded(params, part, lambda p=params, r=part, k=key: runner.one(p, r, k)))
+        for place, (index, rows) in enumerate(zip(indices.tolist(), order.split(counts.tolist()), strict=True)):
+            part, params = rows_of(x, rows.to(self.device)), self.params(index)
+            key = _NO_DRAW if draw_keys is None else draw_keys[place]
+            groups.append(self._guarded(params, part, partial(self._whole.one, params, part, key)))
         back = order.argsort().to(self.device)
         return combined(lambda tensors: torch.cat(tensors)[back], groups)
+
+    def _at_once(self, x: Any, indices: Tensor, counts: Tensor, order: Tensor) -> Outputs:
+        """All groups in one call under vmap, filled up to the rows of the largest with rows that are left out again."""
+        size, most = len(indices), int(counts.max())
+        firsts = counts.cumsum(0) - counts
+        places = torch.arange(most).expand(size, most)  # [G, M]
+        own = places < counts.unsqueeze(1)
+        chosen = order[torch.where(own, firsts.unsqueeze(1) + places, firsts.unsqueeze(1))].to(self.device)
+        params, part = self._taken(self.bank.block(indices).params), rows_of(x, chosen)
+        found = self._guarded(params, part, partial(self._whole.rows, params, part))  # [G, M, ...]
+        back = own.flatten().nonzero().squeeze(1)[order.argsort()].to(self.device)
+        return combined(lambda tensors: tensors[0].flatten(0, 1)[back], [found])
 
     # What every way shares
 
@@ -527,14 +600,15 @@ class FunctionalModel:
         _refuse_writes([*given, *["input"] * len(leaves)], before, after)
         return True
 
-    def _guarded(self, params: Params, x: Any, run: Any) -> Outputs:
+    def _guarded(self, params: Params, x: Any, run: Callable[[], Outputs]) -> Outputs:
         """Run, and see whether anything was written into samples or inputs."""
         watched = [*params.values(), x] if isinstance(x, Tensor) else [*params.values(), *_tensors(x)]
-        if torch.is_inference_mode_enabled():
+        try:
+            before = [tensor._version for tensor in watched]
+        except RuntimeError:  # tensors of inference mode do not count their writes
             return run()
-        before = [version(tensor) for tensor in watched]
         outputs = run()
-        after = [version(tensor) for tensor in watched]
+        after = [tensor._version for tensor in watched]
         if after != before:
             _refuse_writes([*params, *["input"] * (len(watched) - len(params))], before, after)
         return outputs
@@ -575,7 +649,7 @@ class FunctionalModel:
             kind,
             shapes,
             _bucket(size),
-            modes_of(runner.skeleton.shell()),
+            runner.skeleton.shell().modes,
             torch.is_autocast_enabled(self.device.type),
         )
 

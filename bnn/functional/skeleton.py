@@ -6,6 +6,7 @@ import copy
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -55,14 +56,19 @@ class Slot(NamedTuple):
     is_buffer: bool
 
 
-class Shell(NamedTuple):
+@dataclass
+class Shell:
     """A copy of a module without values, for one thread."""
 
     module: nn.Module
     parts: list[tuple[nn.Module, nn.Module]]  # (live, copy) pairs, to carry train / eval over
     slots: list[Slot]
-    clones: dict[str, _Clone]
-    draws: dict[tuple[bool, ...], bool]  # whether a forward draws random numbers, by the modes of the parts
+    clones: dict[str, _Clone] = field(default_factory=dict)
+    draws: dict[tuple[bool, ...], bool] = field(
+        default_factory=dict
+    )  # whether a forward draws, by the modes of the parts
+    modes: tuple[bool, ...] | None = None  # train or eval of every part, as they were carried over last
+    may_draw: bool = False  # and what was allowed then
 
 
 class Skeleton:
@@ -102,11 +108,10 @@ class Skeleton:
             draw_key: where layers in train mode may draw from, such as dropout; without it they are refused.
         """
         shell = self.shell()
-        training = self.follow_modes(shell, may_draw=draw_key is not None)
+        modes = self.follow_modes(shell, may_draw=draw_key is not None)
         values = self.values(shell, params, device)
         if draw_key is None:
             return self.run(shell, values, x)
-        modes = modes_of(shell) if training else ()
         draws = shell.draws.get(modes)
         if draws is False:
             return self.run(shell, values, x)
@@ -138,19 +143,20 @@ class Skeleton:
                 for kind in kinds
                 for name, here, there, key, placeholder in _owned(self.live, shadow, kind)
             ]
-            shell = self._local.shell = Shell(shadow, parts, slots, {}, {})
+            shell = self._local.shell = Shell(shadow, parts, slots)
         return shell
 
-    def follow_modes(self, shell: Shell, *, may_draw: bool = False) -> bool:
-        """Carry the train / eval mode of the live module over; whether any part of it is in train mode."""
-        training = False
-        for live, shadow in shell.parts:
-            if live.training:
-                check_mode(live, may_draw=may_draw)
-                shadow.training = training = True
-            elif shadow.training:
-                shadow.training = False
-        return training
+    def follow_modes(self, shell: Shell, *, may_draw: bool = False) -> tuple[bool, ...]:
+        """Carry the train / eval mode of every part of the live module over; the modes."""
+        modes = tuple([live.training for live, _ in shell.parts])
+        if modes != shell.modes or (shell.may_draw and not may_draw):
+            shell.modes = None
+            for live, shadow in shell.parts:
+                if live.training:
+                    check_mode(live, may_draw=may_draw)
+                shadow.training = live.training
+            shell.modes, shell.may_draw = modes, may_draw
+        return modes
 
     def values(self, shell: Shell, params: Params, device: torch.device | None) -> list[Tensor]:
         """A tensor for every slot: the sample's, else the live module's."""
@@ -192,11 +198,6 @@ class Skeleton:
             copied = buffer.detach().to(device or buffer.device, copy=True)
             clone = shell.clones[name] = _Clone(buffer, version(buffer), copied, version(copied))
         return clone.tensor
-
-
-def modes_of(shell: Shell) -> tuple[bool, ...]:
-    """Train or eval of every part."""
-    return tuple([shadow.training for _, shadow in shell.parts])
 
 
 def check_copyable(module: nn.Module) -> None:

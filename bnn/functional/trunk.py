@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from bnn.functional.skeleton import Call, Skeleton, modes_of, version
+from bnn.functional.skeleton import Call, Skeleton, version
 from bnn.layout import Layout
 from bnn.types import Params
 
@@ -43,8 +43,7 @@ class Trunk:
         if _has_hooks(self._whole.live):
             return None
         shell = self._whole.shell()
-        training = self._whole.follow_modes(shell, may_draw=True)
-        if shell.draws.get(modes_of(shell) if training else (), True):
+        if shell.draws.get(self._whole.follow_modes(shell, may_draw=True), True):
             return None
         try:
             return self._run_before(x, device) if self._before is not None else self._captured(params, x, device)
@@ -58,7 +57,6 @@ class Trunk:
 
     def _captured(self, params: Params, x: Any, device: torch.device) -> Any:
         shell = self._whole.shell()
-        self._whole.follow_modes(shell)
         filled = self._whole.values(shell, params, device)
         ours = [place for place, slot in enumerate(shell.slots) if slot.kept_as in params]
         empty = [

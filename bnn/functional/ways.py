@@ -16,7 +16,7 @@ from bnn.errors import ModuleError
 from bnn.functional.graphs import Graphed
 from bnn.functional.outputs import Form as OutputForm
 from bnn.functional.outputs import combined, put_together, stacked, taken_apart
-from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, modes_of, version
+from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, version
 from bnn.types import Params
 
 Strategy: TypeAlias = Literal["auto", "loop", "vmap"]
@@ -74,14 +74,12 @@ class Runner:
     def known(self) -> bool:
         """Whether a forward was run in the present modes, by this thread."""
         shell = self.skeleton.shell()
-        training = self.skeleton.follow_modes(shell, may_draw=True)
-        return (modes_of(shell) if training else ()) in shell.draws
+        return self.skeleton.follow_modes(shell, may_draw=True) in shell.draws
 
     def draws(self) -> bool:
         """Whether a forward in the present modes draws random numbers; one was run before."""
         shell = self.skeleton.shell()
-        training = self.skeleton.follow_modes(shell, may_draw=True)
-        return shell.draws.get(modes_of(shell) if training else (), True)
+        return shell.draws.get(self.skeleton.follow_modes(shell, may_draw=True), True)
 
     def single(self, form: Form, params: Params, x: Any) -> Outputs:
         """Outputs [B, ...] of one sample by a trace."""
@@ -160,7 +158,7 @@ class Runner:
 
     def _together(self, way: Way, params: Params, size: int, x: Any) -> Outputs:
         shell = self.skeleton.shell()
-        self.skeleton.follow_modes(shell)
+        self.skeleton.follow_modes(shell, may_draw=True)
         values = self.skeleton.values(shell, params, self.device)
         if way.form == "eager":
             return self._batched(lambda given: self.skeleton.run(shell, given, x), (self._axes(),), values)
@@ -173,7 +171,7 @@ class Runner:
     def rows(self, params: Params, x: Any) -> Outputs:
         """Outputs [G, M, ...] of G groups of M rows, each group under a sample of its own: all at once."""
         shell = self.skeleton.shell()
-        self.skeleton.follow_modes(shell)
+        self.skeleton.follow_modes(shell, may_draw=True)
         values = self.skeleton.values(shell, params, self.device)
         axes = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, x)
         return self._batched(lambda given, part: self.skeleton.run(shell, given, part), (self._axes(), axes), values, x)
@@ -212,7 +210,7 @@ class Runner:
             structure,
             _signature(values[:1]),
             _signature(leaves),
-            modes_of(shell),
+            shell.modes,
             _autocast(),
         )
         found = self._functions.get(key)
@@ -259,6 +257,7 @@ class Runner:
                 raise cannot(strategy, form, error) from error
         if [version(tensor) for tensor in arguments] != before:
             raise cannot(strategy, form, "the forward writes into its inputs")
+        tracing.simplify(graph)
         function: Function = graph.forward
         if form == "compiled":
             try:

@@ -115,7 +115,7 @@ def test_auto_takes_the_least_time_of_what_is_open(monkeypatch: pytest.MonkeyPat
             return costs[str(tried[-1])] * (4 if tried[-1].strategy == "loop" else 1)
 
         monkeypatch.setattr(runner, "block", recorded)
-        monkeypatch.setattr("bnn.functional.calibration._seconds", clock)
+        monkeypatch.setattr("bnn.functional.calibration.seconds_of", clock)
         monkeypatch.setattr("bnn.functional.calibration._worth", lambda *_: True)
         monkeypatch.setattr("bnn.functional.calibration.LONG_SAMPLE", 1e9)
         found = calibrate(runner, params, x, profile, forms=("eager", "traced"), most_samples=1000, rows=None)
