@@ -21,9 +21,9 @@ from bnn.types import Params
 
 CALL_SECONDS = 8e-6  # that Python spends about an operation, which a trace saves
 WORTH_TRACING = 0.05  # share of a sample's time that this must be
-LONGEST_TRACE = 2000  # operations; a trace takes about a millisecond for each
+SHORT_TRACE, LONGEST_TRACE = 100, 2000  # operations
 LONG_SAMPLE = 0.1  # seconds of one sample on a CPU, where there is nothing left to gain by running several at once
-FIRST_BLOCK, GROWTH, GAIN = 8, 4, 0.97  # samples that vmap is tried with first; how they grow, while it pays
+FIRST_BLOCK, GROWTH, WORSE = 8, 4, 1.2  # samples that vmap is tried with first; how they grow, until that costs more
 TRIAL_SECONDS, TRIAL_RUNS, MOST_RUNS = 0.01, 3, 50  # runs of a trial: three, and more while they are short
 
 
@@ -162,7 +162,8 @@ def calibrate(
     device = runner.device
 
     def attempt(way: Way) -> float | None:
-        count = min(size, way.samples if way.strategy == "vmap" else 4)
+        # All ways run about as many samples: one that meets few of them again and again meets them in the cache.
+        count = min(size, max(way.samples if way.strategy == "vmap" else 1, several))
         block = {name: tensor[:count] for name, tensor in params.items()}
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -181,11 +182,16 @@ def calibrate(
         return seconds
 
     reference: list[Any] = []
+    several = 2
     runner.block(
         Way("loop", "eager", 1, rows), {name: tensor[:1] for name, tensor in params.items()}, x
     )  # raises as it is
     first = attempt(Way("loop", "eager", 1, rows))
     assert first is not None
+    several = max(2, min(size, int(TRIAL_SECONDS / first)))
+    if several > 8:
+        trials.clear()
+        first = attempt(Way("loop", "eager", 1, rows)) or first
     for form in forms:
         if form != "eager" and _worth(form, profile, first):
             attempt(Way("loop", form, 1, rows))
@@ -194,9 +200,9 @@ def calibrate(
         base: Form = "eager" if "eager" in forms else forms[0]
         while True:
             seconds = attempt(Way("vmap", base, samples, rows))
-            if seconds is None or seconds > GAIN * best:
+            if seconds is None or seconds > WORSE * best:
                 break
-            best = seconds
+            best = min(best, seconds)
             if samples == min(size, most_samples):
                 break
             samples = min(samples * GROWTH, size, most_samples)
@@ -206,7 +212,8 @@ def calibrate(
         if fastest is not None:
             for form in forms:
                 if form != base and _worth(form, profile, (fastest.seconds or 0.0) * fastest.way.samples):
-                    attempt(Way("vmap", form, fastest.way.samples, rows))
+                    for samples in dict.fromkeys((fastest.way.samples, max(fastest.way.samples // GROWTH, 1))):
+                        attempt(Way("vmap", form, samples, rows))
     allowed = [t for t in trials if t.seconds is not None and t.way.form in forms] or [
         t for t in trials if t.seconds is not None
     ]
@@ -221,7 +228,8 @@ def words(error: Exception) -> str:
 
 
 def _worth(form: Form, profile: Profile, seconds: float) -> bool:
-    if form == "compiled":
+    """Whether a form is tried. A trace takes about a millisecond an operation, and may also put operations together."""
+    if form == "compiled" or profile.operations <= SHORT_TRACE:
         return True
     return profile.operations <= LONGEST_TRACE and profile.operations * CALL_SECONDS > WORTH_TRACING * seconds
 

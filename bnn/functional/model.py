@@ -32,7 +32,7 @@ from bnn.functional.calibration import (
 )
 from bnn.functional.outputs import combined
 from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of, version
-from bnn.functional.trunk import trunk_of
+from bnn.functional.trunk import NotAHead, trunks_of
 from bnn.functional.ways import Form, Runner, Strategy, Way, num_rows, rows_of
 from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params
@@ -158,8 +158,9 @@ class FunctionalModel:
         self._entry_dtypes = {entry.name: entry.dtype for entry in own}
         whole = Skeleton(module, layout, detach=False)
         self._whole = Runner(whole, self._names, self.device)
-        self._trunk = trunk_of(module, layout, whole)
-        self._head = None if self._trunk is None else Runner(self._trunk.head, self._names, self.device)
+        self._trunks = [
+            (trunk, Runner(trunk.head, self._names, self.device)) for trunk in trunks_of(module, layout, whole)
+        ]
         self._lock = threading.RLock()
         self._choices: dict[tuple[Any, ...], Choice] = {}
         self._labels: dict[tuple[Any, ...], str] = {}  # of the choices, for people
@@ -296,8 +297,9 @@ class FunctionalModel:
     def _single(self, x: Any, index: int, batch: int | None) -> Outputs:
         params = self.params(index)
         runner = self._whole
-        if runner.known():
-            if runner.draws():
+        draws = runner.draws()
+        if draws is not None:
+            if draws:
                 return runner.one(params, x, self._draw_key(index, self._next_batch(batch)))
             if (
                 self.compile is not False
@@ -342,18 +344,22 @@ class FunctionalModel:
 
     def _prepared(self, x: Any) -> _Prepared:
         """The head and what the fixed beginning makes of x, where the head can stand for the module."""
-        if self._trunk is None or self._head is None:
-            return _Prepared(self._whole, x, "module")
-        params = self._taken(self.bank[0])
-        if not self._whole.known():
-            self._admit(self._whole, params, x, "module")
-        inputs = self._trunk.inputs(params, x, self.device)
-        if inputs is None:
-            return _Prepared(self._whole, x, "module")
-        if not self._head.known() and not self._admit(self._head, params, inputs, "head"):
-            self._head = None
-            return _Prepared(self._whole, x, "module")
-        return _Prepared(self._head, inputs, "head")
+        while self._trunks:
+            trunk, head = self._trunks[0]
+            params = self._taken(self.bank[0])
+            if self._whole.draws() is None:
+                self._admit(self._whole, params, x, "module")
+            try:
+                inputs = trunk.inputs(params, x, self.device)
+                if inputs is None:
+                    break
+                if head.draws() is not None or self._admit(head, params, inputs, "head"):
+                    return _Prepared(head, inputs, "head")
+            except NotAHead:
+                pass
+            with self._lock:
+                self._trunks = self._trunks[1:]
+        return _Prepared(self._whole, x, "module")
 
     def _apply(
         self,
@@ -363,7 +369,7 @@ class FunctionalModel:
         batch: int | None,
     ) -> Outputs:
         runner, x, kind = prepared
-        if not runner.known():
+        if runner.draws() is None:
             self._admit(runner, {name: tensor[0] for name, tensor in params.items()}, x, kind)
         if runner.draws():
             if self.strategy == "vmap":
@@ -512,7 +518,7 @@ class FunctionalModel:
         if len(rows) == 0:
             raise DataError("net(x, rows=)", want="at least one row", got="none", fix="skip empty batches")
         runner = self._whole
-        if not runner.known():
+        if runner.draws() is None:
             self._admit(runner, self.params(int(rows[0])), rows_of(x, slice(0, 1)), "module")
         order = rows.argsort(stable=True)
         indices, counts = rows[order].unique_consecutive(return_counts=True)
@@ -617,7 +623,7 @@ class FunctionalModel:
         """What one sample takes on x: measured once a shape."""
         runner, x, kind = prepared
         first = {name: tensor[0] for name, tensor in params.items()}
-        if not runner.known():
+        if runner.draws() is None:
             self._admit(runner, first, x, kind)
         key = self._key(runner, x, kind)
         if key not in self._profiles:
@@ -691,7 +697,8 @@ class FunctionalModel:
     def _taken(self, params: Params) -> Params:
         """Samples on the device of the model and in the dtypes of the module; `@` names are left as they are."""
         dtypes = self._dtypes()
-        if not dtypes and all(tensor.device == self.device for tensor in params.values()):
+        device = self.device
+        if not dtypes and all(tensor.device == device for tensor in params.values()):
             return params
         return {
             name: tensor.to(self.device, dtypes.get(name, tensor.dtype), non_blocking=True)

@@ -14,6 +14,12 @@ from bnn.functional.skeleton import Call, Skeleton, version
 from bnn.layout import Layout
 from bnn.types import Params
 
+MOST_HEADS = 3  # that are tried, from the part that holds the samples' parameters outwards
+
+
+class NotAHead(Exception):
+    """The part does not stand for the module: it is not asked again."""
+
 
 class Trunk:
     """What comes before the head of a module, where the head holds all that the samples bring.
@@ -39,7 +45,11 @@ class Trunk:
             self._before = Skeleton(before, Layout(()), detach=False)
 
     def inputs(self, params: Params, x: Any, device: torch.device) -> Any:
-        """The inputs of the head for a batch, given any sample; None where the head cannot stand for the module."""
+        """The inputs of the head for a batch, given any sample; None where it cannot stand for the module now.
+
+        Raises:
+            NotAHead: the forward shows that it cannot at all.
+        """
         if _has_hooks(self._whole.live):
             return None
         shell = self._whole.shell()
@@ -47,8 +57,10 @@ class Trunk:
             return None
         try:
             return self._run_before(x, device) if self._before is not None else self._captured(params, x, device)
-        except Exception:  # whatever the forward of the whole raises on its own comes up when that is run instead
-            return None
+        except (
+            Exception
+        ) as error:  # whatever the forward of the whole raises on its own comes up when that is run instead
+            raise NotAHead from error
 
     def _run_before(self, x: Any, device: torch.device) -> Any:
         assert self._before is not None
@@ -89,16 +101,16 @@ class Trunk:
             for hook in hooks:
                 hook.remove()
         if len(calls) != 1 or found is not outputs[0] or _versions(found) != versions:  # nor written to after the head
-            return None
+            raise NotAHead
         leaves = [leaf for leaf in pytree.tree_leaves((calls[0].args, calls[0].kwargs)) if isinstance(leaf, Tensor)]
         if not leaves or any(leaf.is_meta for leaf in leaves):
-            return None
+            raise NotAHead
         only = calls[0].args[0] if len(calls[0].args) == 1 and not calls[0].kwargs else None
         return only if isinstance(only, Tensor) else calls[0]
 
 
-def trunk_of(module: nn.Module, layout: Layout, whole: Skeleton) -> Trunk | None:
-    """The trunk of a module, or None where samples reach to its beginning."""
+def trunks_of(module: nn.Module, layout: Layout, whole: Skeleton) -> list[Trunk]:
+    """What may be the trunk of a module, that with the smallest head first; none where samples reach to its beginning."""
     names = [name for name in layout.names if not name.startswith("@")]
     every = [
         *(n for n, _ in module.named_parameters(remove_duplicate=False)),
@@ -106,19 +118,19 @@ def trunk_of(module: nn.Module, layout: Layout, whole: Skeleton) -> Trunk | None
     ]
     sampled = [name for name in every if layout.aliases.get(name, name) in names]
     if not sampled:
-        return None
+        return []
     if type(module).forward is nn.Sequential.forward:
         children = list(module._modules)
         first = min(children.index(name.split(".")[0]) for name in sampled)
         if first == 0:
-            return None
+            return []
         head = nn.Sequential(OrderedDict(list(module._modules.items())[first:]))  # type: ignore[arg-type]
-        return Trunk(module, layout, whole, head, "")
+        return [Trunk(module, layout, whole, head, "")]
     owners = [
         name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         for name in sampled
     ]
-    path = owners[0].split(".")
+    path = owners[0].split(".") if owners[0] else []
     for owner in owners[1:]:
         shared = 0
         for mine, theirs in zip(path, owner.split("."), strict=False):
@@ -126,10 +138,8 @@ def trunk_of(module: nn.Module, layout: Layout, whole: Skeleton) -> Trunk | None
                 break
             shared += 1
         path = path[:shared]
-    prefix = ".".join(path)
-    if not prefix:
-        return None
-    return Trunk(module, layout, whole, module.get_submodule(prefix), prefix)
+    prefixes = [".".join(path[:depth]) for depth in range(len(path), 0, -1)]
+    return [Trunk(module, layout, whole, module.get_submodule(prefix), prefix) for prefix in prefixes[:MOST_HEADS]]
 
 
 def _versions(output: Any) -> list[int]:

@@ -71,25 +71,17 @@ class Runner:
         """Outputs [B, ...] of one sample by Python; in train mode with random numbers from `draw_key`."""
         return self.skeleton(params, x, device=self.device, draw_key=draw_key)
 
-    def known(self) -> bool:
-        """Whether a forward was run in the present modes, by this thread."""
+    def draws(self) -> bool | None:
+        """Whether a forward in the present modes draws random numbers; None where this thread has run none yet."""
         shell = self.skeleton.shell()
-        return self.skeleton.follow_modes(shell, may_draw=True) in shell.draws
-
-    def draws(self) -> bool:
-        """Whether a forward in the present modes draws random numbers; one was run before."""
-        shell = self.skeleton.shell()
-        return shell.draws.get(self.skeleton.follow_modes(shell, may_draw=True), True)
+        return shell.draws.get(self.skeleton.follow_modes(shell, may_draw=True))
 
     def single(self, form: Form, params: Params, x: Any) -> Outputs:
         """Outputs [B, ...] of one sample by a trace."""
         shell = self.skeleton.shell()
         self.skeleton.follow_modes(shell, may_draw=True)
         values = self.skeleton.values(shell, params, self.device)
-        if isinstance(x, Tensor):
-            traced = self.function("loop", form, values, [x], _LEAF)
-            return put_together(traced.function(*values, x), traced.form)
-        leaves, structure = pytree.tree_flatten(x)
+        leaves, structure = _apart(x)
         traced = self.function("loop", form, values, leaves, structure)
         return put_together(traced.function(*values, *_tensors(leaves)), traced.form)
 
@@ -144,7 +136,7 @@ class Runner:
                     fresh = self.skeleton.values(shell, params, self.device)
                     values = [value if place in places else fresh[place] for place, value in enumerate(values)]
             return combined(stacked, outputs)  # K times [B, ...] -> [K, B, ...]
-        leaves, structure = pytree.tree_flatten(x)
+        leaves, structure = _apart(x)
         for place, column in zip(places, columns, strict=True):
             values[place] = column[0]
         traced = self.function("loop", way.form, values, leaves, structure)
@@ -162,7 +154,7 @@ class Runner:
         values = self.skeleton.values(shell, params, self.device)
         if way.form == "eager":
             return self._batched(lambda given: self.skeleton.run(shell, given, x), (self._axes(),), values)
-        leaves, structure = pytree.tree_flatten(x)
+        leaves, structure = _apart(x)
         values = [value.contiguous() for value in values]
         traced = self.function("vmap", way.form, values, leaves, structure, size)
         tensors = _tensors(leaves)
@@ -203,16 +195,9 @@ class Runner:
             ModuleError: the forward cannot be traced; it says why.
         """
         shell = self.skeleton.shell()
-        key = (
-            strategy,
-            form,
-            size,
-            structure,
-            _signature(values[:1]),
-            _signature(leaves),
-            shell.modes,
-            _autocast(),
-        )
+        first = leaves[0] if structure is _LEAF else None
+        shapes = (first.shape, first.stride(), first.dtype) if first is not None else (structure, *_signature(leaves))
+        key = strategy, form, size, values[0].dtype, shapes, shell.modes, _autocast()
         found = self._functions.get(key)
         if found is None:
             with self._lock:
@@ -339,7 +324,14 @@ def _signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple([(leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
+def _apart(x: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of x and its structure; without a walk for a tensor alone."""
+    return ([x], _LEAF) if isinstance(x, Tensor) else pytree.tree_flatten(x)
+
+
 def _autocast() -> tuple[Any, ...]:
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     return tuple(
         [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")]
     )

@@ -84,11 +84,25 @@ def test_auto_takes_the_least_time_of_what_is_open(monkeypatch: pytest.MonkeyPat
     profile = profiled(lambda: runner.one({n: t[0] for n, t in params.items()}, x, ("a",)), [x])
     for costs, best in (
         (
-            {"loop": 1.0, "vmap of 8": 4.0, "vmap of 32": 40.0, "loop, traced": 2.0, "vmap of 8, traced": 9.0},
+            {
+                "loop": 1.0,
+                "vmap of 8": 4.0,
+                "vmap of 32": 40.0,
+                "loop, traced": 2.0,
+                "vmap of 8, traced": 9.0,
+                "vmap of 2, traced": 9.0,
+            },
             "vmap of 8",
         ),
         (
-            {"loop": 1.0, "vmap of 8": 9.0, "vmap of 32": 90.0, "loop, traced": 0.5, "vmap of 8, traced": 9.0},
+            {
+                "loop": 1.0,
+                "vmap of 8": 9.0,
+                "vmap of 32": 90.0,
+                "loop, traced": 0.5,
+                "vmap of 8, traced": 9.0,
+                "vmap of 2, traced": 9.0,
+            },
             "loop, traced",
         ),
         (
