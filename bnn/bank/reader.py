@@ -34,6 +34,7 @@ from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params, make_block
 
 FOLIO_BYTES = 2 * 1024 * 1024  # a page fault may map so much at once: Linux 6.18 maps whole folios of the page cache
+MOST_VIEWS = 20_000  # of single samples that a bank keeps: about 10 MB of Python's
 RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
 
 
@@ -71,7 +72,9 @@ class Bank(Sequence[Params]):
         self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         self._starts: list[int] = self._firsts.tolist()
-        self._opened: dict[int, Params] = {}  # the entries of shards that single samples were asked of
+        self._opened: dict[
+            int, Mapping[str, Sequence[Tensor] | Tensor]
+        ] = {}  # shards that single samples were asked of
         self._touched: OrderedDict[int, int] = OrderedDict()  # shard -> bytes seen since it was released
 
     # Ways to make one
@@ -244,7 +247,7 @@ class Bank(Sequence[Params]):
         row = index - self._starts[place]
         tensors = self._opened.get(place)
         if tensors is None:
-            tensors = self._opened[place] = {name: self._tensor(place, name) for name in self.layout.names}
+            tensors = self._opened[place] = self._rows(place)
         params = {name: tensor[row] for name, tensor in tensors.items()}
         self._count(place, self.layout.num_bytes)
         return params
@@ -279,6 +282,13 @@ class Bank(Sequence[Params]):
         if self._num_writers > 1 and rows.size:
             chain = chain + self._first_chains[torch.from_numpy(places)]
         return self._block_of(tensors, chain)
+
+    def _rows(self, place: int) -> Mapping[str, Sequence[Tensor] | Tensor]:
+        """The entries of a shard, to be indexed by row: as views made once where those are few."""
+        tensors = {name: self._tensor(place, name) for name in self.layout.names}
+        if len(self) * len(tensors) > MOST_VIEWS:
+            return tensors
+        return {name: tensor.unbind(0) for name, tensor in tensors.items()}
 
     def _sliced(self, start: int, stop: int, step: int) -> Block | None:
         """Every step-th row from start on, as views; None unless they are rows of one shard, forwards."""

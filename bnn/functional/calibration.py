@@ -22,6 +22,7 @@ from bnn.types import Params
 CALL_SECONDS = 8e-6  # that Python spends about an operation, which a trace saves
 WORTH_TRACING = 0.05  # share of a sample's time that this must be
 SHORT_TRACE, LONGEST_TRACE = 100, 2000  # operations
+HARDLY_MORE = 1.03  # times the least seconds: within the noise of a measurement
 LONG_SAMPLE = 0.1  # seconds of one sample on a CPU, where there is nothing left to gain by running several at once
 FIRST_BLOCK, GROWTH, WORSE = 8, 4, 1.2  # samples that vmap is tried with first; how they grow, until that costs more
 TRIAL_SECONDS, TRIAL_RUNS, MOST_RUNS = 0.01, 3, 50  # runs of a trial: three, and more while they are short
@@ -78,7 +79,7 @@ def calibrate_single(runner: Runner, params: Params, x: Any, profile: Profile, f
         if form != "eager" and _worth(form, profile, trials[0].seconds or 0.0):
             attempt(Way("loop", form), partial(runner.single, form, params, x))
     allowed = [t for t in trials if t.seconds is not None and t.way.form in forms] or trials[:1]
-    return Choice(min(allowed, key=lambda trial: trial.seconds or 0.0).way, tuple(trials), profile)
+    return Choice(_simplest(allowed), tuple(trials), profile)
 
 
 class Meter(TorchDispatchMode):
@@ -217,8 +218,13 @@ def calibrate(
     allowed = [t for t in trials if t.seconds is not None and t.way.form in forms] or [
         t for t in trials if t.seconds is not None
     ]
-    chosen = min(allowed, key=lambda trial: trial.seconds or 0.0)
-    return Choice(chosen.way, tuple(trials), profile)
+    return Choice(_simplest(allowed), tuple(trials), profile)
+
+
+def _simplest(trials: list[Trial]) -> Way:
+    """The first way, as they are tried from simple to involved, that takes hardly more than the fastest."""
+    least = min(trial.seconds or 0.0 for trial in trials)
+    return next(trial.way for trial in trials if (trial.seconds or 0.0) <= HARDLY_MORE * least)
 
 
 def words(error: Exception) -> str:
