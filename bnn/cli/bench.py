@@ -248,9 +248,10 @@ def _apply(setting: Setting, device: str) -> Iterator[Row]:
     from bnn.functional import FunctionalModel
 
     x, module = setting.x.to(device), copy.deepcopy(setting.module).to(device)
-    loop = FunctionalModel(setting.module, setting.bank, device=device)
-    vmap = FunctionalModel(setting.module, setting.bank, device=device, strategy="vmap")
+    loop = FunctionalModel(setting.module, setting.bank, device=device, strategy="loop")
+    auto = FunctionalModel(setting.module, setting.bank, device=device)
     on_device = [{name: tensor.to(device) for name, tensor in one.items()} for one in setting.state_dicts]
+    stacked = {name: torch.stack([one[name] for one in on_device]) for name in on_device[0]}
     size = len(setting.state_dicts)
 
     @torch.no_grad()
@@ -261,8 +262,12 @@ def _apply(setting: Setting, device: str) -> Iterator[Row]:
 
     @torch.no_grad()
     def by_block() -> int:
-        for start in range(0, size, BLOCK):
-            vmap(x, slice(start, start + BLOCK))
+        auto(x, slice(None))
+        return _synchronised(size, device)
+
+    @torch.no_grad()
+    def vmapped() -> int:
+        torch.func.vmap(lambda params: torch.func.functional_call(module, params, (x,)))(stacked)
         return _synchronised(size, device)
 
     @torch.no_grad()
@@ -287,15 +292,16 @@ def _apply(setting: Setting, device: str) -> Iterator[Row]:
             module(x)
         return _synchronised(size, device)
 
-    ours = {"loop": per_second(by_index), f"vmap {BLOCK}": per_second(by_block)}
+    ours = {"loop": per_second(by_index), "auto": per_second(by_block)}
     rivals = {
         "param.data": per_second(assign),
         "load_state_dict": per_second(load),
+        "stack_module_state and vmap": per_second(vmapped),
         "torch.load + load_state_dict": per_second(load_file),
     }
     with torch.no_grad():
         module.load_state_dict(on_device[3])
-        _require(torch.allclose(loop(x, 3), module(x)) and torch.allclose(vmap(x, [3, 5])[0], module(x), atol=1e-5))
+        _require(torch.allclose(loop(x, 3), module(x)) and torch.allclose(auto(x, [3, 5])[0], module(x), atol=1e-5))
     for mine, speed in ours.items():
         for rival, other in rivals.items():
             yield Row("apply", mine, rival, speed, other, setting.num_bytes)

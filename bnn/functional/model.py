@@ -697,8 +697,8 @@ class FunctionalModel:
     def _taken(self, params: Params) -> Params:
         """Samples on the device of the model and in the dtypes of the module; `@` names are left as they are."""
         dtypes = self._dtypes()
-        device = self.device
-        if not dtypes and all(tensor.device == device for tensor in params.values()):
+        first = next(iter(params.values()), None)
+        if not dtypes and (first is None or first.device == self.device):  # the tensors of a bank are all on one device
             return params
         return {
             name: tensor.to(self.device, dtypes.get(name, tensor.dtype), non_blocking=True)

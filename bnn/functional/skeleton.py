@@ -70,6 +70,12 @@ class Shell:
     modes: tuple[bool, ...] | None = None  # train or eval of every part, as they were carried over last
     may_draw: bool = False  # and what was allowed then
 
+    def __post_init__(self) -> None:
+        # As lists of their own, since every call walks through them.
+        self.names = [slot.kept_as for slot in self.slots]
+        self.targets = [(slot.shadow, slot.key) for slot in self.slots]
+        self.empty = [((slot.shadow, slot.key), slot.placeholder) for slot in self.slots]
+
 
 class Skeleton:
     """A module's structure run with given parameters; the module itself is never entered.
@@ -160,23 +166,24 @@ class Skeleton:
 
     def values(self, shell: Shell, params: Params, device: torch.device | None) -> list[Tensor]:
         """A tensor for every slot: the sample's, else the live module's."""
-        values = []
-        for kept_as, _, live, key, _, is_buffer in shell.slots:
-            given = params.get(kept_as)
-            if given is None:
-                if is_buffer:
-                    given = self._private(shell, kept_as, live[key], device)
-                else:
-                    given = live[key].detach() if self._detach else live[key]
-                    given = given if device is None or given.device == device else given.to(device)
-            values.append(given)
+        values: list[Any] = [params.get(name) for name in shell.names]
+        for place, value in enumerate(values):
+            if value is None:
+                values[place] = self._own(shell, shell.slots[place], device)
         return values
+
+    def _own(self, shell: Shell, slot: Slot, device: torch.device | None) -> Tensor:
+        """What the live module has in a slot."""
+        tensor: Tensor = slot.live[slot.key]
+        if slot.is_buffer:
+            return self._private(shell, slot.kept_as, tensor, device)
+        tensor = tensor.detach() if self._detach else tensor
+        return tensor if device is None or tensor.device == device else tensor.to(device)
 
     def run(self, shell: Shell, values: Sequence[Tensor], x: Any) -> Outputs:
         """The forward of this thread's copy with a tensor for every slot."""
-        slots = shell.slots
         try:
-            for (_, shadow, _, key, _, _), value in zip(slots, values, strict=True):
+            for (shadow, key), value in zip(shell.targets, values, strict=True):
                 shadow[key] = value
             if isinstance(x, Tensor):
                 return shell.module(x)
@@ -185,7 +192,7 @@ class Skeleton:
             args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
             return shell.module(*args, **(x if isinstance(x, dict) else {}))
         finally:
-            for _, shadow, _, key, placeholder, _ in slots:
+            for (shadow, key), placeholder in shell.empty:
                 shadow[key] = placeholder  # keeps no sample alive, nor a tensor of a transform that has ended
             if shell.clones:
                 for name in [name for name, clone in shell.clones.items() if version(clone.tensor) != clone.version]:
