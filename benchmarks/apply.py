@@ -40,7 +40,7 @@ from bnn.seeding import generator
 from bnn.types import Params, make_block
 
 ROWS, SAMPLES = (1, 128, 1024), (1, 10, 100, 1000)
-TURN_SECONDS, TURNS, MOST_TURNS, ROW_SECONDS = 0.4, 3, 10, 0.01
+TURN_SECONDS, TURNS, MOST_TURNS, ROW_SECONDS = 0.2, 3, 10, 0.01
 HELD = 3 * 2**30  # bytes of samples that are kept in memory
 VMAP_BYTES = 2**31  # that the rivals' vmap over all samples may take, about
 AUTO, LOOP, VMAP, COMPILED = "bnn, auto", "bnn, loop", "bnn, vmap", "bnn, vmap compiled"
@@ -95,8 +95,8 @@ def ways_of(cell: Cell, setting: Setting, x: Tensor, peer: Peer | None) -> Itera
         (VMAP, {"strategy": "vmap", "compile": False}),
         (COMPILED, {"strategy": "vmap", "compile": True}),
     ):
-        if name == COMPILED and not cell.task.widths:
-            continue  # minutes for each shape
+        if name == COMPILED and not (cell.task.widths and cell.samples == 100):
+            continue  # a quarter of a minute and more for each shape
         net = bnn.FunctionalModel(module, bank, device=device, **options)  # type: ignore[arg-type]
 
         def ours(size: int, net: bnn.FunctionalModel = net) -> Tensor:
@@ -106,6 +106,7 @@ def ways_of(cell: Cell, setting: Setting, x: Tensor, peer: Peer | None) -> Itera
                 return net(x, slice(0, size))
             return torch.cat([net(x, slice(start, start + 1024)) for start in range(0, size, 1024)])
 
+        ours.net = net  # type: ignore[attr-defined]
         yield name, ours
     own = copy.deepcopy(module)
     rows = [{name: tensor[k] for name, tensor in stacked.items()} for k in range(min(len(bank), cell.samples))]
@@ -258,6 +259,10 @@ def measured(cell: Cell, setting: Setting, python: str | None) -> list[dict[str,
         {**shared, "way": name, "seconds": best[name] * cell.samples / size_of[name], "timed": size_of[name]}
         for name in best
     ]
+    for row in found:
+        if row["way"] == AUTO:  # what it chose for the block; a single sample is run through Python at first
+            choices = list(ways[AUTO].net._choices.values())  # type: ignore[attr-defined]
+            row["chosen"] = str(choices[-1].way) if choices else "loop"
     return found + [{**shared, "way": name, "seconds": None, "why": why} for name, why in failed.items()]
 
 
@@ -291,6 +296,53 @@ def _seconds(way: Way, size: int, device: str, peer: Peer | None) -> float:
         spent += time.perf_counter() - start
         calls += 1
     return spent / calls
+
+
+def deep() -> dict[str, float]:
+    """Sixty tiny layers, B = 4: times the plain call of the module, each call under another of 64 samples."""
+    module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(60)])
+    states = [{name: 0.3 * torch.randn_like(value) for name, value in module.state_dict().items()} for _ in range(64)]
+    bank, x = bnn.Bank.from_state_dicts(states, module=module), torch.randn(4, 8)
+    loop, auto = bnn.FunctionalModel(module, bank, strategy="loop", compile=False), bnn.FunctionalModel(module, bank)
+    order = torch.randperm(64).tolist()
+
+    def plain(size: int) -> Tensor:
+        return torch.stack([module(x) for _ in order[:size]])
+
+    def under(net: bnn.FunctionalModel) -> Way:
+        return lambda size: torch.stack([net(x, index) for index in order[:size]])
+
+    def called(size: int) -> Tensor:
+        return torch.stack([torch.func.functional_call(module, states[index], (x,)) for index in order[:size]])
+
+    ways: dict[str, Way] = {"plain": plain, LOOP: under(loop), AUTO: under(auto), "functional_call": called}
+    best = dict.fromkeys(ways, math.inf)
+    with torch.no_grad():
+        torch.testing.assert_close(ways[AUTO](64), called(64))
+        for _ in range(20):
+            for name, way in ways.items():
+                best[name] = min(best[name], _seconds(way, 64, "cpu", None))
+    return {name: seconds / best["plain"] for name, seconds in best.items()}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The grid for a page: microseconds a sample, times as fast as the best rival, share of the bare arithmetic."""
+    cells = {(row["task"], row["rows"], row["samples"]): row for row in found["compared"]}
+    chosen = {(row["task"], row["rows"], row["samples"]): row["chosen"] for row in found["rows"] if "chosen" in row}
+    lines = [
+        "| module | B | " + " | ".join(f"S = {samples:,}" for samples in SAMPLES) + " | chosen at S = 100 |",
+        "|---|---|" + "---|" * (len(SAMPLES) + 1),
+    ]
+    for task in dict.fromkeys(row["task"] for row in found["compared"]):
+        for rows in ROWS:
+            shown = []
+            for samples in SAMPLES:
+                cell = cells[task, rows, samples]
+                shown.append(
+                    f"{cell['microseconds_a_sample']:,.0f} · {cell['times_as_fast_as_best_rival']:.2f} · {cell['share_of_ceiling']:.2f}"
+                )
+            lines.append(f"| {task} | {rows:,} | " + " | ".join(shown) + f" | {chosen[task, rows, 100]} |")
+    return lines
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -362,15 +414,19 @@ def main() -> None:
                 show(compared(fresh)[0])
                 if options.json is not None:
                     keep(options.json, rows)
+    if options.device == "cpu" and options.json is not None:
+        keep(options.json, rows, deep())
 
 
-def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+def keep(path: Path, rows: list[dict[str, Any]], deep: dict[str, float] | None = None) -> None:
     """The whole file anew, a line a row."""
-    found = {
-        "question": __doc__.splitlines()[0],
+    found: dict[str, Any] = {
+        "question": (__doc__ or "").splitlines()[0],
         "machine": machine(),
         "versions": {"torch": torch.__version__, "pyro": pyro.__version__},
-    }  # type: ignore[union-attr]
+    }
+    if deep is not None:
+        found["sixty_layers_over_plain"] = deep
     lines = [json.dumps(found)[1:-1]]
     lines += [
         f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in part) + "\n]"

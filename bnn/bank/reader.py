@@ -245,10 +245,10 @@ class Bank(Sequence[Params]):
         index = index + size if index < 0 else index
         place = bisect.bisect_right(self._starts, index) - 1
         row = index - self._starts[place]
-        tensors = self._opened.get(place)
-        if tensors is None:
-            tensors = self._opened[place] = self._rows(place)
-        params = {name: tensor[row] for name, tensor in tensors.items()}
+        opened = self._opened.get(place)
+        if opened is None:
+            opened = self._opened[place] = self._rows(place)
+        params = dict(opened[row]) if isinstance(opened, list) else {name: t[row] for name, t in opened.items()}
         self._count(place, self.layout.num_bytes)
         return params
 
@@ -283,12 +283,13 @@ class Bank(Sequence[Params]):
             chain = chain + self._first_chains[torch.from_numpy(places)]
         return self._block_of(tensors, chain)
 
-    def _rows(self, place: int) -> Mapping[str, Sequence[Tensor] | Tensor]:
-        """The entries of a shard, to be indexed by row: as views made once where those are few."""
+    def _rows(self, place: int) -> Params | list[Params]:
+        """The entries of a shard, to be indexed by row; where those are few, a sample a row, with views made once."""
         tensors = {name: self._tensor(place, name) for name in self.layout.names}
         if len(self) * len(tensors) > MOST_VIEWS:
             return tensors
-        return {name: tensor.unbind(0) for name, tensor in tensors.items()}
+        columns = [tensor.unbind(0) for tensor in tensors.values()]
+        return [dict(zip(tensors, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _sliced(self, start: int, stop: int, step: int) -> Block | None:
         """Every step-th row from start on, as views; None unless they are rows of one shard, forwards."""

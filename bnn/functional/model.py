@@ -309,7 +309,7 @@ class FunctionalModel:
                 form = self._single_form(params, x)
                 if form != "eager":
                     return self._guarded(params, x, lambda: runner.single(form, params, x))
-            return self._guarded(params, x, lambda: runner.one(params, x, _NO_DRAW))
+            return self._guarded(params, x, lambda: runner.again(params, x))
         # The first forward in these modes, on clones: what it writes into them is seen, and refused.
         given = {name: tensor.clone() for name, tensor in params.items() if not name.startswith("@")}
         own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)

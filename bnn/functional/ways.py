@@ -71,15 +71,19 @@ class Runner:
         """Outputs [B, ...] of one sample by Python; in train mode with random numbers from `draw_key`."""
         return self.skeleton(params, x, device=self.device, draw_key=draw_key)
 
+    def again(self, params: Params, x: Any) -> Outputs:
+        """Outputs [B, ...] of one sample by Python, in modes in which `draws` was just found to be False."""
+        shell = self.skeleton.shell()
+        return self.skeleton.run(shell, self.skeleton.values(shell, params, self.device), x)
+
     def draws(self) -> bool | None:
         """Whether a forward in the present modes draws random numbers; None where this thread has run none yet."""
         shell = self.skeleton.shell()
         return shell.draws.get(self.skeleton.follow_modes(shell, may_draw=True))
 
     def single(self, form: Form, params: Params, x: Any) -> Outputs:
-        """Outputs [B, ...] of one sample by a trace."""
+        """Outputs [B, ...] of one sample by a trace, in such modes."""
         shell = self.skeleton.shell()
-        self.skeleton.follow_modes(shell, may_draw=True)
         values = self.skeleton.values(shell, params, self.device)
         leaves, structure = _apart(x)
         traced = self.function("loop", form, values, leaves, structure)
