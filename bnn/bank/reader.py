@@ -72,9 +72,7 @@ class Bank(Sequence[Params]):
         self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         self._starts: list[int] = self._firsts.tolist()
-        self._opened: dict[
-            int, Mapping[str, Sequence[Tensor] | Tensor]
-        ] = {}  # shards that single samples were asked of
+        self._opened: dict[int, Params | list[Params]] = {}  # shards that single samples were asked of
         self._touched: OrderedDict[int, int] = OrderedDict()  # shard -> bytes seen since it was released
 
     # Ways to make one
