@@ -325,26 +325,6 @@ def deep() -> dict[str, float]:
     return {name: seconds / best["plain"] for name, seconds in best.items()}
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """The grid for a page: microseconds a sample, times as fast as the best rival, share of the bare arithmetic."""
-    cells = {(row["task"], row["rows"], row["samples"]): row for row in found["compared"]}
-    chosen = {(row["task"], row["rows"], row["samples"]): row["chosen"] for row in found["rows"] if "chosen" in row}
-    lines = [
-        "| module | B | " + " | ".join(f"S = {samples:,}" for samples in SAMPLES) + " | chosen at S = 100 |",
-        "|---|---|" + "---|" * (len(SAMPLES) + 1),
-    ]
-    for task in dict.fromkeys(row["task"] for row in found["compared"]):
-        for rows in ROWS:
-            shown = []
-            for samples in SAMPLES:
-                cell = cells[task, rows, samples]
-                shown.append(
-                    f"{cell['microseconds_a_sample']:,.0f} · {cell['times_as_fast_as_best_rival']:.2f} · {cell['share_of_ceiling']:.2f}"
-                )
-            lines.append(f"| {task} | {rows:,} | " + " | ".join(shown) + f" | {chosen[task, rows, 100]} |")
-    return lines
-
-
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the grid was asked to show, a row a cell: times as fast as the best rival, as Pyro; share of the ceiling."""
     cells: dict[tuple[Any, ...], dict[str, float]] = {}

@@ -84,3 +84,17 @@ def test_speeds_of_hmc_are_those_of_its_page() -> None:
     worth = {row["way"]: row for row in found("hmc")["rows"] if row["part"] == "worth"}
     assert f"{worth['bnn']['ess_per_second'] / worth['NumPyro NUTS']['ess_per_second']:.2f} times the bulk ESS" in page
     assert f"(R-hat {worth['bnn']['rhat']:.2f})" in page
+
+
+def test_the_page_on_applying_shows_the_committed_grid() -> None:
+    run = found("apply")
+    lines = runpy.run_path(str(ROOT / "benchmarks" / "apply_table.py"))["table"](run)
+    page = (ROOT / "docs" / "applying.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in page
+    assert {(row["rows"], row["samples"]) for row in run["compared"]} == {
+        (b, s) for b in (1, 128, 1024) for s in (1, 10, 100, 1000)
+    }
+    for row in run["compared"]:
+        assert 0 < row["share_of_ceiling"] < 2.5, row  # above 1 where biases go inside products, or blocks are smaller
+    deep = run["sixty_layers_over_plain"]
+    assert f'{deep["bnn, loop"]:.2f} times its plain call by loop, {deep["bnn, auto"]:.2f} by `"auto"`' in page
