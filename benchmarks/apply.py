@@ -261,7 +261,7 @@ def measured(cell: Cell, setting: Setting, python: str | None) -> list[dict[str,
     ]
     for row in found:
         if row["way"] == AUTO:  # what it chose for the block; a single sample is run through Python at first
-            choices = list(ways[AUTO].net._choices.values())  # type: ignore[attr-defined]
+            choices = list(ways[AUTO].net._chooser.choices.values())  # type: ignore[attr-defined]
             row["chosen"] = str(choices[-1].way) if choices else "loop"
     return found + [{**shared, "way": name, "seconds": None, "why": why} for name, why in failed.items()]
 

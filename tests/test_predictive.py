@@ -161,7 +161,7 @@ def test_the_size_of_blocks_does_not_matter(
     log_weight, share = random_weights(70, weighted)
     net, sizes = table_net(logits, log_weight=log_weight), []
     if limit == "outputs":
-        net.memory = 4 * 8 * numbers  # a quarter of it is for outputs
+        net._chooser.memory = 4 * 8 * numbers  # a quarter of it is for outputs
     else:
         monkeypatch.setattr(functional_model, "BLOCK_BYTES", numbers * 8)
     whole = net.bank.block

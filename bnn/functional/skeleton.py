@@ -202,7 +202,8 @@ class Skeleton:
     def _private(shell: Shell, name: str, buffer: Tensor, device: torch.device | None) -> Tensor:
         clone = shell.clones.get(name)
         if clone is None or clone.live is not buffer or clone.live_version != version(buffer):
-            copied = buffer.detach().to(device or buffer.device, copy=True)
+            with torch.inference_mode(False):  # kept, and used in calls that are not in it
+                copied = buffer.detach().to(device or buffer.device, copy=True)
             clone = shell.clones[name] = _Clone(buffer, version(buffer), copied, version(copied))
         return clone.tensor
 

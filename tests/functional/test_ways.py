@@ -293,7 +293,7 @@ def test_blocks_keep_to_a_budget(strategy: Any) -> None:
                 lambda net=net, params=params: net.apply(bank.block(slice(None)), x), [x, *params.values()]
             ).bytes  # type: ignore[misc]
         assert peak <= budget + outputs
-        way = next(iter(net._choices.values())).way
+        way = next(iter(net._chooser.choices.values())).way
         assert (way.rows is None) == (budget > one)
 
 
@@ -308,7 +308,7 @@ def test_rows_of_a_module_that_mixes_them_are_not_cut() -> None:
     with torch.no_grad():
         for k, found in enumerate(net(x, slice(None))):
             torch.testing.assert_close(found, F.linear(x - x.mean(dim=0), bank[k]["weight"], bank[k]["bias"]))
-    assert next(iter(net._choices.values())).way.rows is None
+    assert next(iter(net._chooser.choices.values())).way.rows is None
     assert mixes_rows(lambda part: module(part), x, rows_of)
     assert not mixes_rows(lambda part: F.linear(part, module.weight), x, rows_of)
     assert mixes_rows(lambda part: module.weight, x, rows_of)  # no row of its own for each
@@ -338,13 +338,13 @@ def test_out_of_memory_halves_samples_and_then_rows_and_says_so_once() -> None:
     with pytest.warns(SlowerWay, match="out of memory by vmap of 6: going on by vmap of 3") as said, torch.no_grad():
         torch.testing.assert_close(net(x, slice(None)), expected)
     assert len(said) == 1
-    assert [choice.way for choice in net._choices.values()] == [Way("vmap", "eager", 1)]
+    assert [choice.way for choice in net._chooser.choices.values()] == [Way("vmap", "eager", 1)]
     with torch.no_grad():  # no more warnings, which would be errors here
         torch.testing.assert_close(net(x, slice(None)), expected)
         x = normal(30, 4)
         found = net(x, slice(None))
     torch.testing.assert_close(found, torch.stack([F.linear(x, one["weight"], one["bias"]) for one in net.bank]))
-    assert [choice.way for choice in net._choices.values()][1] == Way("vmap", "eager", 1, 7)
+    assert [choice.way for choice in net._chooser.choices.values()][1] == Way("vmap", "eager", 1, 7)
 
 
 def test_out_of_memory_that_cannot_be_halved_is_raised() -> None:
