@@ -8,10 +8,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bnn.errors import DataError
 from bnn.likelihoods import poisson_log_prob, student_t_log_prob
 from bnn.metrics import mixture_cdf, mixture_log_prob
-
-BISECTIONS = 60  # halve a bracket until the two ends are neighbouring numbers, about
 
 
 class NormalMixture(NamedTuple):
@@ -120,14 +119,23 @@ Mixture: TypeAlias = NormalMixture | StudentTMixture | PoissonMixture
 
 
 def quantile(mixture: Mixture, level: float) -> Tensor:
-    """The value y [B, C] with P(Y <= y) = level, by bisection; of counts, the least one with P(Y <= y) >= level."""
+    """The value y [B, C] with P(Y <= y) = level, by bisection to neighbouring numbers; of counts, the least with P >= level.
+
+    Raises:
+        DataError: rates of counts too large for a number.
+    """
     counts = isinstance(mixture, PoissonMixture)
+    kept = mixture.log_weight > -torch.inf  # samples of no weight have no say in where to look
     if isinstance(mixture, PoissonMixture):
-        centre = mixture.log_rates.exp()
+        centre = mixture.log_rates[kept].exp()
         spread = centre.sqrt() + 1.0
     else:
-        centre = mixture.means if isinstance(mixture, NormalMixture) else mixture.locs
-        spread = mixture.scales.expand_as(centre)
+        centre = (mixture.means if isinstance(mixture, NormalMixture) else mixture.locs)[kept]
+        spread = mixture.scales[kept].expand_as(centre)
+    if not torch.isfinite(centre).all():
+        raise DataError(
+            "quantiles", want="finite rates", got="one beyond 1e308", fix="check the inputs, or drop the sample"
+        )
     width = 10.0
     below, above = (centre - width * spread).amin(dim=0), (centre + width * spread).amax(dim=0)  # [B, C]
     while not ((mixture.cdf(below) <= level) & (mixture.cdf(above) >= level)).all():
@@ -135,12 +143,13 @@ def quantile(mixture: Mixture, level: float) -> Tensor:
         below, above = (centre - width * spread).amin(dim=0), (centre + width * spread).amax(dim=0)
     if counts:
         below, above = below.clamp_min(-1.0).floor(), above.ceil()
-    for _ in range(BISECTIONS):
+    while True:
         middle = 0.5 * (below + above)
         middle = middle.floor() if counts else middle
+        if ((middle <= below) | (middle >= above)).all():
+            return above
         low = mixture.cdf(middle) < level
         below, above = torch.where(low, middle, below), torch.where(low, above, middle)
-    return above
 
 
 def _average(values: Tensor, log_weight: Tensor) -> Tensor:

@@ -353,7 +353,8 @@ def _shown(loader: DataLoader[Any], progress: bool | None) -> Iterator[Any]:
     disable = None if progress is None else not progress
     sized: Iterable[Any] = loader
     for part in tqdm(sized, desc="predict", unit="batch", delay=1.0, disable=disable):
-        yield part[0] if isinstance(part, (tuple, list)) else part
+        x = part[0] if isinstance(part, (tuple, list)) else part
+        yield tuple(x) if isinstance(x, list) else x  # a pair of inputs is collated into a list
 
 
 def _joined(parts: Sequence[Any]) -> Predictive:

@@ -12,7 +12,11 @@ from bnn.errors import NotConverged
 from bnn.functional import SampleSource
 
 GROUPS = 16  # runs of draws, of all chains together, whose means tell how much draws are alike
-LEAST_SAMPLES = 32  # before a standard error is believed
+LEAST_SAMPLES, LEAST_EFFECTIVE = (
+    32,
+    16,
+)  # samples, and what they are worth by their weights, before an error is believed
+HEAVY = 10.0  # times the mean weight of the samples used
 
 
 class Spread:
@@ -92,16 +96,32 @@ class Spread:
         """Whether the tolerance is kept; warns where all samples are used and it is not."""
         if self._tolerance is None or self.count < min(LEAST_SAMPLES, len(self.log_weight)):
             return False
+        left = self.count < len(self.log_weight)
+        if left and not self._alike and not self._weights_are_met():
+            return False
         worst = float(self.standard_error().max())
-        if worst <= self._tolerance:
+        effective = float(self.total.square() / self._squares)
+        if worst <= self._tolerance and (self._alike or effective >= LEAST_EFFECTIVE):
             return True
-        if self.count == len(self.log_weight):
+        if not left:
+            few = (
+                ""
+                if self._alike or effective >= LEAST_EFFECTIVE
+                else f", and are worth {effective:.1f} by their weights"
+            )
             warnings.warn(
-                f"all {self.count} samples leave a standard error of {worst:.2g}, above tolerance={self._tolerance:g}: draw more",
+                f"all {self.count} samples leave a standard error of {worst:.2g}{few}; tolerance={self._tolerance:g} is not "
+                "kept: draw more",
                 NotConverged,
                 stacklevel=5,
             )
         return False
+
+    def _weights_are_met(self) -> bool:
+        """Whether no sample that is left weighs much more than those used do on average: weights are known beforehand."""
+        unused = torch.ones(len(self.log_weight), dtype=torch.bool)
+        unused[torch.cat(self._indices)] = False
+        return float(self.log_weight[unused].max().exp()) <= HEAVY * float(self.total) / self.count
 
     def used_weights(self) -> Tensor:
         return self.log_weight[torch.cat(self._indices)].log_softmax(dim=0)

@@ -49,11 +49,9 @@ def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile can work here: with a C++ compiler, for CUDA with Triton, which torch brings there."""
     from torch._inductor import config as inductor
 
-    return device.type == "cuda" or any(
-        shutil.which(name)
-        for option in (inductor.cpp.cxx,)
-        for name in (*(o for o in (option if isinstance(option, tuple) else (option,)) if o), "c++", "g++", "clang++")
-    )
+    option = inductor.cpp.cxx
+    chosen = [name for name in (option if isinstance(option, tuple) else (option,)) if name]
+    return device.type == "cuda" or any(shutil.which(name) for name in (*chosen, "c++", "g++", "clang++"))
 
 
 def simplify(graph: fx.GraphModule) -> None:
@@ -104,7 +102,8 @@ def _does_nothing(node: fx.Node) -> bool:
         return False
     same = before.shape == after.shape
     if node.target is aten.mul.Scalar:
-        return same and bool(node.args[1] == 1)
+        returned = any(user.op == "output" for user in node.users)  # outputs are no inputs
+        return same and bool(node.args[1] == 1) and not returned
     views = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
     return node.target in views and same and before.stride() == after.stride()
 
@@ -120,7 +119,9 @@ def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:
             part.meta["val"].shape if isinstance(part.meta.get("val"), Tensor) else None
             for part in (product, bias, node)
         ]
+        dtypes = {part.meta["val"].dtype for part in (product, bias, node) if isinstance(part.meta.get("val"), Tensor)}
         fits = product.target is torch.ops.aten.bmm.default and len(product.users) == 1 and shapes[0] == shapes[2]
+        fits = fits and len(dtypes) == 1
         if fits and shapes[1] is not None and len(shapes[1]) in (0, 1, 2, 3):
             with graph.inserting_before(node):
                 fused = graph.call_function(torch.ops.aten.baddbmm.default, (bias, *product.args))

@@ -822,7 +822,7 @@ def test_chains_that_disagree_make_the_error_larger() -> None:
     chain = torch.arange(4).repeat_interleave(500)
     centres = torch.tensor([-3.0, -1.0, 1.0, 3.0], dtype=torch.float64)
     values = 0.1 * random(2000, ROWS, 1) + centres[chain][:, None, None]
-    with pytest.warns(NotConverged, match=r"all 2000 samples leave a standard error of .* above tolerance=0\.1"):
+    with pytest.warns(NotConverged, match=r"all 2000 samples leave a standard error of .* tolerance=0\.1 is not kept"):
         found = predict(drawn_net(values, chain), torch.arange(ROWS), likelihood=Gaussian(0.5), tolerance=0.1)
     assert found.samples_used.tolist() == [2000] * ROWS
     # 16 runs of draws, four a chain: sum of (m_g - m)^2 / 16^2 over them, 16 / 15 of it
@@ -864,3 +864,52 @@ def test_memory_of_a_prediction_does_not_grow_with_the_bank() -> None:
             predict(net, torch.arange(50), likelihood=Categorical())
         peaks.append(meter.peak)
     assert peaks[1] < peaks[0] + 10_000 * 8 * 8  # some columns [S] besides
+
+
+def test_a_tolerance_waits_for_samples_that_weigh_much() -> None:
+    """Weights are known beforehand: what has most of them is seen before the error is believed."""
+    log_weight = torch.zeros(1024, dtype=torch.float64)
+    log_weight[777] = 20.0
+    values = random(1024, ROWS, 1)
+    net = drawn_net(values, torch.zeros(1024, dtype=torch.int64), log_weight)
+    with pytest.warns(NotConverged, match="are worth 1.0 by their weights"):
+        found = predict(net, torch.arange(ROWS), likelihood=Gaussian(0.5), tolerance=0.03)
+    close(found.mean, values[777], 1e-4)
+    first = torch.zeros(1024, dtype=torch.float64)
+    first[0] = 20.0
+    with pytest.warns(NotConverged, match="are worth 1.0 by their weights"):
+        predict(
+            drawn_net(values, torch.zeros(1024, dtype=torch.int64), first),
+            torch.arange(ROWS),
+            likelihood=Gaussian(0.5),
+            tolerance=0.03,
+        )
+
+
+def test_quantiles_of_samples_far_apart() -> None:
+    means = torch.tensor([0.0, 0.0, 1e18], dtype=torch.float64).reshape(3, 1, 1)
+    even = torch.full((3,), -math.log(3), dtype=torch.float64)
+    spread = NormalMixture(means, torch.ones(3, 1, 1, dtype=torch.float64), even)
+    assert float(spread.cdf(quantile(spread, 0.3))) == pytest.approx(0.3, abs=1e-9)
+    none = torch.tensor([-math.log(2), -math.log(2), -math.inf], dtype=torch.float64)
+    assert abs(float(quantile(NormalMixture(means * 100, spread.scales, none), 0.5))) < 1e-9
+    rates = torch.full((1, 1, 1), 710.0, dtype=torch.float64)
+    with pytest.raises(DataError, match="want finite rates"):
+        quantile(PoissonMixture(rates, torch.zeros(1, dtype=torch.float64)), 0.5)
+
+
+def test_pairs_of_inputs_come_through_a_loader() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.fc(left) * right
+
+    module = Pair()
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([module.state_dict()] * 2, module=module))
+    left, right = torch.randn(ROWS, 4), torch.randn(ROWS, 3)
+    rows = [((left[k], right[k]), 0) for k in range(ROWS)]
+    found = predict(net, DataLoader(rows, batch_size=4), likelihood=Categorical())  # type: ignore[arg-type]
+    close(found.mean, predict(net, (left, right), likelihood=Categorical()).mean)

@@ -47,6 +47,11 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
     "one row": (batched, (normal(3, 6, 4), normal(3, 6), normal(1, 4))),
     "one sample": (batched, (normal(1, 6, 4), normal(1, 6), normal(5, 4))),
     "a product used twice": (twice_used, (normal(3, 6, 4), normal(3, 6), normal(5, 4))),
+    "a bias of another kind": (
+        lambda a, b, c: torch.bmm(a, b) + c.round().to(torch.int64),
+        (normal(3, 5, 4), normal(3, 4, 2), normal(3, 5, 2)),
+    ),
+    "a product with 1 alone": (lambda x: x * 1, (normal(5, 4),)),
     "convolutions": (convolved, (normal(3, 4, 2, 3, 3), normal(5, 2, 6, 6))),
     "a copy that is written to": (written, (normal(3, 6, 4), normal(3, 6), normal(5, 4))),
 }

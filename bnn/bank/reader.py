@@ -182,6 +182,7 @@ class Bank(Sequence[Params]):
             BankMismatch: an entry is missing, has another shape, or a buffer of whole numbers differs.
             BankError: a value is NaN or Inf.
         """
+        state_dicts = list(state_dicts)
         sampled = [
             name
             for name, buffer in module.named_buffers()
@@ -424,7 +425,7 @@ class Bank(Sequence[Params]):
         # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
             return Bank._open, (self.path, self._verify, self._snapshot)
-        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), {**self.__dict__, "_opened": {}}  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)

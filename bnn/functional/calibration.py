@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnn.errors import BnnError
 from bnn.functional.outputs import taken_apart
-from bnn.functional.ways import Form, Runner, Way
+from bnn.functional.ways import Form, Runner, Way, num_rows, rows_of
 from bnn.types import Params
 
 CALL_SECONDS = 8e-6  # that Python spends about an operation, which a trace saves
@@ -273,16 +273,12 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     return best
 
 
-def mixes_rows(run: Callable[[Any], Any], x: Any, rows_of: Callable[[Any, slice], Any]) -> bool:
-    """Whether a module's outputs for some rows change with the rows beside them: then a batch cannot be cut."""
+def mixes_rows(run: Callable[[Any], Any], x: Any, rows: int, device: torch.device) -> bool:
+    """Whether outputs of x in pieces of so many rows differ from those of all rows: then a batch cannot be cut."""
+    count = num_rows(x) or 0
     with torch.no_grad():
-        whole = taken_apart(run(rows_of(x, slice(0, 2))))[0]
-        first, second = (taken_apart(run(rows_of(x, slice(k, k + 1))))[0] for k in (0, 1))
-    for both, one, other in zip(whole, first, second, strict=True):
-        if both.shape[:1] != (2,) or one.shape[:1] != (1,):
-            return True
-        apart = torch.cat([one, other]).to(torch.float64)
-        scale = float(both.abs().max()) if both.numel() else 0.0
-        if not torch.allclose(apart, both.to(torch.float64), rtol=0.0, atol=1e-3 * max(scale, 1e-30), equal_nan=True):
-            return True
-    return False
+        whole = taken_apart(run(x))[0]
+        pieces = [taken_apart(run(rows_of(x, slice(start, start + rows))))[0] for start in range(0, count, rows)]
+    if any(tensor.shape[:1] != (count,) for tensor in whole):
+        return True
+    return not close([torch.cat(list(column)) for column in zip(*pieces, strict=True)], whole, device)

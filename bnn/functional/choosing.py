@@ -27,10 +27,12 @@ from bnn.functional.calibration import (
 )
 from bnn.functional.guarding import FIRST_DRAW, OUT_OF_MEMORY, admitted, is_out_of_memory, tensors_of
 from bnn.functional.skeleton import Outputs
-from bnn.functional.ways import Form, Runner, Strategy, Way, num_rows, rows_of
+from bnn.functional.ways import Form, Runner, Strategy, Way, num_rows, rows_of, signature
 from bnn.types import Params
 
 SINGLES_BEFORE_TRACING = 16  # calls of one shape with a single index, before a trace is tried
+
+MOST_CHOICES = 256  # that are kept
 
 Key = tuple[Any, ...]
 
@@ -95,7 +97,7 @@ class Chooser:
         """How single samples of one shape are run: through Python at first, by a trace if that is faster."""
         key = self._key(runner, x, "one sample")
         count = self._singles.get(key, 0)
-        if count < 0:
+        if count < 0 and key in self.choices:
             return self.choices[key].way.form
         if not self._compile and count < SINGLES_BEFORE_TRACING:
             self._singles[key] = count + 1
@@ -159,7 +161,9 @@ class Chooser:
         rows = way.rows if way.rows is not None else num_rows(x)
         if at_once > 1:
             found = way._replace(samples=at_once // 2)
-        elif rows is not None and rows > 1 and not (way.rows is None and self._mixes_rows(runner, params, x)):
+        elif (
+            rows is not None and rows > 1 and not (way.rows is None and self._mixes_rows(runner, params, x, rows // 2))
+        ):
             found = way._replace(rows=rows // 2)
         else:
             raise error
@@ -175,6 +179,10 @@ class Chooser:
         with self._lock:
             if key not in self.choices:
                 found = chosen()
+                while len(self.choices) >= MOST_CHOICES:
+                    oldest = next(iter(self.choices))
+                    del self.choices[oldest], self._labels[oldest]
+                    self._singles.pop(oldest, None)
                 self._labels[key] = label + ", x " + " and ".join(str(list(leaf.shape)) for leaf in tensors_of(x))
                 self.choices[key] = found
             return self.choices[key]
@@ -208,14 +216,16 @@ class Chooser:
             return False
         first = {name: tensor[:1] for name, tensor in params.items()}
         with torch.no_grad():
+            expected = runner.block(Way("loop", "eager", 1, rows), first, x)
             try:
-                runner.block(Way("vmap", "eager", 1, rows), first, x)
-            except Exception as error:  # is it vmap that fails, or the module itself?
-                runner.block(Way("loop", "eager", 1, rows), first, x)
-                self._refused.add(kind)
-                self._say_refused(kind, words(error))
-                return False
-        return True
+                if close(runner.block(Way("vmap", "eager", 1, rows), first, x), expected, self._device):
+                    return True
+                why = "its outputs differ from those of one sample at a time"
+            except Exception as error:  # whatever torch finds
+                why = words(error)
+        self._refused.add(kind)
+        self._say_refused(kind, why)
+        return False
 
     def _compiled_if_asked(self, choice: Choice) -> Choice:
         if not self._compile or choice.way.form == "compiled":
@@ -228,13 +238,22 @@ class Chooser:
     def _rows_at_once(self, runner: Runner, params: Params, x: Any, profile: Profile) -> int | None:
         """Rows of a batch that keep to `memory`; None is all of them."""
         count = num_rows(x) or 0
-        if profile.bytes <= self.memory or count < 2 or self._mixes_rows(runner, params, x):
+        if profile.bytes <= self.memory or count < 2:
             return None
-        return max(1, count * self.memory // profile.bytes)
+        rows = max(1, count * self.memory // profile.bytes)
+        return None if self._mixes_rows(runner, params, x, rows) else rows
 
-    def _mixes_rows(self, runner: Runner, params: Params, x: Any) -> bool:
+    def _mixes_rows(self, runner: Runner, params: Params, x: Any, rows: int) -> bool:
+        """Whether one sample's outputs in pieces of so many rows differ from those of all rows, or of as many as memory holds."""
         first = {name: tensor[0] for name, tensor in params.items()}
-        return mixes_rows(lambda part: runner.one(first, part, FIRST_DRAW), x, rows_of)
+        while True:
+            try:
+                return mixes_rows(lambda part: runner.one(first, part, FIRST_DRAW), x, rows, self._device)
+            except OUT_OF_MEMORY as error:
+                count = num_rows(x) or 0
+                if not is_out_of_memory(error) or count < 4:
+                    raise
+                x, rows = rows_of(x, slice(0, count // 2)), min(rows, count // 4)
 
     def _measured(self, runner: Runner, params: Params, x: Any) -> Profile:
         try:
@@ -253,7 +272,7 @@ class Chooser:
             shapes: Any = (x.shape, x.stride(), x.dtype)
         else:
             leaves, structure = pytree.tree_flatten(x)
-            shapes = structure, *[(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else None for t in leaves]
+            shapes = structure, signature(leaves)
         casts = torch.is_autocast_enabled(self._device.type)
         return kind, shapes, bucket(size), runner.skeleton.shell().modes, casts
 

@@ -25,19 +25,26 @@ class Graphed:
     def __init__(self, function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> None:
         self._lock = threading.Lock()  # one set of static tensors: one replay at a time
         self._inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in arguments]
-        device = self._inputs[0].device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
-            self._outputs = list(function(*self._inputs))
+        self._device = self._inputs[0].device
+        with torch.no_grad(), torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = list(function(*self._inputs))
+            self._done = torch.cuda.Event()
+            self._done.record()
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), torch.cuda.device(self._device):
+            torch.cuda.current_stream().wait_event(self._done)  # of the last replay, which may be another stream's
             torch._foreach_copy_(self._inputs, list(arguments))
             self._graph.replay()
-            return [output.clone() for output in self._outputs]
+            found = [output.clone() for output in self._outputs]
+            self._done.record()
+            return found

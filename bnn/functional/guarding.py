@@ -29,8 +29,7 @@ def admitted(runner: Runner, params: Params, x: Any, *, is_head: bool = False) -
     Raises:
         ModuleError: it writes; the parameter is named.
     """
-    given = {name: tensor.clone() for name, tensor in params.items() if not name.startswith("@")}
-    own = cloned(x)
+    given, own = clones(params, x)
     watched = [*given.values(), *tensors_of(own)]
     before = [version(tensor) for tensor in watched]
     with torch.no_grad():
@@ -45,6 +44,7 @@ def admitted(runner: Runner, params: Params, x: Any, *, is_head: bool = False) -
     if is_head and (after != before or runner.draws()):
         return False  # of samples one after another, the second would see what the first wrote
     _refuse_writes(list(given), before, after)
+    refuse_changes(params, given)
     return True
 
 
@@ -53,8 +53,9 @@ def guarded(params: Params, x: Any, run: Callable[[], Outputs]) -> Outputs:
     watched = [*params.values(), x] if isinstance(x, Tensor) else [*params.values(), *tensors_of(x)]
     try:
         before = [tensor._version for tensor in watched]
-    except RuntimeError:  # tensors of inference mode do not count their writes
-        return run()
+    except RuntimeError:  # inputs of inference mode do not count their writes
+        watched = [tensor for tensor in watched if not tensor.is_inference()]
+        before = [tensor._version for tensor in watched]
     outputs = run()
     after = [tensor._version for tensor in watched]
     if after != before:
@@ -62,9 +63,19 @@ def guarded(params: Params, x: Any, run: Callable[[], Outputs]) -> Outputs:
     return outputs
 
 
-def cloned(x: Any) -> Any:
-    """Inputs of their own."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+def clones(params: Params, x: Any) -> tuple[Params, Any]:
+    """The values of a sample and inputs as tensors of their own, which count what is written into them."""
+    with torch.inference_mode(False):
+        given = {name: tensor.clone() for name, tensor in params.items() if not name.startswith("@")}
+        own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+    return given, own
+
+
+def refuse_changes(params: Params, given: Params) -> None:
+    """Raise ModuleError where clones no longer hold a sample's values: writes by way of `.data` are not counted."""
+    for name, tensor in given.items():
+        if not torch.equal(tensor, params[name]) and not bool((params[name] != params[name]).any()):
+            _refuse_writes([name], [0], [1])
 
 
 def tensors_of(x: Any) -> list[Tensor]:

@@ -21,13 +21,14 @@ from bnn.functional.guarding import (
     FIRST_DRAW,
     OUT_OF_MEMORY,
     admitted,
-    cloned,
+    clones,
     guarded,
     is_out_of_memory,
+    refuse_changes,
     tensors_of,
 )
 from bnn.functional.outputs import combined
-from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of
+from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of, is_transformed
 from bnn.functional.trunk import NotAHead, trunks_of
 from bnn.functional.ways import Form, Runner, Strategy, Way, rows_of
 from bnn.layout import Layout, layout_of
@@ -41,6 +42,7 @@ STRATEGIES: tuple[str, ...] = ("auto", "loop", "vmap")
 BLOCK_BYTES = 64 * 2**20  # of samples read at once, which are copied where they lie in two shards
 MOST_SAMPLES = 1024  # of a block that is streamed
 SPREAD_SAMPLES = 32  # of a block of every n-th sample, after each of which a caller may stop
+LEAST_FOR_TRUNK = 4  # samples, for which what comes before the head is run apart
 SETTLED_BYTES = 2**25  # of values at once, where the choice goes by rule: about a cache
 
 
@@ -123,8 +125,8 @@ class FunctionalModel:
         seed: int = 0,
     ) -> None:
         choose("strategy", strategy, STRATEGIES)
-        if memory < 1:
-            raise ConfigError("memory", want="a number of bytes", got=str(memory), fix="leave it out for 1 GiB")
+        if not isinstance(memory, int) or memory < 1:
+            raise ConfigError("memory", want="a number of bytes", got=repr(memory), fix="leave it out for 1 GiB")
         self.module, self.bank, self.strategy, self.compile = module, bank, strategy, compile
         self.device = torch.device(device) if device is not None else device_of(module)
         self.seed = seed
@@ -178,13 +180,16 @@ class FunctionalModel:
             )
         x = self._moved(x)
         if rows is not None:
-            return self._by_row(x, rows, batch)
-        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.dim() == 0):
+            return self._by_row(x, _as_indices("net(x, rows=)", rows), batch)
+        if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
             return self._single(x, int(index), batch)
-        block = self.bank.block(index)  # type: ignore[arg-type]
+        chosen = index if isinstance(index, slice) else _as_indices("net(x, index)", index)
+        if isinstance(chosen, Tensor) and chosen.dim() == 0:
+            return self._single(x, int(chosen), batch)
+        block = self.bank.block(chosen)
         if block.num_samples == 0:
             raise BankError("net(x, index)", want="at least one sample", got="none", fix="pick indices below len(bank)")
-        return self._apply(self._taken(block.params), self._prepared(x), index, batch)  # type: ignore[arg-type]
+        return self._apply(self._taken(block.params), self._prepared(x, block.num_samples), chosen, batch)
 
     @property
     def memory(self) -> int:
@@ -203,7 +208,7 @@ class FunctionalModel:
             raise BankError("net(x, index)", want="at least one sample", got="none", fix="pick indices below len(bank)")
         x = self._moved(x)
         indices = range(block.num_samples) if indices is None else indices
-        return self._apply(self._taken(block.params), self._prepared(x), indices, batch)
+        return self._apply(self._taken(block.params), self._prepared(x, block.num_samples), indices, batch)
 
     def stream(
         self, x: Any, *, batch: int | None = None, spread: bool = False
@@ -221,7 +226,7 @@ class FunctionalModel:
         x, size = self._moved(x), len(self.bank)
         if not size:
             raise BankError("bank", want="at least one sample", got="none", fix="go on with its fit first")
-        prepared = self._prepared(x)
+        prepared = self._prepared(x, size)
         profile = self._chooser.profile(prepared, self._taken(self.bank.block(slice(0, 1)).params))
         most = max(
             1,
@@ -269,6 +274,7 @@ class FunctionalModel:
 
     def _single(self, x: Any, index: int, batch: int | None) -> Outputs:
         params = self.params(index)
+        index %= len(self.bank)
         runner = self._whole
         draws = runner.draws()
         if draws is not None:
@@ -281,20 +287,21 @@ class FunctionalModel:
                 return guarded(params, x, lambda: runner.again(params, x))
             return guarded(params, x, lambda: runner.single(form, params, x))
         # The first forward in these modes, on clones: what it writes into them is seen, and refused.
-        given = {name: tensor.clone() for name, tensor in params.items() if not name.startswith("@")}
-        own = cloned(x)
+        if is_transformed():
+            return runner.one(params, x, FIRST_DRAW)  # nothing can be learnt of it there
+        given, own = clones(params, x)
         number = self._batches if batch is None else batch
         outputs = guarded(given, own, lambda: runner.one(given, own, self._draw_key(index, number)))
+        refuse_changes(params, given)
         if runner.draws():
             self._next_batch(batch)
         return outputs
 
     # Blocks
 
-    def _prepared(self, x: Any) -> Prepared:
-        """The head and what the fixed beginning makes of x, where the head can stand for the module."""
-        while self._trunks:
-            trunk, head = self._trunks[0]
+    def _prepared(self, x: Any, count: int = LEAST_FOR_TRUNK) -> Prepared:
+        """The head and what the fixed beginning makes of x, where the head can stand for the module under `count` samples."""
+        for trunk, head in self._trunks if count >= LEAST_FOR_TRUNK and not is_transformed() else ():
             params = self._taken(self.bank[0])
             if self._whole.draws() is None:
                 admitted(self._whole, params, x)
@@ -307,7 +314,7 @@ class FunctionalModel:
             except NotAHead:
                 pass
             with self._lock:
-                self._trunks = self._trunks[1:]
+                self._trunks = [pair for pair in self._trunks if pair[0] is not trunk]
         return Prepared(self._whole, x, "module")
 
     def _apply(
@@ -318,6 +325,8 @@ class FunctionalModel:
         batch: int | None,
     ) -> Outputs:
         runner, x, _ = prepared
+        if is_transformed():
+            return runner.block(Way("vmap" if self.strategy == "vmap" else "loop", "eager", len(self.bank)), params, x)
         if runner.draws() is None:
             admitted(runner, {name: tensor[0] for name, tensor in params.items()}, x)
         if runner.draws():
@@ -338,6 +347,10 @@ class FunctionalModel:
         while True:
             try:
                 return guarded(params, x, partial(runner.block, way, params, x))
+            except ModuleError:  # a last, smaller block of a shape that cannot be traced
+                if way.form == "eager" or self.compile:
+                    raise
+                way = way._replace(form="eager")
             except OUT_OF_MEMORY as error:
                 if not is_out_of_memory(error):
                     raise
@@ -347,20 +360,20 @@ class FunctionalModel:
 
     def _by_row(self, x: Any, rows: Tensor, batch: int | None) -> Outputs:
         """Outputs [B, C] with a sample a row: rows are grouped by index, one call a group, or all groups at once."""
-        rows = rows.to("cpu", torch.int64)
         for leaf in pytree.tree_leaves(x):
-            if isinstance(leaf, Tensor) and len(leaf) != len(rows):
+            if isinstance(leaf, Tensor) and (rows.dim() != 1 or leaf.shape[:1] != rows.shape):
                 raise DataError(
                     "net(x, rows=)",
-                    want=f"one index a row of x, {len(leaf)} of them",
-                    got=f"{len(rows)}",
+                    want=f"one index a row of x, {leaf.shape[0] if leaf.dim() else 'which has no rows'} of them",
+                    got=f"{len(rows)}" if rows.dim() == 1 else f"a tensor {list(rows.shape)}",
                     fix="pass an int64 tensor of shape [B]",
                 )
         if len(rows) == 0:
             raise DataError("net(x, rows=)", want="at least one row", got="none", fix="skip empty batches")
         runner = self._whole
         if runner.draws() is None:
-            admitted(runner, self.params(int(rows[0])), rows_of(x, slice(0, 1)))
+            admitted(runner, self.params(int(rows[0])), x)
+        rows = torch.where(rows < 0, rows + len(self.bank), rows)
         order = rows.argsort(stable=True)
         indices, counts = rows[order].unique_consecutive(return_counts=True)
         if runner.draws():
@@ -406,7 +419,7 @@ class FunctionalModel:
 
     def _needs_python(self, x: Any, params: Params) -> bool:
         """Whether gradients are wanted, or a transform of torch is around this call: traces know of neither."""
-        if torch._C._functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None:
+        if is_transformed() or _get_current_dispatch_mode() is not None:
             return True
         if not torch.is_grad_enabled():
             return False
@@ -444,7 +457,7 @@ class FunctionalModel:
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Of the entries that the module holds in another dtype than the bank."""
         slots = self._whole.skeleton.shell().slots
-        now = [slot.live[slot.key].dtype for slot in slots[:1]]  # a module is cast as a whole
+        now = [slot.live[slot.key].dtype for slot in slots if slot.kept_as in self._entry_dtypes]
         if self._cast is None or self._cast[0] != now:
             differing = {
                 slot.kept_as: slot.live[slot.key].dtype
@@ -458,6 +471,20 @@ class FunctionalModel:
         if isinstance(values, Tensor):
             return values if values.device == self.device else values.to(self.device, non_blocking=True)
         return pytree.tree_map(lambda leaf: self._moved(leaf) if isinstance(leaf, Tensor) else leaf, values)
+
+
+def _as_indices(place: str, indices: Any) -> Tensor:
+    """Bank indices as an int64 tensor.
+
+    Raises:
+        DataError: masks and fractions, which are no indices.
+    """
+    found = torch.as_tensor(indices)
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex()):
+        raise DataError(
+            place, want="whole numbers", got=str(found.dtype), fix="pass bank indices; of a mask, mask.nonzero()"
+        )
+    return found.to("cpu", torch.int64)
 
 
 def _layout_in(module: nn.Module, layout: Layout) -> Layout:

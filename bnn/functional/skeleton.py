@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 
 from bnn.errors import ModuleError
 from bnn.layout import Layout
@@ -114,6 +115,8 @@ class Skeleton:
             draw_key: where layers in train mode may draw from, such as dropout; without it they are refused.
         """
         shell = self.shell()
+        if draw_key is not None and is_transformed():
+            draw_key = None  # no state can be read here, so that layers that draw are refused
         modes = self.follow_modes(shell, may_draw=draw_key is not None)
         values = self.values(shell, params, device)
         if draw_key is None:
@@ -187,8 +190,8 @@ class Skeleton:
                 shadow[key] = value
             if isinstance(x, Tensor):
                 return shell.module(x)
-            if isinstance(x, Call):
-                return shell.module(*x.args, **x.kwargs)
+            if isinstance(x, Call):  # with containers of its own: a forward may empty a list that it is given
+                return shell.module(*pytree.tree_map(_same, x.args), **pytree.tree_map(_same, x.kwargs))
             args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
             return shell.module(*args, **(x if isinstance(x, dict) else {}))
         finally:
@@ -206,6 +209,15 @@ class Skeleton:
                 copied = buffer.detach().to(device or buffer.device, copy=True)
             clone = shell.clones[name] = _Clone(buffer, version(buffer), copied, version(copied))
         return clone.tensor
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is around this call: it wraps tensors, and state that is read or set inside."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_copyable(module: nn.Module) -> None:
@@ -308,7 +320,7 @@ def _without_values(module: nn.Module) -> nn.Module:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors of inference mode do not count, and are never equal."""
+    """How often a tensor was written to; -1 for those of inference mode, which do not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 

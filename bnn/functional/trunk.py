@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from bnn.functional.skeleton import Call, Skeleton, version
+from bnn.functional.outputs import taken_apart
+from bnn.functional.skeleton import Call, Skeleton, is_transformed, version
+from bnn.functional.ways import is_plain
 from bnn.layout import Layout
 from bnn.types import Params
 
@@ -50,16 +52,19 @@ class Trunk:
         Raises:
             NotAHead: the forward shows that it cannot at all.
         """
-        if _has_hooks(self._whole.live):
-            return None
+        if _has_hooks(self._whole.live) or torch.is_inference_mode_enabled() or is_transformed():
+            return None  # tensors of inference mode do not count what is written into them
         shell = self._whole.shell()
         if shell.draws.get(self._whole.follow_modes(shell, may_draw=True), True):
             return None
+        if self._before is not None:
+            return self._run_before(x, device)
         try:
-            return self._run_before(x, device) if self._before is not None else self._captured(params, x, device)
-        except (
-            Exception
-        ) as error:  # whatever the forward of the whole raises on its own comes up when that is run instead
+            return self._captured(params, x, device)
+        except NotAHead:
+            raise
+        except Exception as error:
+            self._whole(params, x, device=device, draw_key=(0, "trunk", 0, 0))  # raises if it is the forward that fails
             raise NotAHead from error
 
     def _run_before(self, x: Any, device: torch.device) -> Any:
@@ -77,16 +82,21 @@ class Trunk:
         ]
         calls: list[Call] = []
         outputs: list[Any] = []
-        versions: list[int] = []
+        versions: list[list[int]] = []
+        around = _surroundings(device)
 
         def before(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(args, kwargs))
+            if _surroundings(device) != around:  # such as autocast or no_grad about the head alone
+                raise NotAHead
+            # Containers of its own: the head may empty a list that it is given.
+            calls.append(Call(pytree.tree_map(_leaf, args), pytree.tree_map(_leaf, kwargs)))
+            versions.append(_versions(calls[-1]))
             for place in ours:
                 shell.slots[place].shadow[shell.slots[place].key] = filled[place]
 
         def after(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             outputs.append(output)
-            versions.extend(_versions(output))
+            versions.append(_versions(output))
             for place in ours:  # on the meta device: whoever uses them elsewhere fails, or gives what is no value
                 shell.slots[place].shadow[shell.slots[place].key] = shell.slots[place].placeholder
 
@@ -100,13 +110,39 @@ class Trunk:
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(calls) != 1 or found is not outputs[0] or _versions(found) != versions:  # nor written to after the head
-            raise NotAHead
-        leaves = [leaf for leaf in pytree.tree_leaves((calls[0].args, calls[0].kwargs)) if isinstance(leaf, Tensor)]
-        if not leaves or any(leaf.is_meta for leaf in leaves):
-            raise NotAHead
+        if len(calls) != 1 or found is not outputs[0] or [_versions(calls[0]), _versions(found)] != versions:
+            raise NotAHead  # nor may anything be written to on the way, or after the head
         only = calls[0].args[0] if len(calls[0].args) == 1 and not calls[0].kwargs else None
-        return only if isinstance(only, Tensor) else calls[0]
+        inputs = only if isinstance(only, Tensor) else calls[0]
+        again = self.head(params, inputs, device=device, draw_key=(0, "trunk", 0, 0))
+        if not _same(again, found) or _versions(calls[0]) != versions[0]:
+            raise NotAHead
+        return inputs
+
+
+def _leaf(leaf: Any) -> Any:
+    """A value that the head may be given again for every sample."""
+    if isinstance(leaf, Tensor) and not leaf.is_meta:
+        return leaf
+    if isinstance(leaf, Tensor) or not is_plain(leaf):
+        raise NotAHead
+    return leaf
+
+
+def _surroundings(device: torch.device) -> tuple[Any, ...]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Whether two outputs are the same values of the same kind."""
+    mine, theirs = taken_apart(found)[0], taken_apart(expected)[0]
+    return len(mine) == len(theirs) and all(
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.requires_grad == other.requires_grad
+        and torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-8, equal_nan=True)
+        for one, other in zip(mine, theirs, strict=True)
+    )
 
 
 def trunks_of(module: nn.Module, layout: Layout, whole: Skeleton) -> list[Trunk]:
@@ -143,7 +179,8 @@ def trunks_of(module: nn.Module, layout: Layout, whole: Skeleton) -> list[Trunk]
 
 
 def _versions(output: Any) -> list[int]:
-    return [version(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    values = (output.args, output.kwargs) if isinstance(output, Call) else output
+    return [version(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _has_hooks(module: nn.Module) -> bool:

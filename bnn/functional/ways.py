@@ -22,6 +22,8 @@ from bnn.types import Params
 Strategy: TypeAlias = Literal["auto", "loop", "vmap"]
 Form: TypeAlias = Literal["eager", "traced", "compiled", "graph"]
 
+MOST_TRACES = 256  # that are kept, of a module or its head
+
 Function: TypeAlias = Callable[..., Sequence[Tensor]]
 """A tensor for every slot and then the leaves of x -> the leaves of the outputs."""
 
@@ -199,14 +201,21 @@ class Runner:
             ModuleError: the forward cannot be traced; it says why.
         """
         shell = self.skeleton.shell()
+        own = [
+            (t.shape, t.stride(), t.dtype)
+            for t, name in zip(values, shell.names, strict=True)
+            if name not in self._names
+        ]
         first = leaves[0] if structure is _LEAF else None
-        shapes = (first.shape, first.stride(), first.dtype) if first is not None else (structure, *_signature(leaves))
-        key = strategy, form, size, values[0].dtype, shapes, shell.modes, _autocast()
+        shapes = (first.shape, first.stride(), first.dtype) if first is not None else (structure, signature(leaves))
+        key = strategy, form, size, values[0].dtype if values else None, tuple(own), shapes, shell.modes, _autocast()
         found = self._functions.get(key)
         if found is None:
             with self._lock:
                 found = self._functions.get(key)
                 if found is None:
+                    while len(self._functions) >= MOST_TRACES:
+                        self._functions.pop(next(iter(self._functions)))
                     found = self._functions[key] = self._made(strategy, form, values, leaves, structure)
         return found
 
@@ -235,6 +244,8 @@ class Runner:
 
             return torch.func.vmap(run, in_dims=(self._axes(),))(given) if strategy == "vmap" else run(given)
 
+        if not all(isinstance(leaf, Tensor) or is_plain(leaf) for leaf in leaves):
+            raise cannot(strategy, form, "an object among the inputs, whose state a trace does not see")
         arguments = [*values, *(leaves[place] for place in places)]
         before = [version(tensor) for tensor in arguments]
         with torch.no_grad(), self._plain_attention():
@@ -254,7 +265,10 @@ class Runner:
             except Exception as error:  # the compiler, and whatever it calls
                 raise cannot(strategy, form, error) from error
         elif form == "graph":
-            function = Graphed(graph.forward, arguments)
+            try:
+                function = Graphed(graph.forward, arguments)
+            except RuntimeError as error:  # what CUDA cannot record
+                raise cannot(strategy, form, error) from error
         return Traced(function, outputs_form)
 
     def _axes(self) -> list[int | None]:
@@ -301,11 +315,21 @@ def refuse_untraceable(graph: fx.GraphModule, strategy: str, form: str) -> None:
         torch.Tag.nondeterministic_seeded: "random numbers",
     }
     for node in graph.graph.nodes:
+        if node.op == "get_attr" and not all("lift_fresh" in str(user.target) for user in node.users):
+            raise cannot(
+                strategy, form, "a tensor that is neither input, parameter nor buffer"
+            )  # others may replace it
         for tag, words in tags.items():
-            if node.op == "call_function" and tag in getattr(node.target, "tags", ()):
+            if node.op == "call_function" and tag in getattr(node.target, "tags", ()) and not _drops_nothing(node):
                 raise cannot(strategy, form, f"{words} ({node.target})")
         if "as_strided" in str(node.target):
             raise cannot(strategy, form, "strides written out (as_strided)")
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Attention of torch counts as random, also where its dropout, the only number among its arguments, is 0."""
+    numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
+    return "scaled_dot_product" in str(node.target) and "dropout_p" not in node.kwargs and not any(numbers[:1])
 
 
 def num_rows(x: Any) -> int | None:
@@ -324,8 +348,21 @@ def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([(leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+def signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What a trace hangs on: shapes of tensors, plain values with their kind (1 is not True), other objects by themselves."""
+    return tuple(
+        [
+            (leaf.shape, leaf.stride(), leaf.dtype)
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf if is_plain(leaf) else id(leaf))
+            for leaf in leaves
+        ]
+    )
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether a value that is no tensor is the same whenever it is equal."""
+    return isinstance(leaf, (type(None), bool, int, float, complex, str, torch.dtype, torch.device))
 
 
 def _apart(x: Any) -> tuple[list[Any], pytree.TreeSpec]:

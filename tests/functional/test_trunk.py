@@ -243,3 +243,85 @@ def test_gradients_pass_through_the_trunk(strategy: Any) -> None:
         found.append((x.grad, module.trunk[0].weight.grad.clone()))
     for mine, expected in zip(*found, strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+class Decoder(nn.Module):
+    """Takes what it needs from a list, which it empties."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        while skips:
+            x = self.step(x) + skips.pop()
+        return self.last(x)
+
+
+class WithSkips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.decoder = Counted(4, 4), Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.decoder(hidden, [hidden, 2 * hidden])
+
+
+def test_a_head_that_empties_a_list_gets_a_list_of_its_own() -> None:
+    module = WithSkips()
+    for strategy in ("loop", "vmap", "auto"):
+        check(module, bank_over(module, "decoder"), split=True, strategy=strategy)
+
+
+@pytest.mark.parametrize("around", ["attribute", "autocast", "no_grad", "written after", "scaled in place"])
+def test_what_the_module_does_around_its_head_keeps_the_whole(around: str) -> None:
+    class Around(Headed):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.trunk(x)
+            if around == "attribute":
+                self.head[1].gain = float(x.shape[0])
+                return self.head(hidden) if hasattr(self, "never") else self.scaled(hidden)
+            if around == "autocast":
+                with torch.autocast("cpu", torch.bfloat16):
+                    return self.head(hidden)
+            if around == "no_grad":
+                with torch.no_grad():
+                    return self.head(hidden)
+            found = self.head(hidden)
+            if around == "written after":
+                hidden.zero_()
+            else:
+                found += 1.0
+            return found
+
+        def scaled(self, hidden: Tensor) -> Tensor:
+            return self.head(hidden)
+
+    class Gain(nn.Tanh):
+        gain = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gain
+
+    module = Around()
+    if around == "attribute":
+        module.head[1] = Gain()
+    x = normal(7, 4)
+    net = FunctionalModel(module, bank_over(module, "head"), strategy="loop", compile=False)
+    grad = around == "no_grad"
+    with torch.set_grad_enabled(grad):
+        found = net(x, slice(None))
+        for k in range(SAMPLES):
+            torch.testing.assert_close(found[k], net(x, k))
+        assert found.requires_grad == net(x, 0).requires_grad
+        assert net._prepared(x).kind == "module"
+
+
+def test_a_call_that_fails_does_not_end_the_trunk() -> None:
+    module = Headed()
+    net = FunctionalModel(module, bank_over(module, "head"))
+    assert net._prepared(normal(7, 4)).kind == "head"
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        net(normal(7, 6), slice(None))
+    assert net._prepared(normal(7, 4)).kind == "head"
