@@ -161,8 +161,12 @@ def commits(out: Path, seconds: float, repeats: int) -> dict[str, Any]:
     )  # fmt: skip
     data = (x, x[:, :1].sin())
     method = HMC(num_chains=4, num_warmup=0, num_steps=16, trajectory="fixed", step_size=1e-3, init="module")
-    rate = 400 / timed(lambda: fit(model, data, method=method, num_samples=400, out=out / "trial", progress=False))
-    shutil.rmtree(out / "trial")
+    trial, took = 500, 0.0
+    while took < seconds / 10:  # what a run begins with would pass for sampling in a short one
+        trial *= 2
+        took = timed(lambda: fit(model, data, method=method, num_samples=trial, out=out / "trial", progress=False))
+        shutil.rmtree(out / "trial")
+    rate = trial / took
     samples = int(rate * seconds) // 4 * 4
 
     def run(row_seconds: float) -> float:
@@ -179,6 +183,7 @@ def commits(out: Path, seconds: float, repeats: int) -> dict[str, Any]:
 
     took = in_turns({"bnn": lambda: run(10.0), "one commit at the end": lambda: run(1e9)}, repeats)
     shutil.rmtree(out / "bank")
+    assert took["bnn"] > 30, f"{took['bnn']:.0f} s of sampling have too few commits to tell what one costs"
     return _row(f"HMC of {samples:,} samples, a commit every 10 s", took, None)
 
 
@@ -198,7 +203,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=35.0, help="of a run of HMC")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of a run of HMC, more than 30")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.out) as name:
         folder = Path(name)

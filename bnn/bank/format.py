@@ -260,8 +260,15 @@ def columns_of(block: Block) -> dict[str, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf: its extremes tell, some twenty times as fast as every value."""
+    """Whether a tensor holds neither NaN nor Inf.
+
+    Its sum is finite then, which is asked first, for no memory is written and strides cost nothing. Where it is not,
+    huge values may have overflown it, and the extremes decide.
+    """
     if not tensor.numel():
+        return True
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    if torch.isfinite(tensor.sum(dtype=wide)):
         return True
     least, greatest = torch.aminmax(tensor)  # NaN wherever there is one
     return bool(torch.isfinite(least) & torch.isfinite(greatest))

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from bnn.bank import disk, files
@@ -142,7 +141,7 @@ class BankWriter:
         self.complete = False  # whether the part that was resumed had been marked so
         self._started = False
         self._capacity = rows_per_shard(layout.num_bytes)
-        self._buffer: dict[str, Tensor] = {}
+        self._image: files.Image | None = None  # of a full shard, which rows gather in
         self._dtypes = fmt.column_dtypes(self._columns)
         self._first_row_at = self._last_commit_at = time.monotonic()
         self._made = _missing_folders(self.path)
@@ -245,7 +244,7 @@ class BankWriter:
     @_refusals_told
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
-        self._buffer, self._ready = {}, self._ready._replace(buffered=0)
+        self._image, self._ready = None, self._ready._replace(buffered=0)
         try:
             if (
                 self._locks[0].is_ours
@@ -499,13 +498,15 @@ class BankWriter:
 
     def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
         """Rows start to stop of a block into the buffer at `place`, after the rows that count so far."""
-        if not self._buffer:  # empty memory costs nothing until it is written to
-            self._buffer = {e.name: torch.empty(self._capacity, *e.shape, dtype=e.dtype) for e in self.layout.entries}
-            self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in self._dtypes.items()}
+        if self._image is None:
+            shapes = {e.name: (e.dtype, (self._capacity, *e.shape)) for e in self.layout.entries}
+            shapes |= {name: (dtype, (self._capacity,)) for name, dtype in self._dtypes.items()}
+            metadata = shard_metadata(self.layout, "0" * 64, self.writer, self._num_rows, self._capacity)
+            self._image = files.blank_image(shapes, metadata)
         columns = fmt.columns_of(block)
         here = slice(place, place + stop - start)
         for name, tensor in {**block.params, **columns}.items():
-            self._buffer[name][here].copy_(tensor[start:stop].detach())
+            self._image.tensors[name][here].copy_(tensor[start:stop].detach())
 
     def _write_shard(self, before: tuple[dict[str, Any], ...], rows: int) -> dict[str, Any]:
         """Write the buffered rows as a shard; it counts once a manifest names it."""
@@ -521,8 +522,10 @@ class BankWriter:
             )
         self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
         metadata = shard_metadata(self.layout, self._identity, self.writer, first_row, rows)
-        tensors = {key: tensor[:rows] for key, tensor in self._buffer.items()}
-        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True)
+        assert self._image is not None
+        tensors = {key: tensor[:rows] for key, tensor in self._image.tensors.items()}
+        full = self._image if rows == self._capacity else None
+        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True, image=full)
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
 
     def _write_state(self, state: State, rows: int) -> dict[str, Any]:
