@@ -161,11 +161,16 @@ def commits(out: Path, seconds: float, repeats: int) -> dict[str, Any]:
     )  # fmt: skip
     data = (x, x[:, :1].sin())
     method = HMC(num_chains=4, num_warmup=0, num_steps=16, trajectory="fixed", step_size=1e-3, init="module")
+
+    def trial_of(size: int) -> float:
+        took = timed(lambda: fit(model, data, method=method, num_samples=size, out=out / "trial", progress=False))
+        shutil.rmtree(out / "trial")
+        return took
+
     trial, took = 500, 0.0
     while took < seconds / 10:  # what a run begins with would pass for sampling in a short one
         trial *= 2
-        took = timed(lambda: fit(model, data, method=method, num_samples=trial, out=out / "trial", progress=False))
-        shutil.rmtree(out / "trial")
+        took = trial_of(trial)
     rate = trial / took
     samples = int(rate * seconds) // 4 * 4
 

@@ -183,7 +183,8 @@ def _manifest(
     if name not in names:
         return None
     try:
-        return read_manifest(folder / name, writer, damaged, fmt.manifest_limit(damaged.names, len(names)))
+        limit = fmt.MAX_MANIFEST_BYTES + fmt.facts_limit(damaged.names, len(names))
+        return read_manifest(folder / name, writer, damaged, limit)
     except BankError as error:
         told_of.append(Found(name, "dropped", f"want {error.want}, got {error.got}"))
         return None

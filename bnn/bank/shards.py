@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.errors import BankError, BankMismatch, BankNotFound
+from bnn.errors import BankError, BankLimit, BankMismatch, BankNotFound
 from bnn.layout import Layout
+
+MANIFEST_KEYS = ("writer", "generation", "complete", "rows", "shards", "state", "info")
 
 Verify: TypeAlias = Literal["first-use", "never", "full"]
 
@@ -238,15 +240,57 @@ def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
         BankMismatch: a manifest of another bank.
         BankLimit: a manifest larger than the shards that are there account for.
     """
+    matches, facts = _manifests(folder, described.names)
+    sizes = {match.group(): files.regular_size(folder / match.group()) or 0 for match in matches}
+    limit = fmt.MAX_MANIFEST_BYTES + facts
+    if all(size <= limit for size in sizes.values()):  # a larger one is refused by its own name
+        _check_together(folder, sizes, facts)
+    return [read_manifest(folder / match.group(), match.group(1), described, limit) for match in matches]
+
+
+def check_manifest(folder: Path, name: str, size: int, names: Sequence[str]) -> None:
+    """Raise BankLimit where a reader would refuse the manifests of a folder with this one of so many bytes.
+
+    Args:
+        folder: of the bank.
+        name: of the manifest that is to be written.
+        size: its bytes.
+        names: of the tensors of a shard.
+    """
+    matches, facts = _manifests(folder, names)
+    sizes = {match.group(): files.regular_size(folder / match.group()) or 0 for match in matches}
+    _check_together(folder, sizes | {name: size}, facts)
+
+
+def _manifests(folder: Path, names: Sequence[str]) -> tuple[list[re.Match[str]], int]:
+    """The manifests that are there, and the bytes that shards account for in them."""
     there = files.names(folder)
     sizes = [files.regular_size(folder / name) or 0 for name in there if fmt.SHARD_NAME.fullmatch(name)]
-    limit = fmt.manifest_limit(described.names, sum(size >= fmt.DATA_ALIGNMENT for size in sizes))
-    found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in there]
-    return [read_manifest(folder / name, match.group(1), described, limit) for name, match in found if match]
+    facts = fmt.facts_limit(names, sum(size >= fmt.DATA_ALIGNMENT for size in sizes))
+    return [match for match in map(fmt.MANIFEST_NAME.fullmatch, there) if match], facts
+
+
+def _check_together(folder: Path, sizes: Mapping[str, int], facts: int) -> None:
+    """Raise BankLimit where manifests are too many, or larger together than the shards that are there account for."""
+    most = fmt.MAX_MANIFESTS_BYTES + facts
+    if len(sizes) > fmt.MAX_WRITERS:
+        raise BankLimit(
+            str(folder),
+            want=f"manifests of at most {fmt.MAX_WRITERS} writers",
+            got=f"{len(sizes)}",
+            fix="fill several banks and merge them",
+        )
+    if sum(sizes.values()) > most:
+        raise BankLimit(
+            str(folder),
+            want=f"manifests of at most {most} bytes together",
+            got=f"{sum(sizes.values())}",
+            fix="get the bank from its source again, or keep less in the info of each writer's state",
+        )
 
 
 def read_manifest(path: Path, writer: str, described: Described, limit: int) -> dict[str, Any]:
-    """One writer's manifest, checked; see `read_manifests`."""
+    """One writer's manifest, checked, and of its keys those that are known; see `read_manifests`."""
     manifest: dict[str, Any] = files.read_json(path, limit)
     fmt.check_version(manifest, str(path))
     if manifest["version"] != described.config["version"] or manifest.get("bank") != described.identity:
@@ -271,6 +315,7 @@ def read_manifest(path: Path, writer: str, described: Described, limit: int) -> 
             if not legal or type(state["bytes"]) is not int:
                 raise fmt.corrupt(str(path), f"a state of {writer}", repr(state)[:200])
         info = manifest.setdefault("info", {})
+        manifest = {key: manifest[key] for key in MANIFEST_KEYS}  # others may be large
         if not isinstance(info, dict) or not all(isinstance(value, (int, float)) for value in info.values()):
             raise fmt.corrupt(str(path), "numbers as info", repr(info)[:100])
         if type(manifest["generation"]) is not int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.bank.shards import read_config, read_manifests
+from bnn.bank.shards import check_manifest, read_config, read_manifests
 from bnn.errors import (
     BankCorrupt,
     BankError,
@@ -229,7 +229,9 @@ class BankWriter:
             raise BankLimit(
                 name, want=f"info of at most {fmt.MAX_INFO_BYTES} bytes", got="more", fix="keep it in the state"
             )
-        files.write_atomic(self.path / name, [fmt.dump_json(fmt.seal(manifest, name), name)])
+        raw = fmt.dump_json(fmt.seal(manifest, name), name)
+        check_manifest(self.path, name, len(raw), (*self.layout.names, *self._dtypes))
+        files.write_atomic(self.path / name, [raw])
         self._generation += 1
         self._num_rows, self.state = _count(shards), state
         for old in old_states:  # the manifest no longer names them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ import torch
 from bank.test_bank import LAYOUT, check, rows, write
 from forging import edit_fact, edit_json, replace_tensors
 
-from bnn.bank import Bank, BankWriter, verify_files
+from bnn.bank import Bank, BankWriter, files, verify_files
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankLocked, BankMismatch, BankNotFound
 
 TESTS = str(Path(__file__).parents[1])
@@ -478,23 +479,85 @@ def test_nothing_in_bnn_unpickles() -> None:
                 )
 
 
+LOOK = """
+import resource, sys, time
+from bnn.bank import Bank, verify_files
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+try:
+    bank = Bank.open(sys.argv[1])
+    bank.base()
+    told = "opened"
+except Exception as error:
+    told = type(error).__name__
+print(told, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.monotonic() - start)
+"""
+
+
+def look(folder: Path) -> tuple[str, int, float]:
+    """What opening a bank comes to, in a process of its own: its end, kilobytes and seconds."""
+    done = subprocess.run([sys.executable, "-c", LOOK, str(folder)], capture_output=True, text=True, check=True)
+    told, kilobytes, seconds = done.stdout.split()
+    return told, int(kilobytes), float(seconds)
+
+
 def test_memory_of_a_refusal_is_bounded(tmp_path: Path) -> None:
-    """A manifest of the largest legal size, made of what takes most memory as Python objects."""
+    """A `bank.json` of the largest legal size, made of what takes most memory as Python objects."""
     write(tmp_path / "bank", [2])
     path = tmp_path / "bank" / "bank.json"
     path.write_text('{"a":[' + "{}," * ((4 * 2**20 - 10) // 3) + "{}]}")
-    code = (
-        "import resource, sys; from bnn.bank import Bank\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: Bank.open(sys.argv[1])\n"
-        "except Exception as error: print(type(error).__name__, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "bank")], capture_output=True, text=True, check=True
-    )
-    kind, kilobytes = done.stdout.split()
-    assert kind == "BankCorrupt"
-    assert int(kilobytes) < 200_000
+    told, kilobytes, _ = look(tmp_path / "bank")
+    assert told == "BankCorrupt"
+    assert kilobytes < 200_000
+
+
+def junk_manifests(folder: Path, count: int, size: int) -> None:
+    """Sealed manifests of so many more writers, each without rows and filled with a key that nobody knows."""
+    for number in range(count):
+        path = folder / f"manifest-w{number}.json"
+        path.write_bytes((folder / "manifest-main.json").read_bytes())
+        junk = [{}] * ((size - 2000) // 4)
+        edit_json(path, writer=f"w{number}", rows=0, shards=[], state=None, zz=junk)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "told"), [(80, 2**20, "BankLimit"), (2, 2**20, "opened"), (1100, 2500, "BankLimit")]
+)
+def test_memory_of_many_manifests_is_bounded(tmp_path: Path, count: int, size: int, told: str) -> None:
+    """Each of them is legal; what they hold beyond the known keys is not kept."""
+    write(tmp_path / "bank", [2])
+    junk_manifests(tmp_path / "bank", count, size)
+    found, kilobytes, seconds = look(tmp_path / "bank")
+    assert found == told
+    assert kilobytes < 100_000
+    assert seconds < 10
+
+
+def test_memory_of_the_header_of_a_base_is_bounded(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [2], base={"b": torch.ones(3)})
+    text = ('{"__metadata__":{"format":"pt"},"b":[' + "{}," * ((4 * 2**20 - 200) // 3) + "{}]}").encode()
+    text += b" " * (-(8 + len(text)) % 8)
+    raw = struct.pack("<Q", len(text)) + text
+    (tmp_path / "bank" / "base.safetensors").write_bytes(raw)
+    fact = {"file": "base.safetensors", "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    config = edit_json(tmp_path / "bank" / "bank.json", base=fact)
+    edit_json(tmp_path / "bank" / "manifest-main.json", bank=config["checksum"])
+    told, kilobytes, _ = look(tmp_path / "bank")
+    assert told == "BankCorrupt"
+    assert kilobytes < 150_000
+    (tmp_path / "bank" / "base.safetensors").write_bytes(struct.pack("<Q", 8 * 2**20) + b" " * 8 * 2**20)
+    with pytest.raises(BankLimit, match=r"base\.safetensors: want a header of at most 4194304 bytes"):
+        files.map_tensors(tmp_path / "bank" / "base.safetensors")
+
+
+def test_a_writer_makes_no_manifest_that_a_reader_refuses_beside_the_others(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [2])
+    junk_manifests(tmp_path / "bank", 2, 2**20)
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="other")
+    bank_writer.append(rows(2, 2), {"info": {f"{number:06d}": 0.5 for number in range(3000)}})
+    with pytest.raises(BankLimit, match=r"want manifests of at most \d+ bytes together"):
+        bank_writer.commit()
+    bank_writer.release()
+    check(Bank.open(tmp_path / "bank"), 2)
 
 
 def test_every_promise_of_the_format_page_names_tests_that_are_there() -> None:
