@@ -90,7 +90,7 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
         The new bank, of as many samples as the others have together.
 
     Raises:
-        ConfigError: fewer than two banks, one of them twice, or `out` is one of them.
+        ConfigError: fewer than two banks, one without samples, one of them twice, or `out` is one of them.
         BankMismatch: the banks are not of one kind; the first difference is named.
         BankError: the weights of a bank are all zero.
         BankExists: something is at `out`.
@@ -108,8 +108,7 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
     chains, shifts, following = [], [], 0
     for number, bank in enumerate(banks):
         chains.append(following)
-        if len(bank):
-            following += int(bank.chain.max()) + 1
+        following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number)))
     writer = _writer(out, banks, _merged_info(banks), overwrite=overwrite)
 
@@ -174,6 +173,10 @@ def _check_alike(banks: Sequence[Bank]) -> None:
     seen: dict[str, str] = {}
     for number, bank in enumerate(banks):
         place = _name(bank, number)
+        if not len(bank):
+            raise ConfigError(
+                place, want="at least one sample", got="none", fix="leave it out, or look at it with 'bnn bank verify'"
+            )
         if bank.digest in seen:
             raise ConfigError(
                 place, want="each bank once", got=f"the samples of {seen[bank.digest]}", fix="leave one of them out"

@@ -240,12 +240,15 @@ def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
         BankMismatch: a manifest of another bank.
         BankLimit: a manifest larger than the shards that are there account for.
     """
-    matches, facts = _manifests(folder, described.names)
-    sizes = {match.group(): files.regular_size(folder / match.group()) or 0 for match in matches}
+    try:
+        sizes, facts = _manifests(folder, described.names)
+    except OSError as error:
+        raise files.unreadable(Path(error.filename or folder), error) from error
     limit = fmt.MAX_MANIFEST_BYTES + facts
     if all(size <= limit for size in sizes.values()):  # a larger one is refused by its own name
         _check_together(folder, sizes, facts)
-    return [read_manifest(folder / match.group(), match.group(1), described, limit) for match in matches]
+    found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in sizes]
+    return [read_manifest(folder / name, match.group(1), described, limit) for name, match in found if match]
 
 
 def check_manifest(folder: Path, name: str, size: int, names: Sequence[str]) -> None:
@@ -257,17 +260,17 @@ def check_manifest(folder: Path, name: str, size: int, names: Sequence[str]) -> 
         size: its bytes.
         names: of the tensors of a shard.
     """
-    matches, facts = _manifests(folder, names)
-    sizes = {match.group(): files.regular_size(folder / match.group()) or 0 for match in matches}
+    sizes, facts = _manifests(folder, names)
     _check_together(folder, sizes | {name: size}, facts)
 
 
-def _manifests(folder: Path, names: Sequence[str]) -> tuple[list[re.Match[str]], int]:
-    """The manifests that are there, and the bytes that shards account for in them."""
-    there = files.names(folder)
-    sizes = [files.regular_size(folder / name) or 0 for name in there if fmt.SHARD_NAME.fullmatch(name)]
-    facts = fmt.facts_limit(names, sum(size >= fmt.DATA_ALIGNMENT for size in sizes))
-    return [match for match in map(fmt.MANIFEST_NAME.fullmatch, there) if match], facts
+def _manifests(folder: Path, names: Sequence[str]) -> tuple[dict[str, int], int]:
+    """The bytes of each manifest that is there, and those that shards account for in them."""
+    there = disk.names(folder)
+    shards = [disk.regular_size(folder / name) or 0 for name in there if fmt.SHARD_NAME.fullmatch(name)]
+    facts = fmt.facts_limit(names, sum(size >= fmt.DATA_ALIGNMENT for size in shards))
+    manifests = [name for name in there if fmt.MANIFEST_NAME.fullmatch(name)]
+    return {name: disk.regular_size(folder / name) or 0 for name in manifests}, facts
 
 
 def _check_together(folder: Path, sizes: Mapping[str, int], facts: int) -> None:
@@ -345,13 +348,28 @@ def _is_fact(fact: Any, writer: str, row: int) -> bool:
 
 
 def unnamed_shards(folder: Path) -> list[str]:
-    """Shards that no manifest names: a crash leaves some, which nothing reads; so does a manifest that was lost."""
-    named = {fact["file"] for manifest in read_manifests(folder, read_config(folder)) for fact in manifest["shards"]}
-    return [name for name in disk.names(folder) if fmt.SHARD_NAME.fullmatch(name) and name not in named]
+    """Shards that no manifest names though their writer has one: a crash leaves some, which nothing reads."""
+    manifests = {manifest["writer"]: manifest["shards"] for manifest in read_manifests(folder, read_config(folder))}
+    named = {fact["file"] for shards in manifests.values() for fact in shards}
+    matches = [match for match in map(fmt.SHARD_NAME.fullmatch, files.names(folder)) if match]
+    return [match.group() for match in matches if match.group(1) in manifests and match.group() not in named]
+
+
+def lost_shards(folder: Path) -> list[str]:
+    """One line for each shard whose writer has no manifest: that is written before the first shard, so it was lost."""
+    there = files.names(folder)
+    shards = [match for match in map(fmt.SHARD_NAME.fullmatch, there) if match]
+    there = files.names(folder)  # again: whoever has a shard had a manifest before
+    writers = {match.group(1) for match in map(fmt.MANIFEST_NAME.fullmatch, there) if match}
+    lost = [match for match in shards if match.group(1) not in writers]
+    return [
+        f"{match.group()}: manifest-{match.group(1)}.json, which named it, is gone; 'bnn bank repair' adopts it"
+        for match in lost
+    ]
 
 
 def verify_files(folder: Path, progress: Callable[[int, int], object] | None = None) -> list[str]:
-    """Compare every committed file with its sha256; one line a file that differs.
+    """Compare every committed file with its sha256; one line a file that differs, or that no manifest is left to name.
 
     Args:
         folder: of the bank.
@@ -378,7 +396,7 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
                 break
             state = now  # its writer has committed since and removed the old one
         problems += found
-    return problems
+    return problems + lost_shards(folder)
 
 
 def _differing(folder: Path, facts: Sequence[dict[str, Any]], told: Callable[[int], object]) -> list[str]:

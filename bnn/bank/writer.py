@@ -140,6 +140,7 @@ class BankWriter:
         self.state: State | None = None  # after the last committed row
         self.complete = False  # whether the part that was resumed had been marked so
         self._started = False
+        self._announced = False  # whether its manifest is there
         self._capacity = rows_per_shard(layout.num_bytes)
         self._image: files.Image | None = None  # of a full shard, which rows gather in
         self._dtypes = fmt.column_dtypes(self._columns)
@@ -205,33 +206,15 @@ class BankWriter:
     def commit(self, *, complete: bool = False) -> None:
         """Make all rows appended so far durable, with the state that follows them."""
         self._locks[0].check()
-        if not self._started:
-            self._start()
+        self._begin()
         shards, buffered, state = self._ready
         if buffered:
             shards = (*shards, self._write_shard(shards, buffered))
             self._ready = _Ready(shards, 0, state)
         old_states = self._state_files()
-        manifest = {
-            "format": fmt.FORMAT,
-            "version": fmt.VERSION,
-            "bank": self._identity,
-            "writer": self.writer,
-            "generation": self._generation + 1,
-            "complete": complete,
-            "rows": _count(shards),
-            "shards": list(shards),
-            "state": None if state is None else self._write_state(state, _count(shards)),
-            "info": {} if state is None else state.get("info", {}),
-        }
-        name = f"manifest-{self.writer}.json"
-        if len(fmt.dump_json(manifest["info"], name)) > fmt.MAX_INFO_BYTES:
-            raise BankLimit(
-                name, want=f"info of at most {fmt.MAX_INFO_BYTES} bytes", got="more", fix="keep it in the state"
-            )
-        raw = fmt.dump_json(fmt.seal(manifest, name), name)
-        check_manifest(self.path, name, len(raw), (*self.layout.names, *self._dtypes))
-        files.write_atomic(self.path / name, [raw])
+        fact = None if state is None else self._write_state(state, _count(shards))
+        info = {} if state is None else state.get("info", {})
+        self._write_manifest(self._generation + 1, shards, fact, info, complete=complete)
         self._generation += 1
         self._num_rows, self.state = _count(shards), state
         for old in old_states:  # the manifest no longer names them
@@ -388,6 +371,44 @@ class BankWriter:
         finally:
             disk.close(descriptor)
 
+    def _begin(self) -> None:
+        """The bank, and in it a manifest of this writer, before its first file: one that is missing later was lost."""
+        if not self._started:
+            self._start()
+        if not self._announced:
+            self._write_manifest(0, (), None, {}, complete=False)
+
+    def _write_manifest(
+        self,
+        generation: int,
+        shards: Sequence[dict[str, Any]],
+        state: dict[str, Any] | None,
+        info: dict[str, Any],
+        *,
+        complete: bool,
+    ) -> None:
+        name = f"manifest-{self.writer}.json"
+        manifest = {
+            "format": fmt.FORMAT,
+            "version": fmt.VERSION,
+            "bank": self._identity,
+            "writer": self.writer,
+            "generation": generation,
+            "complete": complete,
+            "rows": _count(shards),
+            "shards": list(shards),
+            "state": state,
+            "info": info,
+        }
+        if len(fmt.dump_json(info, name)) > fmt.MAX_INFO_BYTES:
+            raise BankLimit(
+                name, want=f"info of at most {fmt.MAX_INFO_BYTES} bytes", got="more", fix="keep it in the state"
+            )
+        raw = fmt.dump_json(fmt.seal(manifest, name), name)
+        check_manifest(self.path, name, len(raw), (*self.layout.names, *self._dtypes))
+        files.write_atomic(self.path / name, [raw])
+        self._announced = True
+
     def _is_begun(self) -> bool:
         """Whether this writer's `bank.json` is there, though the disk failed before that was sure."""
         path = self.path / "bank.json"
@@ -449,12 +470,26 @@ class BankWriter:
                 self.state = self._read_state(manifest["state"])
             self._ready = _Ready(tuple(manifest["shards"]), 0, self.state)
             self._num_rows = _count(manifest["shards"])
+            self._announced = True
+        else:
+            self._check_lost()
         self._identity, self._started = kept["checksum"], True
         for name in disk.names(self.path):  # names are never used twice, not even those of orphans
             for pattern, attribute in ((fmt.SHARD_NAME, "_next_number"), (fmt.STATE_NAME, "_next_state")):
                 match = pattern.fullmatch(name)
                 if match and match.group(1) == self.writer:
                     setattr(self, attribute, max(getattr(self, attribute), int(match.group(2)) + 1))
+
+    def _check_lost(self) -> None:
+        """Raise BankCorrupt where rows or a state of this writer lie there, and no manifest that names them."""
+        found = [name for name in disk.names(self.path) if _writer_of(name) == self.writer]
+        if found:
+            raise BankCorrupt(
+                str(self.path / f"manifest-{self.writer}.json"),
+                want=f"the manifest that was there before {found[0]}",
+                got="none",
+                fix="put it back, keep the rows with 'bnn bank repair', or begin anew with overwrite",
+            )
 
     def _read_state(self, fact: dict[str, Any]) -> State:
         path = self.path / fact["file"]
@@ -512,8 +547,7 @@ class BankWriter:
 
     def _write_shard(self, before: tuple[dict[str, Any], ...], rows: int) -> dict[str, Any]:
         """Write the buffered rows as a shard; it counts once a manifest names it."""
-        if not self._started:
-            self._start()
+        self._begin()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", _count(before)
         if self._next_number >= MOST_FILES:
             raise BankLimit(

@@ -48,7 +48,7 @@ def verify(
 ) -> int:
     """Check the files of a bank against its manifests: sizes and headers, with --full every byte."""
     del debug
-    from bnn.bank import Bank, unnamed_shards, verify_files
+    from bnn.bank import Bank, lost_shards, unnamed_shards, verify_files
     from bnn.cli.show import plain
     from bnn.errors import BankCorrupt, BankLimit, BankMismatch
 
@@ -59,13 +59,14 @@ def verify(
         if full and not problems:
             with _bar("verify", "B") as progress:
                 problems = verify_files(bank, progress) + opened.check_values()
+        problems += lost_shards(bank)
         unnamed = unnamed_shards(bank)
     except (BankCorrupt, BankLimit, BankMismatch) as error:
         problems = [str(error)]
     for problem in dict.fromkeys(problems):
         typer.echo(plain(f"bad: {problem}"))
     for name in unnamed:
-        typer.echo(f"unnamed: {name}: of a crash, or of a manifest that is lost; 'bnn bank repair' adopts it")
+        typer.echo(f"unnamed: {name}: left by a crash; 'bnn bank repair' adopts it")
     if not problems:
         typer.echo(f"good: {len(opened)} samples" + ("" if full else "; --full compares every byte"))
     return 1 if problems else 0

@@ -11,7 +11,7 @@ import torch
 from bank.test_bank import GOLDEN, LAYOUT, check, flip, rows
 from forging import edit_json
 
-from bnn.bank import Bank, BankWriter, disk, repair
+from bnn.bank import Bank, BankWriter, disk, lost_shards, repair, unnamed_shards, verify_files
 from bnn.errors import BankCorrupt, BankError, BankExists, ConfigError
 
 BASE = {"buffer": torch.arange(4.0)}
@@ -207,3 +207,66 @@ def test_what_cannot_be_repaired_says_so(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"seed": 3}))
     with pytest.raises(BankCorrupt, match=r"bank\.json: want the checksum"):
         repair(tmp_path / "bank", tmp_path / "none")
+
+
+# A manifest that was lost
+
+
+@pytest.mark.parametrize("last", ["shard", "state"])
+def test_a_lost_manifest_is_no_empty_bank(tmp_path: Path, last: str) -> None:
+    """Its writer wrote one before its first shard: shards without one have lost it, and are not begun over."""
+    bank_writer = begin(tmp_path / "bank")
+    fill(bank_writer, [3, 4])
+    bank_writer.release()
+    (tmp_path / "bank" / "manifest-main.json").unlink()
+    if last == "state":
+        for path in (tmp_path / "bank").glob("main-*.safetensors"):
+            path.unlink()
+    else:
+        told = "manifest-main.json, which named it, is gone; 'bnn bank repair' adopts it"
+        problems = [f"main-{number:06d}.safetensors: {told}" for number in range(2)]
+        assert verify_files(tmp_path / "bank") == lost_shards(tmp_path / "bank") == problems
+        assert unnamed_shards(tmp_path / "bank") == []
+        with pytest.raises(BankCorrupt, match="is gone; 'bnn bank repair' adopts it"):
+            Bank.open(tmp_path / "bank", verify="full")
+    before = bytes_of(tmp_path / "bank")
+    with pytest.raises(BankCorrupt, match=r"manifest-main\.json: want the manifest .*'bnn bank repair', or begin anew"):
+        begin(tmp_path / "bank", resume=True)
+    assert bytes_of(tmp_path / "bank") == before
+    fill(anew := begin(tmp_path / "bank", overwrite=True), [2])
+    anew.close()
+    check(Bank.open(tmp_path / "bank", verify="full"), 2)
+
+
+def test_a_lost_manifest_of_a_writer_that_joined_is_missed_too(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 3)):
+        fill(bank_writer := begin(tmp_path / "bank", writer=name), [3], first=first)
+        bank_writer.close()
+    (tmp_path / "bank" / "manifest-b.json").unlink()
+    with pytest.raises(BankCorrupt, match=r"manifest-b\.json: want the manifest"):
+        begin(tmp_path / "bank", writer="b")
+    assert [line.split(":")[0] for line in verify_files(tmp_path / "bank")] == ["b-000000.safetensors"]
+
+
+def test_a_manifest_is_there_before_the_first_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    real = disk.replace
+
+    def replace(source: Path, target: Path) -> None:
+        made.append(target.name)
+        real(source, target)
+
+    monkeypatch.setattr(disk, "replace", replace)
+    for name in ("a", "b"):
+        bank_writer = begin(tmp_path / "bank", writer=name)
+        bank_writer._capacity = 2
+        bank_writer.append(rows(0, 3))
+        bank_writer.close()
+    own = [[name for name in made if name.startswith((f"manifest-{w}", f"{w}-"))] for w in "ab"]
+    for w, names in zip("ab", own, strict=True):
+        assert names == [
+            f"manifest-{w}.json",
+            f"{w}-000000.safetensors",
+            f"{w}-000001.safetensors",
+            f"manifest-{w}.json",
+        ]

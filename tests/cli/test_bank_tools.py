@@ -285,10 +285,11 @@ def test_a_trial_speaks_for_the_whole_run(
 
 def test_repair_names_what_is_dropped_and_says_whether_the_fit_can_go_on(bnn: Call, made: Path) -> None:
     shutil.copytree(made / "bank0", "hurt")
-    Path("hurt/manifest-main.json").unlink()
+    shutil.copy("hurt/main-000000.safetensors", "hurt/main-000007.safetensors")
     code, out, _ = bnn("bank verify hurt")
     assert code == 0
-    assert out.startswith("unnamed: main-000000.safetensors: of a crash, or of a manifest that is lost;")
+    assert out.startswith("unnamed: main-000007.safetensors: left by a crash;")
+    Path("hurt/main-000007.safetensors").unlink()
     Path("hurt/manifest-main.json").write_text("{}")
     code, out, err = bnn("bank repair hurt --out mended")
     assert (code, err) == (0, "")
@@ -307,3 +308,24 @@ def test_repair_names_what_is_dropped_and_says_whether_the_fit_can_go_on(bnn: Ca
     assert (code, "want a state of 'main' to go on from" in err) == (2, True)
     assert bnn("bank repair hurt --out again")[0] == 2
     assert bnn("bank verify again --full")[0] == 0
+
+
+def test_a_lost_manifest_is_bad_and_names_the_way_out(bnn: Call, made: Path) -> None:
+    shutil.copytree(made / "bank0", "lost")
+    Path("lost/manifest-main.json").unlink()
+    for flag in ("", " --full"):
+        code, out, _ = bnn(f"bank verify lost{flag}")
+        assert code == 1
+        assert out.startswith("bad: main-000000.safetensors: manifest-main.json, which named it, is gone")
+        assert "'bnn bank repair'" in out
+        assert "good" not in out
+    code, out, err = bnn(f"fit {HMC} --num-samples 60 --seed 0 --out lost --resume")
+    assert (code, out) == (2, "")
+    assert "manifest-main.json" in err
+    assert "bnn bank repair" in err
+    assert (tmp := Path("lost/main-000000.safetensors")).read_bytes() == (made / "bank0" / tmp.name).read_bytes()
+    code, out, err = bnn("bank merge lost bank1 --out new")
+    assert (code, out) == (2, "")
+    assert "lost: want at least one sample, got none" in err
+    assert bnn("bank repair lost --out mended")[0] == 0
+    assert len(Bank.open("mended")) == 60
