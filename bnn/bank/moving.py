@@ -268,7 +268,8 @@ def _writer(out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, o
             raise ConfigError(
                 str(out), want="the folder of a new bank", got="the bank itself", fix="choose another name for it"
             )
-    return BankWriter(out, layout=banks[0].layout, config=config, base=banks[0].base(), overwrite=overwrite)
+    base = {} if config.get("lost") else banks[0].base()  # lost: the new bank has none either, and says so
+    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite)
 
 
 def _pour(

@@ -341,9 +341,20 @@ class Bank(Sequence[Params]):
         return digest.hexdigest()
 
     def base(self) -> Params:
-        """Parameters outside the sample and buffers, as they were when the bank was made."""
+        """Parameters outside the sample and buffers, as they were when the bank was made.
+
+        Raises:
+            BankCorrupt: they were lost, or their file is altered.
+        """
         if self._base is not None:
             return dict(self._base)
+        if self.info.get("lost"):
+            raise BankCorrupt(
+                str(self.path),
+                want="parameters outside the sample and buffers",
+                got="none: base.safetensors was lost before this bank was repaired",
+                fix="give them again: --base, or bnn.FunctionalModel with a module that has them",
+            )
         return {} if self.path is None else Described(self.info, self.layout, self._more).base(self.path)
 
     def check_headers(self) -> list[str]:

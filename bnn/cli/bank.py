@@ -87,12 +87,13 @@ def repair(
     from bnn import bank as banks
     from bnn.cli.show import plain
 
-    with _bar("repair", "sample") as progress:
+    with _bar("repair", "B") as progress:
         found = banks.repair(bank, out, resumable=resumable, overwrite=overwrite, progress=progress)
     for file in found.files:
         if file.fate != "kept":
             typer.echo(plain(f"{file.fate}: {file.name}: {file.reason}"))
-    resume = "can go on with --resume" if found.resumable else "cannot be resumed: no state follows its last row"
+    why = "base.safetensors is lost" if found.bank.info.get("lost") else "no state follows its last row"
+    resume = "can go on with --resume" if found.resumable else f"cannot be resumed: {why}"
     typer.echo(f"good: {len(found.bank)} samples; the fit {resume}")
 
 
