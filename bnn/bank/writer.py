@@ -22,6 +22,7 @@ from bnn.errors import (
     BankLocked,
     BankMismatch,
     BankNotFound,
+    BankWriteError,
     ConfigError,
 )
 from bnn.layout import Layout
@@ -77,6 +78,7 @@ class _Ready(NamedTuple):
     shards: tuple[dict[str, Any], ...]  # written, in order
     buffered: int  # rows in the buffer that follow them
     state: State | None  # of the producer after those rows
+    waiting: tuple[tuple[Block, State | None], ...] = ()  # blocks that follow, with the states after them
 
 
 class BankWriter:
@@ -169,48 +171,70 @@ class BankWriter:
     @property
     def has_news(self) -> bool:
         """Whether rows or a state wait for their commit."""
-        return self._ready.buffered > 0 or self._ready.state is not self.state
+        shards, buffered, state, waiting = self._ready
+        return bool(buffered or waiting) or _count(shards) > self._num_rows or state is not self.state
 
     @_refusals_told
     def append(self, block: Block, state: State | None = None) -> None:
         """Take K rows and the state that follows them; commit when a shard is full or time has come.
 
-        Where that commit is refused (BankWriteError), the rows are taken all the same and wait for the next one.
+        Where the disk refuses a shard or that commit (BankWriteError), all rows are taken all the same and wait in memory for the next commit:
+        they must not be appended again.
 
         Raises:
             BankError: a sample holds NaN or Inf; none of the block's rows is taken.
-            BankMismatch: the block has another layout.
+            BankMismatch: the block has another layout; none of its rows is taken.
         """
         self._locks[0].check()
-        size = block.num_samples
-        if size:
+        if block.num_samples:
             self._check_block(block)
-            if self._ready.buffered and self._ready.buffered + size > self._capacity:
-                self.commit()
-            if not self._ready.buffered:
-                self._first_row_at = time.monotonic()
-        shards, buffered, _ = self._ready
-        for start in range(0, size, self._capacity):
-            stop = min(start + self._capacity, size)
-            if buffered + stop - start > self._capacity:
-                shards, buffered = (*shards, self._write_shard(shards, buffered)), 0
-            self._copy_rows(block, start, stop, buffered)
-            buffered += stop - start
-        self._ready = _Ready(shards, buffered, state)
+        self._ready = self._ready._replace(waiting=(*self._ready.waiting, (block, state)))
+        try:
+            self._settle()
+        except (OSError, BankWriteError):
+            copies = tuple((_copied(kept), after) for kept, after in self._ready.waiting)
+            self._ready = self._ready._replace(waiting=copies)  # who appended them may use their memory again
+            raise
+        except BaseException:  # Ctrl-C: none of its rows
+            self._ready = self._ready._replace(waiting=tuple(w for w in self._ready.waiting if w[0] is not block))
+            raise
         now = time.monotonic()
+        buffered = self._ready.buffered
         row_waits = buffered > 0 and now - self._first_row_at > ROW_SECONDS
         if buffered == self._capacity or row_waits or now - self._last_commit_at > STATE_SECONDS:
             self.commit()
+
+    def _settle(self) -> None:
+        """Copy the rows that wait to where they are gathered, and write what is full; a block counts whole or not yet."""
+        while self._ready.waiting:
+            (block, state), *following = self._ready.waiting
+            size = block.num_samples
+            if size and self._ready.buffered and self._ready.buffered + size > self._capacity:
+                self._commit_gathered(complete=False)
+            shards, buffered, *_ = self._ready
+            if size and not buffered:
+                self._first_row_at = time.monotonic()
+            for start in range(0, size, self._capacity):
+                stop = min(start + self._capacity, size)
+                if buffered + stop - start > self._capacity:
+                    shards, buffered = (*shards, self._write_shard(shards, buffered)), 0
+                self._copy_rows(block, start, stop, buffered)
+                buffered += stop - start
+            self._ready = _Ready(shards, buffered, state, tuple(following))
 
     @_refusals_told
     def commit(self, *, complete: bool = False) -> None:
         """Make all rows appended so far durable, with the state that follows them."""
         self._locks[0].check()
+        self._settle()
+        self._commit_gathered(complete=complete)
+
+    def _commit_gathered(self, *, complete: bool) -> None:
         self._begin()
-        shards, buffered, state = self._ready
+        shards, buffered, state, waiting = self._ready
         if buffered:
             shards = (*shards, self._write_shard(shards, buffered))
-            self._ready = _Ready(shards, 0, state)
+            self._ready = _Ready(shards, 0, state, waiting)
         old_states = self._state_files()
         fact = None if state is None else self._write_state(state, _count(shards))
         info = {} if state is None else state.get("info", {})
@@ -229,7 +253,7 @@ class BankWriter:
     @_refusals_told
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
-        self._image, self._ready = None, self._ready._replace(buffered=0)
+        self._image, self._ready = None, self._ready._replace(buffered=0, waiting=())
         try:
             if (
                 self._locks[0].is_ours
@@ -531,7 +555,8 @@ class BankWriter:
                 fix="name them in the method's `columns`",
             )
         fmt.check_weights(block.log_weight, "block log_weight")
-        fmt.check_rows(block.params, str(self.path), self._num_rows + self._ready.buffered)
+        waiting = sum(block.num_samples for block, _ in self._ready.waiting)
+        fmt.check_rows(block.params, str(self.path), _count(self._ready.shards) + self._ready.buffered + waiting)
 
     def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
         """Rows start to stop of a block into the buffer at `place`, after the rows that count so far."""
@@ -600,6 +625,16 @@ def _writer_of(name: str) -> str | None:
 def _missing_folders(path: Path) -> list[Path]:
     """The folders that must be made for `path`, innermost first."""
     return [folder for folder in (path, *path.parents) if not disk.exists(folder)]
+
+
+def _copied(block: Block) -> Block:
+    """A block of the same rows in memory of its own."""
+    params, chain, draw, log_joint, log_weight, columns = block
+    return Block(
+        {name: tensor.detach().clone() for name, tensor in params.items()},
+        *(column.clone() for column in (chain, draw, log_joint, log_weight)),
+        {name: column.clone() for name, column in columns.items()},
+    )
 
 
 def _count(shards: Sequence[dict[str, Any]]) -> int:

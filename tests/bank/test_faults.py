@@ -233,6 +233,41 @@ def test_a_writer_goes_on_once_the_cause_is_removed(tmp_path: Path, every: int, 
     assert count > 10 // every
 
 
+@pytest.mark.parametrize("size", [3, 10])
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
+def test_a_refused_block_is_taken_whole(tmp_path: Path, size: int, lasts: bool) -> None:
+    """Refused before it, at one of its shards, or after it: its rows wait, all of them, and are not appended again."""
+    last, count = 1, 0
+    while True:
+        folder = tmp_path / str(last) / "bank"
+        refusing = Refusing(
+            errno.ENOSPC, last, lasts=lasts, calls=("create", "write", "fsync", "replace", "sync_folder")
+        )
+        bank_writer = opened(folder)
+        bank_writer.append(rows(0, 2), {"step": 2, "num_steps": 12, "info": {}})
+        refused = False
+        with without_syncs(), intercepted(refusing):
+            block = rows(2, size)
+            try:
+                bank_writer.append(block, {"step": 2 + size, "num_steps": 12, "info": {}})
+            except BankWriteError:
+                refused = True
+                assert bank_writer.has_news
+                for tensor in block.params.values():
+                    tensor.fill_(7.0)  # whoever appended it fills the memory anew
+        bank_writer.append(rows(2 + size, 1), {"step": 3 + size, "num_steps": 12, "info": {}})
+        bank_writer.close()
+        check(Bank.open(folder, verify="full"), 3 + size)
+        again = opened(folder, resume=True)
+        assert again.state is not None
+        assert again.state["step"] == 3 + size
+        again.release()
+        if not refused:
+            break
+        last, count = last + 1, count + 1
+    assert count > 10
+
+
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("code", FAULTS, ids=errno.errorcode.get)
 @pytest.mark.parametrize(
