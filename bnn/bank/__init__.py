@@ -5,7 +5,7 @@ from bnn.bank.moving import merge, thin
 from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
-from bnn.bank.shards import lost_shards, unnamed_shards, verify_files
+from bnn.bank.shards import lost_shards, unnamed_shards, verify_files, wrong_sizes
 from bnn.bank.writer import BankWriter
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "verify_files",
     "write_chains",
     "write_state_dict",
+    "wrong_sizes",
 ]

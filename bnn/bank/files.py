@@ -121,7 +121,7 @@ def refused(path: Path, error: OSError) -> BankWriteError:
         str(path),
         want="to write it",
         got=os.strerror(error.errno or errno.EIO),
-        fix="free space or permissions, then go on with resume",
+        fix="make room or get the permission, and run it again; a fit goes on with resume",
     )
 
 

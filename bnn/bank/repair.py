@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from bnn.bank import files
 from bnn.bank import format as fmt
+from bnn.bank.moving import check_apart
 from bnn.bank.reader import Bank
 from bnn.bank.shards import Described, open_shard, read_config, read_manifest
 from bnn.bank.writer import BankWriter
-from bnn.errors import BankError, ConfigError
+from bnn.errors import BankError
 from bnn.types import Block, Params, State
 
 ROWS_AT_ONCE = 64
@@ -85,8 +86,7 @@ def repair(
         BankError: a bank of version 1, whose shards carry no checksums, or not one sound row.
     """
     folder, target = Path(path), Path(out)
-    if folder.resolve() == target.resolve():
-        raise ConfigError("out", want="a new folder", got="the damaged bank itself", fix="choose another name")
+    check_apart(target, folder)
     damaged = read_config(folder)
     if damaged.identity is None:
         raise BankError(

@@ -368,6 +368,29 @@ def lost_shards(folder: Path) -> list[str]:
     ]
 
 
+def wrong_sizes(folder: Path) -> list[str]:
+    """One line for each base or state that has not the size that `bank.json` or its manifest says."""
+    described = read_config(folder)
+    base = described.config.get("base")
+    problems = _of_other_size(folder, base) if base else []
+    for manifest in read_manifests(folder, described):
+        state = manifest["state"]
+        while state is not None and (found := _of_other_size(folder, state)):
+            now = {m["writer"]: m["state"] for m in read_manifests(folder, described)}.get(manifest["writer"])
+            if now == state:
+                problems += found
+                break
+            state = now  # its writer has committed since and removed the old one
+    return problems
+
+
+def _of_other_size(folder: Path, fact: Mapping[str, Any]) -> list[str]:
+    size = files.regular_size(folder / fact["file"])
+    if size == fact["bytes"]:
+        return []
+    return [f"{fact['file']}: {'no regular file' if size is None else f'{size} bytes'} instead of {fact['bytes']}"]
+
+
 def verify_files(folder: Path, progress: Callable[[int, int], object] | None = None) -> list[str]:
     """Compare every committed file with its sha256; one line a file that differs, or that no manifest is left to name.
 

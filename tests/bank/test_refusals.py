@@ -23,7 +23,7 @@ import torch
 from bank.test_bank import LAYOUT, check, rows, write
 from forging import edit_fact, edit_json, replace_tensors
 
-from bnn.bank import Bank, BankWriter, files, verify_files
+from bnn.bank import Bank, BankWriter, files, mean, thin, verify_files, write_state_dict, wrong_sizes
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankLocked, BankMismatch, BankNotFound
 
 TESTS = str(Path(__file__).parents[1])
@@ -349,7 +349,7 @@ def test_a_sample_that_is_not_finite_is_found_in_a_bank_that_others_wrote(tmp_pa
     }
     tensors["1.weight"][66, 1, 2] = float("inf")
     replace_tensors(tmp_path / "bank", tensors, metadata=metadata)
-    bank = Bank.open(tmp_path / "bank", verify="full")
+    bank = Bank.open(tmp_path / "bank")
     assert [line.split(";")[0] for line in bank.check_values()] == [
         f"{tmp_path / 'bank'}: want finite samples, got NaN or Inf in '1.weight' of row 66"
     ]
@@ -721,3 +721,46 @@ def test_a_fit_does_not_go_on_without_a_state(tmp_path: Path) -> None:
     with pytest.raises(BankError, match="want a state that follows its last row"):
         fit(case.model, case.data, method=method, num_samples=6, out=tmp_path / "new", resume=True)
     assert len(Bank.open(tmp_path / "new")) == 4
+
+
+# Rows that are no numbers
+
+
+def not_finite(path: Path) -> Bank:
+    """A bank of 14 rows that others wrote, of which row 9 holds NaN."""
+    write(path, [7, 7])
+    block = rows(0, 14)
+    block.params["0.bias"][9, 1] = torch.nan
+    tensors = {**block.params, "@chain": block.chain, "@draw": block.draw}
+    tensors |= {"@log_joint": block.log_joint, "@log_weight": block.log_weight}
+    with safetensors.safe_open(path / "main-000000.safetensors", "pt") as shard:
+        metadata = {key: value for key, value in shard.metadata().items() if key not in ("crc32", "format")}
+    replace_tensors(path, tensors, metadata=metadata)
+    return Bank.open(path)
+
+
+def test_a_row_that_is_not_finite_is_named_by_all_that_read_every_row(tmp_path: Path) -> None:
+    bank = not_finite(tmp_path / "bank")
+    named = r"bank: want finite samples, got .*NaN or Inf in '0\.bias' of row 9"
+    with pytest.raises(BankCorrupt, match=named):
+        Bank.open(tmp_path / "bank", verify="full")
+    with pytest.raises(BankError, match=named):
+        mean(bank)
+    with pytest.raises(BankError, match=r"NaN or Inf in '0\.bias'"):
+        write_state_dict(bank, tmp_path / "sample", bank[9])
+    write_state_dict(bank, tmp_path / "sample", bank[8])
+    with pytest.raises(BankError, match=named):
+        thin(bank, tmp_path / "new", every=1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["state-main-000000.safetensors", "base.safetensors"])
+def test_a_cut_state_or_base_is_seen_without_reading_it(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "bank", [3], base={"b": torch.ones(3)})
+    assert wrong_sizes(tmp_path / "bank") == []
+    path = tmp_path / "bank" / name
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    assert wrong_sizes(tmp_path / "bank") == [f"{name}: {size - 1} bytes instead of {size}"]
+    path.unlink()
+    assert wrong_sizes(tmp_path / "bank") == [f"{name}: no regular file instead of {size}"]

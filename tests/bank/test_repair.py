@@ -192,7 +192,7 @@ def test_what_cannot_be_repaired_says_so(tmp_path: Path) -> None:
     bank_writer = begin(tmp_path / "bank")
     fill(bank_writer, [3])
     bank_writer.close()
-    with pytest.raises(ConfigError, match="the damaged bank itself"):
+    with pytest.raises(ConfigError, match="got the bank itself"):
         repair(tmp_path / "bank", tmp_path / "x" / ".." / "bank")
     repair(tmp_path / "bank", tmp_path / "new")
     with pytest.raises(BankExists, match="which is kept"):
