@@ -111,6 +111,12 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
+def identity(folder: Path) -> tuple[int, int]:
+    """By which a folder is known again under whatever name: device and inode."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
 def exists(path: Path) -> bool:
     """Whether anything has that name, a link to nothing too."""
     return os.path.lexists(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bnn.bank import disk
 from bnn.bank import format as fmt
-from bnn.errors import BankError, BankLimit, BankLocked, BankWriteError
+from bnn.errors import BankError, BankLimit, BankLocked, BankMismatch, BankWriteError
 
 READ_STEP = 8 * 1024 * 1024
 TEMPORARY_NAME = re.compile(r"\.tmp-(.+)-[0-9]+")  # of the file that it becomes, and of the process
@@ -210,6 +210,27 @@ def names(folder: Path) -> list[str]:
         return disk.names(folder)
     except OSError as error:
         raise unreadable(folder, error) from error
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """By which a folder is known again under whatever name; None where there is none."""
+    try:
+        return disk.identity(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def check_same(folder: Path, known: tuple[int, int] | None) -> None:
+    """Raise BankMismatch where another folder has the name now: half of one bank and half of another would be read."""
+    if identity(folder) != known:
+        raise BankMismatch(
+            str(folder),
+            want="the folder that was opened",
+            got="another in its place",
+            fix="open it anew with Bank.open",
+        )
 
 
 def regular_size(path: Path) -> int | None:

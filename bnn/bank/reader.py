@@ -98,6 +98,7 @@ class Bank(Sequence[Params]):
     @staticmethod
     def _open(folder: Path, verify: Verify, snapshot: Snapshot | None) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached."""
+        known = files.identity(folder)
         described = read_config(folder)
         config, layout, identity = described.config, described.layout, described.identity
         manifests = read_manifests(folder, described)
@@ -110,12 +111,13 @@ class Bank(Sequence[Params]):
         shards = []
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
-            shards += [MappedShard(folder / fact["file"], fact, origin, verify) for fact in manifest["shards"]]
+            shards += [MappedShard(folder / fact["file"], fact, origin, verify, known) for fact in manifest["shards"]]
         for shard in shards:
             size = files.regular_size(shard.path)
             if size != shard.bytes or size < shard.rows * row_bytes:
                 got = f"{size} bytes" if size is not None else "no regular file"
                 raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
+        files.check_same(folder, known)
         if verify == "full":
             problems = verify_files(folder)
             if problems:

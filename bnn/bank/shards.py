@@ -154,9 +154,11 @@ class Origin(NamedTuple):
 class MappedShard:
     """Rows of one file, mapped and checked when first touched."""
 
-    def __init__(self, path: Path, fact: Mapping[str, Any], origin: Origin, verify: Verify) -> None:
+    def __init__(
+        self, path: Path, fact: Mapping[str, Any], origin: Origin, verify: Verify, folder: tuple[int, int] | None
+    ) -> None:
         self.path, self.rows, self.bytes, self.first_row = path, fact["rows"], fact["bytes"], fact["first_row"]
-        self.writer = origin.writer
+        self.writer, self._folder = origin.writer, folder
         self._origin, self._crc32 = origin, fact["crc32"]
         self._verify, self._checked = verify != "never", set[str]()
         self._mapped: files.MappedFile | None = None
@@ -197,6 +199,7 @@ class MappedShard:
 
     def _map(self) -> files.MappedFile:
         mapped = open_shard(self.path, self._origin, rows=self.rows, first_row=self.first_row, size=self.bytes)
+        files.check_same(self.path.parent, self._folder)
         if self._verify and self._origin.bank is not None and fmt.HEADER not in self._checked:
             self._check(mapped, fmt.HEADER)
         self._mapped = mapped

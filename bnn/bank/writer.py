@@ -444,11 +444,12 @@ class BankWriter:
             disk.replace(self.path / "bank.json", self.path / REMOVED)  # tells a removal from a loss
             disk.sync_folder(self.path)
         names = [name for name in disk.names(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
-        for part in ([n for n in names if n != REMOVED], [n for n in names if n == REMOVED]):
-            for name in part:
+        for name in names:
+            if name != REMOVED:
                 self._remove(self.path / name)
-            if part:
-                disk.sync_folder(self.path)
+        if REMOVED in names:
+            disk.sync_folder(self.path)  # what it tells of is gone for good: else its rest would pass for a loss
+            self._remove(self.path / REMOVED)  # the sync of the first commit covers it
 
     def _remove(self, path: Path) -> None:
         with suppress(FileNotFoundError):
@@ -484,8 +485,9 @@ class BankWriter:
             )
         for name in disk.names(self.path):
             temporary = files.TEMPORARY_NAME.fullmatch(name)
-            if temporary and _writer_of(temporary.group(1)) == self.writer:
-                self._remove(self.path / name)  # of a writer of this name that was killed
+            of_own = temporary is not None and _writer_of(temporary.group(1)) == self.writer
+            if of_own or name == REMOVED:  # of a writer that was killed, or lost power, before its first commit
+                self._remove(self.path / name)
         manifests = {m["writer"]: m for m in read_manifests(self.path, described)}
         if self.writer in manifests:
             manifest = manifests[self.writer]
@@ -629,11 +631,13 @@ def _missing_folders(path: Path) -> list[Path]:
 
 def _copied(block: Block) -> Block:
     """A block of the same rows in memory of its own."""
-    params, chain, draw, log_joint, log_weight, columns = block
     return Block(
-        {name: tensor.detach().clone() for name, tensor in params.items()},
-        *(column.clone() for column in (chain, draw, log_joint, log_weight)),
-        {name: column.clone() for name, column in columns.items()},
+        params={name: tensor.detach().clone() for name, tensor in block.params.items()},
+        chain=block.chain.clone(),
+        draw=block.draw.clone(),
+        log_joint=block.log_joint.clone(),
+        log_weight=block.log_weight.clone(),
+        columns={name: column.clone() for name, column in block.columns.items()},
     )
 
 

@@ -289,7 +289,7 @@ def test_a_disk_that_refuses(tmp_path: Path, tell: Tell, name: str, every: int, 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
 def test_a_disk_that_cannot_be_read(tmp_path: Path, code: int, lasts: bool) -> None:
     write(tmp_path / "bank", [5])
-    calls, last, count = ("open_read", "read", "status", "map_private", "names", "regular_size"), 1, 0
+    calls, last, count = ("open_read", "read", "status", "map_private", "names", "regular_size", "identity"), 1, 0
     while True:
         refusing = Refusing(code, last, lasts=lasts, calls=calls)
         problem, bank = None, None
@@ -599,6 +599,50 @@ def follow(folder: Path, end: float, seed: int, tell: Callable[[str], object]) -
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_readers_beside_a_writer(tmp_path: Path, alone: Alone, tell: Tell, seconds: int) -> None:
     tell(f"{seconds} s: {alone(read_beside, tmp_path, seconds)}")
+
+
+# 21: a folder that another takes the place of
+
+
+@pytest.mark.parametrize("verify", ["first-use", "never"])
+def test_a_folder_swapped_while_it_is_opened_is_read_whole_or_refused(tmp_path: Path, verify: Any) -> None:
+    """Before each call in turn: the other has the same bank.json and shards of the same sizes, with other rows."""
+    for name, first in (("one", 0), ("other", 20)):
+        bank_writer = opened(tmp_path / name)
+        for start in (0, 4, 8):
+            bank_writer.append(rows(first + start, 4))
+            bank_writer.commit()
+        bank_writer.close()
+    found: dict[str, int] = {"one": 0, "other": 0, "refused": 0}
+    last = 0
+    while True:
+        shutil.copytree(tmp_path / "one", tmp_path / "bank")
+        seen = [0]
+
+        def handler(name: str, real: Any, *args: Any, seen: list[int] = seen, last: int = last, **options: Any) -> Any:
+            if seen[0] == last:
+                (tmp_path / "bank").rename(tmp_path / "moved")
+                shutil.copytree(tmp_path / "other", tmp_path / "bank")
+            seen[0] += 1
+            return real(*args, **options)
+
+        index = None
+        with intercepted(handler):
+            try:
+                index = (-Bank.open(tmp_path / "bank", verify=verify).log_joint).long().tolist()
+            except BankError:
+                found["refused"] += 1
+        if index is not None:
+            assert index in (list(range(12)), list(range(20, 32))), f"rows of both at call {last}"
+            found["one" if index[0] == 0 else "other"] += 1
+        shutil.rmtree(tmp_path / "bank")
+        if seen[0] <= last:
+            break
+        shutil.rmtree(tmp_path / "moved")
+        last += 1
+    assert found["refused"] > 10
+    assert found["other"] == 1  # swapped before the first call
+    assert found["one"] >= 1
 
 
 # 26: a file cut while it is mapped

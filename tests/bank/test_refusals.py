@@ -24,7 +24,10 @@ from bank.test_bank import LAYOUT, check, rows, write
 from forging import edit_fact, edit_json, replace_tensors
 
 from bnn.bank import Bank, BankWriter, files, mean, thin, verify_files, write_state_dict, wrong_sizes
+from bnn.bank import format as fmt
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankLocked, BankMismatch, BankNotFound
+from bnn.layout import layout_of
+from bnn.types import make_block
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -351,7 +354,7 @@ def test_a_sample_that_is_not_finite_is_found_in_a_bank_that_others_wrote(tmp_pa
     replace_tensors(tmp_path / "bank", tensors, metadata=metadata)
     bank = Bank.open(tmp_path / "bank")
     assert [line.split(";")[0] for line in bank.check_values()] == [
-        f"{tmp_path / 'bank'}: want finite samples, got NaN or Inf in '1.weight' of row 66"
+        f"{tmp_path / 'bank'}: NaN or Inf in '1.weight' of row 66"
     ]
 
 
@@ -741,6 +744,9 @@ def not_finite(path: Path) -> Bank:
 
 def test_a_row_that_is_not_finite_is_named_by_all_that_read_every_row(tmp_path: Path) -> None:
     bank = not_finite(tmp_path / "bank")
+    told: list[tuple[int, int]] = []
+    assert len(bank.check_values(lambda *found: told.append(found))) == 1
+    assert told == [(14, 14)]
     named = r"bank: want finite samples, got .*NaN or Inf in '0\.bias' of row 9"
     with pytest.raises(BankCorrupt, match=named):
         Bank.open(tmp_path / "bank", verify="full")
@@ -764,3 +770,78 @@ def test_a_cut_state_or_base_is_seen_without_reading_it(tmp_path: Path, name: st
     assert wrong_sizes(tmp_path / "bank") == [f"{name}: {size - 1} bytes instead of {size}"]
     path.unlink()
     assert wrong_sizes(tmp_path / "bank") == [f"{name}: no regular file instead of {size}"]
+
+
+# Cuts of what is larger
+
+
+def test_every_cut_of_a_state_or_a_base_is_refused(tmp_path: Path) -> None:
+    base = {"b": torch.ones(3), "c": torch.arange(5)}
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base=base)
+    bank_writer.append(rows(0, 3), {"step": 3, "info": {}, "flat": torch.arange(300.0), "seeds": torch.arange(7)})
+    bank_writer.close()
+
+    def resume(folder: Path) -> BankWriter:
+        return BankWriter(folder, layout=LAYOUT, config={"seed": 0}, base=base, resume=True)
+
+    for name in ("state-main-000000.safetensors", "base.safetensors"):
+        path = tmp_path / "bank" / name
+        raw = path.read_bytes()
+        header = 8 + struct.unpack("<Q", raw[:8])[0]
+        for size in sorted({*range(0, header, 37), *range(8), *range(header - 3, len(raw), 5), len(raw) - 1}):
+            path.write_bytes(raw[:size])
+            assert wrong_sizes(tmp_path / "bank") == [f"{name}: {size} bytes instead of {len(raw)}"]
+            assert [line.split(":")[0] for line in verify_files(tmp_path / "bank")] == [name]
+            with pytest.raises(BankCorrupt):
+                files.map_tensors(path)
+            look_at = resume if name.startswith("state") else Bank.open
+            with pytest.raises(BankCorrupt, match=name):
+                look_at(tmp_path / "bank")
+        path.write_bytes(raw)
+    check(Bank.open(tmp_path / "bank", verify="full"), 3)
+
+
+def test_cuts_of_a_larger_shard_are_refused_by_size_and_by_header(tmp_path: Path) -> None:
+    """At every byte of the header and about each end of a tensor; also where the manifest names the size it was cut to."""
+    layout = layout_of(torch.nn.Sequential(torch.nn.Linear(60, 50), torch.nn.Linear(50, 10)))
+    flat = torch.randn(300, layout.num_values, generator=torch.Generator().manual_seed(0))
+    block = make_block(layout.unflatten(flat), chain=torch.zeros(300), draw=torch.arange(300))
+    bank_writer = BankWriter(tmp_path / "bank", layout=layout, config={})
+    bank_writer.append(block)
+    bank_writer.close()
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    raw = path.read_bytes()
+    assert len(raw) > 4 * 10**6
+    places, _ = fmt.decode_header(raw, len(raw), path.name)
+    header = min(place.begin for place in places.values())
+    ends = {end + step for place in places.values() for end in (place.begin, place.end) for step in (-1, 0, 1)}
+    with path.open("r+b") as file:
+        for size in sorted((ends - {len(raw), len(raw) + 1}) | set(range(header)), reverse=True):
+            file.truncate(size)
+            with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors: want \d+ bytes for 300 rows"):
+                Bank.open(tmp_path / "bank")
+            with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors"):
+                files.map_tensors(path)
+
+
+def test_a_cut_that_the_manifest_agrees_with_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [7])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    raw = path.read_bytes()
+    places, _ = fmt.decode_header(raw, len(raw), path.name)
+    for size in sorted({end + step for place in places.values() for end in place[2:] for step in (-1, 0, 1)}):
+        if size < len(raw):
+            path.write_bytes(raw[:size])
+            edit_fact(tmp_path / "bank", bytes=size)
+            with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors"):
+                Bank.open(tmp_path / "bank", verify="never")[0]
+
+
+def test_what_tells_of_a_bank_that_was_replaced_goes_with_a_resume(tmp_path: Path) -> None:
+    """Power was lost after the first file of the new bank, and before the removal of that name was sure."""
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0})
+    bank_writer.commit()
+    bank_writer.release()
+    (tmp_path / "bank" / ".tmp-removed-bank.json").write_text("{}")
+    BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, resume=True).release()
+    assert not (tmp_path / "bank" / ".tmp-removed-bank.json").exists()
