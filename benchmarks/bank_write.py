@@ -167,12 +167,9 @@ def commits(out: Path, seconds: float, repeats: int) -> dict[str, Any]:
         shutil.rmtree(out / "trial")
         return took
 
-    trial, took = 500, 0.0
-    while took < seconds / 10:  # what a run begins with would pass for sampling in a short one
-        trial *= 2
-        took = trial_of(trial)
-    rate = trial / took
-    samples = int(rate * seconds) // 4 * 4
+    few = trial_of(1000)
+    rate = 4000 / max(trial_of(5000) - few, 1e-3)  # of the later ones: what a run begins with is no sampling
+    samples = int(rate * max(seconds - few, 1.0)) // 4 * 4
 
     def run(row_seconds: float) -> float:
         before = writer.ROW_SECONDS, writer.STATE_SECONDS
