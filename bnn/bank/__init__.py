@@ -5,7 +5,7 @@ from bnn.bank.moving import merge, thin
 from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
-from bnn.bank.shards import unnamed_shards, verify_files
+from bnn.bank.shards import lost_shards, unnamed_shards, verify_files, wrong_sizes
 from bnn.bank.writer import BankWriter
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "BankSize",
     "BankWriter",
     "Repaired",
+    "lost_shards",
     "mean",
     "merge",
     "repair",
@@ -22,4 +23,5 @@ __all__ = [
     "verify_files",
     "write_chains",
     "write_state_dict",
+    "wrong_sizes",
 ]

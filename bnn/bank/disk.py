@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -24,8 +25,26 @@ def write(descriptor: int, view: memoryview) -> int:
     return os.write(descriptor, view)
 
 
+def bypass_cache(descriptor: int, on: bool) -> bool:
+    """Whether what is written from now on goes to the disk without a copy in the page cache, as asked.
+
+    Whole pages only, from page-aligned memory; not every system and file system does it.
+    """
+    direct = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
+    except OSError:  # EINVAL: this file system has no such thing
+        return False
+    return bool(direct) and on
+
+
 def fsync(descriptor: int) -> None:
     """Make the bytes of a file durable."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: its fsync leaves them in the cache of the drive
+        with suppress(OSError):  # a file system without it has fsync alone
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
     os.fsync(descriptor)
 
 
@@ -46,7 +65,7 @@ def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -92,6 +111,12 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
+def identity(folder: Path) -> tuple[int, int]:
+    """By which a folder is known again under whatever name: device and inode."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
 def exists(path: Path) -> bool:
     """Whether anything has that name, a link to nothing too."""
     return os.path.lexists(path)
@@ -105,6 +130,11 @@ def free_bytes(folder: Path) -> int:
 def map_private(descriptor: int, size: int) -> mmap.mmap:
     """A map in which writes change neither the file nor another process."""
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+
+
+def blank_pages(size: int) -> mmap.mmap:
+    """Page-aligned memory of zeros, this process's own; none of it is taken before it is written to."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def open_lock(path: Path) -> int:

@@ -41,7 +41,7 @@ def mean(bank: Bank, *, progress: Progress | None = None) -> Params:
         left out.
 
     Raises:
-        BankError: the bank has no sample, or none with weight.
+        BankError: the bank has no sample, or none with weight; or one holds NaN or Inf, and is named.
 
     Examples:
         >>> module = torch.nn.Linear(1, 1, bias=False)
@@ -56,6 +56,7 @@ def mean(bank: Bank, *, progress: Progress | None = None) -> Params:
     entries = [entry for entry in bank.layout.entries if not entry.name.startswith("@")]
     sums = {entry.name: torch.zeros(entry.shape, dtype=torch.float64) for entry in entries}
     for first, block in bank.blocks(rows_at_once(bank.layout)):
+        fmt.check_rows(block.params, _name(bank), first)
         here = weight[first : first + block.num_samples]  # [K]
         for name, total in sums.items():
             total += torch.tensordot(here, block.params[name].double(), dims=1)  # [K], [K, *shape] -> [*shape]
@@ -78,6 +79,7 @@ def write_state_dict(bank: Bank, path: str | Path, params: Mapping[str, Tensor],
 
     Raises:
         BankMismatch: an entry is missing, unknown, or of another shape or dtype.
+        BankError: an entry holds NaN or Inf.
         BankExists: something is at `path`, or it is a file of a bank.
         BankWriteError: the disk refused.
 
@@ -101,6 +103,10 @@ def write_state_dict(bank: Bank, path: str | Path, params: Mapping[str, Tensor],
             got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise BankMismatch(
                 "params", want=f"{entry} of {entry.dtype}", got=got, fix="pass bank[i] or mean(bank) of this bank"
+            )
+        if not fmt.is_finite(tensor):
+            raise BankError(
+                _name(bank), want="finite values", got=f"NaN or Inf in '{entry.name}'", fix="choose another sample"
             )
         tensors[entry.name] = tensor
     unknown = sorted(name for name in params if name not in bank.layout.names and not name.startswith("@"))
@@ -269,8 +275,9 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise BankExists(
             str(path), want="a file beside the bank's own", got="one of the bank", fix="choose another name"
         )
-    if disk.is_folder(path):
-        raise BankExists(str(path), want="a file or nothing", got="a folder", fix="choose another name")
+    if disk.exists(path) and disk.regular_size(path) is None:  # a device would be replaced by a file of its name
+        got = "a folder" if disk.is_folder(path) else "a link, device or pipe"
+        raise BankExists(str(path), want="a file or nothing", got=got, fix="choose another name")
     if disk.exists(path) and not overwrite:
         raise BankExists(
             str(path), want="nothing there", got="a file, which is kept", fix="overwrite it, or choose another name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import mmap
 import os
 import re
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bnn.bank import disk
 from bnn.bank import format as fmt
-from bnn.errors import BankError, BankLimit, BankLocked, BankWriteError
+from bnn.errors import BankError, BankLimit, BankLocked, BankMismatch, BankWriteError
 
 READ_STEP = 8 * 1024 * 1024
 TEMPORARY_NAME = re.compile(r"\.tmp-(.+)-[0-9]+")  # of the file that it becomes, and of the process
@@ -35,8 +36,32 @@ class Written(NamedTuple):
     crc32: dict[str, int]
 
 
-def write_atomic(path: Path, chunks: Iterable[memoryview | bytes]) -> tuple[int, str]:
+class Image(NamedTuple):
+    """The bytes of a safetensors file in page-aligned memory, its tensors views of where they will lie in it."""
+
+    raw: mmap.mmap
+    start: int  # of the data: the length of the header, which is written in last
+    tensors: dict[str, Tensor]
+
+
+def blank_image(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> Image:
+    """Memory for a sealed file of such tensors; a header longer than that of these metadata does not fit it."""
+    longest = fmt.seal_tensors(metadata, dict.fromkeys(tensors, 2**32 - 1))
+    header, places = fmt.encode_header(tensors, longest)
+    raw = disk.blank_pages(max(len(header), *(place.end for place in places.values())))
+    views = {}
+    for name, (dtype, shape) in tensors.items():
+        count, begin = math.prod(shape), places[name].begin
+        flat = torch.frombuffer(raw, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+        views[name] = flat.view(shape)
+    return Image(raw, len(header), views)
+
+
+def write_atomic(path: Path, chunks: Iterable[memoryview | bytes], *, direct: bool = False) -> tuple[int, str]:
     """Write a file so that its name never shows anything but the whole: temporary name, fsync, rename, fsync.
+
+    With `direct` whole pages go past the page cache where the system can: the chunks are page-aligned, each but the
+    last a multiple of the page long.
 
     Returns:
         The number of bytes and their sha256.
@@ -49,15 +74,16 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes]) -> tuple[int,
     try:
         descriptor = disk.create(temporary)
         try:
+            past_cache = direct and disk.bypass_cache(descriptor, True)
             with ThreadPoolExecutor(1) as beside:  # the sum of a piece is taken while the disk takes it
                 for chunk in chunks:
                     for start in range(0, len(whole := memoryview(chunk)), WRITE_STEP):
                         view = whole[start : start + WRITE_STEP]
                         summed = beside.submit(digest.update, view)
                         size += len(view)
-                        while view:
-                            view = view[disk.write(descriptor, view) :]
-                        summed.result()
+                        past_cache = _write_all(descriptor, view, past_cache)
+                        if not direct:  # a chunk made as it is asked for is let go before the next
+                            summed.result()
             disk.fsync(descriptor)
         finally:
             disk.close(descriptor)
@@ -72,22 +98,45 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes]) -> tuple[int,
     return size, digest.hexdigest()
 
 
+def _write_all(descriptor: int, view: memoryview, past_cache: bool) -> bool:
+    """Write all of a piece; whether the next may go past the page cache still."""
+    if past_cache and len(view) % mmap.PAGESIZE:
+        if whole := len(view) // mmap.PAGESIZE * mmap.PAGESIZE:
+            past_cache = _write_all(descriptor, view[:whole], past_cache)
+            view = view[whole:]
+        past_cache = past_cache and disk.bypass_cache(descriptor, False)
+    while view:
+        try:
+            view = view[disk.write(descriptor, view) :]
+        except OSError as error:
+            if not past_cache or error.errno != errno.EINVAL:
+                raise
+            past_cache = disk.bypass_cache(descriptor, False)  # a disk of larger pages, or a write that was cut short
+    return past_cache
+
+
 def refused(path: Path, error: OSError) -> BankWriteError:
     """The error for a disk that does not take a write."""
     return BankWriteError(
         str(path),
         want="to write it",
         got=os.strerror(error.errno or errno.EIO),
-        fix="free space or permissions, then go on with resume",
+        fix="make room or get the permission, and run it again; a fit goes on with resume",
     )
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    sealed: bool = False,
+    image: Image | None = None,
 ) -> Written:
     """Write a safetensors file with aligned tensors, atomically.
 
-    With `sealed` its metadata hold the crc32 of every tensor, so that it can be checked without a manifest.
+    With `sealed` its metadata hold the crc32 of every tensor, so that it can be checked without a manifest. Where
+    `tensors` are all of an image, the file is written from that as it lies.
     """
     crc32 = {name: zlib.crc32(fmt.tensor_bytes(tensor)) for name, tensor in tensors.items()}
     if sealed:
@@ -100,7 +149,11 @@ def write_tensors(
             got=f"{len(header)}",
             fix="make fewer parameters Bayesian, or keep less beside tensors in a state",
         )
-    size, sha256 = write_atomic(path, fmt.chunks_of(header, places, tensors))
+    if image is not None and len(header) == image.start:
+        image.raw[: image.start] = header
+        size, sha256 = write_atomic(path, [memoryview(image.raw)], direct=True)
+    else:
+        size, sha256 = write_atomic(path, fmt.chunks_of(header, places, tensors))
     return Written(size, sha256, {**crc32, fmt.HEADER: zlib.crc32(header)})
 
 
@@ -157,6 +210,27 @@ def names(folder: Path) -> list[str]:
         return disk.names(folder)
     except OSError as error:
         raise unreadable(folder, error) from error
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """By which a folder is known again under whatever name; None where there is none."""
+    try:
+        return disk.identity(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def check_same(folder: Path, known: tuple[int, int] | None) -> None:
+    """Raise BankMismatch where another folder has the name now: half of one bank and half of another would be read."""
+    if identity(folder) != known:
+        raise BankMismatch(
+            str(folder),
+            want="the folder that was opened",
+            got="another in its place",
+            fix="open it anew with Bank.open",
+        )
 
 
 def regular_size(path: Path) -> int | None:

@@ -22,10 +22,13 @@ FEATURES: frozenset[str] = frozenset({"columns"})  # features beyond the version
 
 DATA_ALIGNMENT = 4096  # direct I/O and GPU-direct reads want pages
 TENSOR_ALIGNMENT = 256  # what cuBLAS and vector loads ask of a base pointer
-MAX_HEADER_BYTES = 8 * 1024 * 1024  # safetensors allows 100 MB; as Python objects JSON takes up to 25 times its bytes
+MAX_HEADER_BYTES = 4 * 1024 * 1024  # safetensors allows 100 MB; as Python objects JSON takes up to 25 times its bytes
 MAX_JSON_BYTES = 4 * 1024 * 1024  # of bank.json
 MAX_NAME = 1024  # characters of the name of an entry
-MAX_INFO_BYTES = 256 * 1024  # of the diagnostics in a manifest
+MAX_INFO_BYTES = 64 * 1024  # of the diagnostics in a manifest
+MAX_MANIFEST_BYTES = 1024 * 1024  # of one, beside what its shards account for
+MAX_MANIFESTS_BYTES = 2 * 1024 * 1024  # of all writers' together, beside what shards account for
+MAX_WRITERS = 1000
 
 COLUMNS: dict[str, torch.dtype] = {
     "@chain": torch.int64,
@@ -230,9 +233,9 @@ def header_limit(names: Iterable[str]) -> int:
     return min(2**20 + sum(512 + 12 * len(name) for name in names), MAX_HEADER_BYTES)
 
 
-def manifest_limit(names: Iterable[str], num_shards: int) -> int:
-    """Bytes that a manifest may have: a MiB, and room for the facts of each shard that is there."""
-    return 2**20 + num_shards * (1024 + sum(64 + 6 * len(name) for name in names))
+def facts_limit(names: Iterable[str], num_shards: int) -> int:
+    """Bytes that manifests may take for the facts of the shards that are there."""
+    return num_shards * (1024 + sum(64 + 6 * len(name) for name in names))
 
 
 def more_columns(config: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -260,8 +263,15 @@ def columns_of(block: Block) -> dict[str, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf: its extremes tell, some twenty times as fast as every value."""
+    """Whether a tensor holds neither NaN nor Inf.
+
+    Its sum is finite then, which is asked first, for no memory is written and strides cost nothing. Where it is not,
+    huge values may have overflown it, and the extremes decide.
+    """
     if not tensor.numel():
+        return True
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    if torch.isfinite(tensor.sum(dtype=wide)):
         return True
     least, greatest = torch.aminmax(tensor)  # NaN wherever there is one
     return bool(torch.isfinite(least) & torch.isfinite(greatest))

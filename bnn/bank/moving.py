@@ -25,7 +25,18 @@ Progress: TypeAlias = Callable[[int, int], object]
 BLOCK_BYTES = 32 * 1024 * 1024  # samples of one block: a small part of the shard that the writer gathers
 
 # What a bank says of itself only: the writer says it anew, or `Bank.open` found it in the manifests.
-OWN_KEYS = ("format", "version", "requires", "layout", "fingerprint", "base", "checksum", "complete", "diagnostics")
+OWN_KEYS = (
+    "format",
+    "version",
+    "requires",
+    "layout",
+    "fingerprint",
+    "base",
+    "checksum",
+    "complete",
+    "diagnostics",
+    "resumable",
+)
 
 
 def thin(bank: Bank, out: str | Path, *, every: int, overwrite: bool = False, progress: Progress | None = None) -> Bank:
@@ -90,7 +101,7 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
         The new bank, of as many samples as the others have together.
 
     Raises:
-        ConfigError: fewer than two banks, one of them twice, or `out` is one of them.
+        ConfigError: fewer than two banks, one without samples, one of them twice, or `out` is one of them.
         BankMismatch: the banks are not of one kind; the first difference is named.
         BankError: the weights of a bank are all zero.
         BankExists: something is at `out`.
@@ -108,8 +119,7 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
     chains, shifts, following = [], [], 0
     for number, bank in enumerate(banks):
         chains.append(following)
-        if len(bank):
-            following += int(bank.chain.max()) + 1
+        following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number)))
     writer = _writer(out, banks, _merged_info(banks), overwrite=overwrite)
 
@@ -118,6 +128,14 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
         return block._replace(chain=block.chain + chains[number], log_weight=block.log_weight + shifts[number])
 
     return _pour(writer, banks, renumbered, progress)
+
+
+def check_apart(out: Path, path: Path) -> None:
+    """Raise ConfigError where a new bank would be an old one, or lie in it."""
+    target, own = out.resolve(), path.resolve()
+    if target == own or own in target.parents:
+        got = "the bank itself" if target == own else f"one inside the bank {path}"
+        raise ConfigError(str(out), want="the folder of a new bank", got=got, fix="choose another name for it")
 
 
 def rows_at_once(layout: Layout) -> int:
@@ -174,6 +192,10 @@ def _check_alike(banks: Sequence[Bank]) -> None:
     seen: dict[str, str] = {}
     for number, bank in enumerate(banks):
         place = _name(bank, number)
+        if not len(bank):
+            raise ConfigError(
+                place, want="at least one sample", got="none", fix="leave it out, or look at it with 'bnn bank verify'"
+            )
         if bank.digest in seen:
             raise ConfigError(
                 place, want="each bank once", got=f"the samples of {seen[bank.digest]}", fix="leave one of them out"
@@ -261,11 +283,10 @@ def _name(bank: Bank, number: int) -> str:
 def _writer(out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, overwrite: bool) -> BankWriter:
     """The writer of a new bank, which is none of those that are read."""
     for bank in banks:
-        if bank.path is not None and Path(out).resolve() == bank.path.resolve():
-            raise ConfigError(
-                str(out), want="the folder of a new bank", got="the bank itself", fix="choose another name for it"
-            )
-    return BankWriter(out, layout=banks[0].layout, config=config, base=banks[0].base(), overwrite=overwrite)
+        if bank.path is not None:
+            check_apart(Path(out), bank.path)
+    base = {} if config.get("lost") else banks[0].base()  # lost: the new bank has none either, and says so
+    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite)
 
 
 def _pour(
@@ -282,12 +303,16 @@ def _pour(
     try:
         for number, bank in enumerate(banks):
             for first, block in bank.blocks(rows_at_once(bank.layout)):
-                writer.append(change(number, first, block))
+                try:
+                    writer.append(change(number, first, block))
+                except BankError:
+                    fmt.check_rows(block.params, _name(bank, number), first)  # whose fault it is
+                    raise
                 done += block.num_samples
                 if progress is not None:
                     progress(done, total)
             bank.release()  # maps keep about a shard of pages each, and there may be many banks
-        writer.close()
+        writer.close(complete=all(bank.info.get("complete", True) for bank in banks))
     except BaseException:
         writer.abandon(rows=True)
         raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnn.bank import format as fmt
-from bnn.bank.writer import rows_per_shard, shard_metadata
+from bnn.bank.writer import MOST_FILES, rows_per_shard, shard_metadata
 from bnn.errors import ConfigError
 from bnn.layout import Layout
 
@@ -43,7 +43,7 @@ def size_of(
         base: what the bank keeps once: parameters outside the sample, and buffers.
 
     Raises:
-        ConfigError: `num_samples` is below 1.
+        ConfigError: `num_samples` is below 1, or more than the shards of a writer hold.
 
     Examples:
         >>> from torch import nn
@@ -66,7 +66,18 @@ def size_of(
 
     most = rows_per_shard(layout.num_bytes)
     firsts = range(0, num_samples, most)
-    num_bytes = sum(shard_bytes(min(most, num_samples - first), len(str(first))) for first in firsts)
+    if len(firsts) > MOST_FILES:
+        raise ConfigError(
+            "num_samples",
+            want=f"at most {MOST_FILES * most}, which fill the {MOST_FILES} shards of a writer",
+            got=str(num_samples),
+            fix="lower it, or plan several banks",
+        )
+    num_bytes, low = shard_bytes(num_samples - firsts[-1], len(str(firsts[-1]))), 0
+    for digits in range(1, len(str(firsts[-1])) + 1):  # of the first row, on which the header depends
+        high = min(-(-(10**digits) // most), len(firsts) - 1)  # full shards that begin below it
+        num_bytes += max(high - low, 0) * shard_bytes(most, digits)
+        low = max(low, high)
     if base:
         num_bytes += _file_bytes({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in base.items()}, {})
     row_bytes = layout.num_bytes + sum(dtype.itemsize for dtype in dtypes.values())

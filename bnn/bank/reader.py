@@ -6,7 +6,7 @@ import bisect
 import copyreg
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class Bank(Sequence[Params]):
     @staticmethod
     def _open(folder: Path, verify: Verify, snapshot: Snapshot | None) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached."""
+        known = files.identity(folder)
         described = read_config(folder)
         config, layout, identity = described.config, described.layout, described.identity
         manifests = read_manifests(folder, described)
@@ -111,12 +112,13 @@ class Bank(Sequence[Params]):
         shards = []
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
-            shards += [MappedShard(folder / fact["file"], fact, origin, verify) for fact in manifest["shards"]]
+            shards += [MappedShard(folder / fact["file"], fact, origin, verify, known) for fact in manifest["shards"]]
         for shard in shards:
             size = files.regular_size(shard.path)
             if size != shard.bytes or size < shard.rows * row_bytes:
                 got = f"{size} bytes" if size is not None else "no regular file"
                 raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
+        files.check_same(folder, known)
         if verify == "full":
             problems = verify_files(folder)
             if problems:
@@ -130,6 +132,7 @@ class Bank(Sequence[Params]):
         info = {
             **config,
             "complete": bool(manifests) and all(m["complete"] for m in manifests),
+            "resumable": _is_resumable(config, manifests),
             "diagnostics": {m["writer"]: m["info"] for m in manifests},
         }
         digest = hashlib.sha256("".join(facts).encode()).hexdigest()
@@ -140,6 +143,12 @@ class Bank(Sequence[Params]):
         bank = Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
         marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
         bank._snapshot = Snapshot(identity, marks, digest)
+        if verify == "full":
+            problems = bank.check_values()
+            if problems:
+                raise BankCorrupt(
+                    str(folder), want="finite samples", got=problems[0], fix="drop such shards with 'bnn bank repair'"
+                )
         return bank
 
     @staticmethod
@@ -373,9 +382,20 @@ class Bank(Sequence[Params]):
         return digest.hexdigest()
 
     def base(self) -> Params:
-        """Parameters outside the sample and buffers, as they were when the bank was made."""
+        """Parameters outside the sample and buffers, as they were when the bank was made.
+
+        Raises:
+            BankCorrupt: they were lost, or their file is altered.
+        """
         if self._base is not None:
             return dict(self._base)
+        if self.info.get("lost"):
+            raise BankCorrupt(
+                str(self.path),
+                want="parameters outside the sample and buffers",
+                got="none: base.safetensors was lost before this bank was repaired",
+                fix="give them again: --base, or bnn.FunctionalModel with a module that has them",
+            )
         return {} if self.path is None else Described(self.info, self.layout, self._more).base(self.path)
 
     def check_headers(self) -> list[str]:
@@ -389,8 +409,11 @@ class Bank(Sequence[Params]):
                     problems.append(str(error))
         return problems
 
-    def check_values(self) -> list[str]:
-        """One line for each 64 rows of which some hold NaN or Inf, with the entry and the first such row."""
+    def check_values(self, progress: Callable[[int, int], object] | None = None) -> list[str]:
+        """One line for each 64 rows of which some hold NaN or Inf, with the entry and the first such row.
+
+        `progress` is told after each of them how many samples are read, and S.
+        """
         problems = []
         for first, block in self.blocks(64):
             try:
@@ -398,7 +421,10 @@ class Bank(Sequence[Params]):
                 fmt.check_rows(block.params, place, first)
                 fmt.check_weights(block.log_weight, place)
             except BankError as error:
-                problems.append(str(error))
+                problems.append(f"{error.place}: {error.got}")
+            if progress is not None:
+                progress(first + block.num_samples, len(self))
+        self.release()
         return problems
 
     def refresh(self) -> Bank:
@@ -469,3 +495,9 @@ class Bank(Sequence[Params]):
         while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
             oldest, _ = self._touched.popitem(last=False)
             self._shards[oldest].release()  # type: ignore[attr-defined]
+
+
+def _is_resumable(config: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a fit can go on behind the rows of every writer: a state follows them, or there are none yet."""
+    is_copy = any(key in config for key in ("thinned", "merged", "lost"))
+    return not is_copy and all(m["state"] is not None or not m["rows"] for m in manifests)

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 
 from bnn.bank import files
 from bnn.bank import format as fmt
+from bnn.bank.moving import check_apart
 from bnn.bank.reader import Bank
 from bnn.bank.shards import Described, open_shard, read_config, read_manifest
 from bnn.bank.writer import BankWriter
-from bnn.errors import BankError, ConfigError
-from bnn.types import Block, State
+from bnn.errors import BankError
+from bnn.types import Block, Params, State
 
 ROWS_AT_ONCE = 64
+MOST_REASONS = 20  # in one error
 NOT_CONFIG = ("format", "version", "requires", "layout", "fingerprint", "base", "checksum")  # a writer adds them
 
 
@@ -68,49 +70,61 @@ def repair(
     hold the same rows, the one that the manifest names counts, else the later. Nothing is ever put in the place of
     rows that are lost: those behind them move up.
 
+    Where `base.safetensors` is damaged, the new bank keeps no parameters outside the sample and no buffers; its
+    `bank.json` says so under `lost`, and whoever needs them gives them again.
+
     Args:
         path: the damaged bank; its `bank.json` must be whole.
         out: folder of the new one.
         resumable: keep rows only as far as a state follows them, so that the fit can go on. Without it all rows
             are kept, and the state only where it follows the last one.
         overwrite: replace a bank at `out`.
-        progress: told after each block how many rows are copied, and how many there are.
+        progress: told after each block how many bytes of shards are looked at and copied, and how many that will be.
 
     Raises:
         BankCorrupt: `bank.json` is damaged, from which everything else follows.
         BankError: a bank of version 1, whose shards carry no checksums, or not one sound row.
     """
     folder, target = Path(path), Path(out)
-    if folder.resolve() == target.resolve():
-        raise ConfigError("out", want="a new folder", got="the damaged bank itself", fix="choose another name")
+    check_apart(target, folder)
     damaged = read_config(folder)
     if damaged.identity is None:
         raise BankError(
             str(folder), want="a bank of version 2, whose shards carry checksums", got="version 1", fix="restore a copy"
         )
     names = files.names(folder)
-    writers = sorted({m.group(1) for m in map(fmt.SHARD_NAME.fullmatch, names) if m})
+    patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME)
+    writers = sorted({m.group(1) for pattern in patterns for m in map(pattern.fullmatch, names) if m})
     told_of: list[Found] = []
-    parts = [_part(folder, damaged, writer, names, told_of, resumable=resumable) for writer in writers]
-    parts = [part for part in parts if part.pieces]
-    if not parts:
-        raise BankError(str(folder), want="one sound row at least", got="none", fix="restore the bank from a copy")
-    base = damaged.base(folder)
-    done, total = 0, sum(part.rows for part in parts)
+    looked, most = (
+        0,
+        2 * sum(files.regular_size(folder / name) or 0 for name in names if fmt.SHARD_NAME.fullmatch(name)),
+    )
 
-    def told(rows: int) -> None:
-        nonlocal done
-        done += rows
+    def told(size: int) -> None:
+        nonlocal looked
+        looked += size
         if progress is not None:
-            progress(done, total)
+            progress(min(looked, most), most)
+
+    parts = [_part(folder, damaged, writer, names, told_of, told, resumable=resumable) for writer in writers]
+    parts = [part for part in parts if part.pieces or part.state is not None]
+    if not any(part.pieces for part in parts):
+        reasons = "; ".join(f"{file.name}: {file.reason}" for file in told_of[:MOST_REASONS])
+        more = f"; and {len(told_of) - MOST_REASONS} more files" if len(told_of) > MOST_REASONS else ""
+        got = f"none ({reasons}{more})" if told_of else "none, and no shard"
+        raise BankError(str(folder), want="one sound row at least", got=got, fix="restore the bank from a copy")
+    base = _base(folder, damaged, told_of)
 
     config = {key: value for key, value in damaged.config.items() if key not in NOT_CONFIG}
+    if base is None:
+        config["lost"] = ["base.safetensors"]
     writers_of_new: list[BankWriter] = []
     try:
         for part in parts:
             replaces = overwrite and not writers_of_new
             writer = BankWriter(
-                target, layout=damaged.layout, config=config, base=base, writer=part.writer, overwrite=replaces
+                target, layout=damaged.layout, config=config, base=base or {}, writer=part.writer, overwrite=replaces
             )
             writers_of_new.append(writer)
             _copy(folder, damaged, part, writer, told)
@@ -123,28 +137,90 @@ def repair(
         raise
     for writer, part in zip(writers_of_new, parts, strict=True):
         writer.close(complete=part.complete)
-    return Repaired(Bank.open(target), told_of, all(part.state is not None for part in parts))
+    resumed = base is not None and all(part.state is not None for part in parts)
+    return Repaired(Bank.open(target), told_of, resumed)
+
+
+def _base(folder: Path, damaged: Described, told_of: list[Found]) -> Params | None:
+    """What the bank keeps once; None where that is lost."""
+    try:
+        return damaged.base(folder)
+    except BankError as error:
+        told_of.append(Found("base.safetensors", "dropped", f"{_reason(error)}: the new bank keeps no such values"))
+        return None
+
+
+def _reason(error: BankError) -> str:
+    return f"want {error.want}, got {error.got}"
 
 
 def _part(
-    folder: Path, damaged: Described, writer: str, names: list[str], told_of: list[Found], *, resumable: bool
+    folder: Path,
+    damaged: Described,
+    writer: str,
+    names: list[str],
+    told_of: list[Found],
+    told: Callable[[int], object],
+    *,
+    resumable: bool,
 ) -> _Part:
     """The sound shards of a writer and its state; the fate of each file is added to `told_of`."""
     manifest = _manifest(folder, damaged, writer, names, told_of)
     names = files.names(folder)  # after the manifest: what it names is there, also where a writer goes on
     committed = {fact["file"] for fact in manifest["shards"]} if manifest else set[str]()
+    pieces = _pieces(folder, damaged, writer, names, committed, told_of, told)
+    found = [(name, _state(folder / name, damaged, writer, told_of)) for name in names]
+    states = [(*each, name) for name, each in found if each is not None]
+    if not pieces and not states:
+        if manifest is not None:
+            told_of.append(Found(f"manifest-{writer}.json", "dropped", "its writer has neither a shard nor a state"))
+        return _Part(writer, [], 0, None, False)
+    whole = _contiguous(pieces)
+    last = max((each for each in states if each[0] <= whole), key=lambda each: each[0], default=None)
+    rows = sum(piece.rows for piece in pieces)
+    state: State | None = None
+    if resumable:
+        if last is None and pieces:
+            raise BankError(
+                str(folder), want=f"a state of '{writer}' to go on from", got="none", fix="repair without resumable"
+            )
+        rows, state = last[:2] if last is not None else (0, None)
+        for piece in [piece for piece in pieces if piece.first_row >= rows]:
+            told_of.append(Found(piece.name, "dropped", f"the state follows row {rows}: the fit makes these again"))
+            pieces.remove(piece)
+    elif last is not None and last[0] == rows:
+        state = last[1]
+    for piece in pieces:
+        told_of.append(Found(piece.name, "kept" if piece.committed else "adopted", f"{piece.rows} rows"))
+    if not pieces:
+        fate, reason = "kept", "no row comes before it"
+        if state is None:
+            fate, reason = "dropped", f"it follows row {states[-1][0]}, of which none is left"
+        told_of.append(Found(states[-1][2], fate, reason))
+    complete = bool(manifest and manifest["complete"] and manifest["rows"] == rows == whole)
+    return _Part(writer, pieces, rows, state, complete)
+
+
+def _pieces(
+    folder: Path,
+    damaged: Described,
+    writer: str,
+    names: list[str],
+    committed: set[str],
+    told_of: list[Found],
+    told: Callable[[int], object],
+) -> list[_Piece]:
+    """The sound shards of a writer in the order of rows, none twice; the fate of the others is added to `told_of`."""
     sound: list[_Piece] = []
     for name in names:
         match = fmt.SHARD_NAME.fullmatch(name)
         if match and match.group(1) == writer:
             try:
-                sound.append(_sound(folder / name, damaged, writer, committed=name in committed))
+                sound.append(_sound(folder / name, damaged, writer, told, committed=name in committed))
             except BankError as error:
-                told_of.append(Found(name, "dropped", f"want {error.want}, got {error.got}"))
+                told_of.append(Found(name, "dropped", _reason(error)))
     for name in sorted(committed - set(names)):
         told_of.append(Found(name, "dropped", "the manifest names it, and it is gone"))
-    found = [_state(folder / name, damaged, writer, told_of) for name in names]
-    states = [each for each in found if each is not None]
     pieces: list[_Piece] = []
     row = 0
     sound.sort(key=lambda piece: piece.name, reverse=True)  # the later before the earlier
@@ -154,25 +230,7 @@ def _part(
             continue
         pieces.append(piece)
         row = piece.first_row + piece.rows
-    whole = _contiguous(pieces)
-    last = max((each for each in states if each[0] <= whole), key=lambda each: each[0], default=None)
-    rows = sum(piece.rows for piece in pieces)
-    state: State | None = None
-    if resumable:
-        if last is None:
-            raise BankError(
-                str(folder), want=f"a state of '{writer}' to go on from", got="none", fix="repair without resumable"
-            )
-        rows, state = last
-        for piece in [piece for piece in pieces if piece.first_row >= rows]:
-            told_of.append(Found(piece.name, "dropped", f"the state follows row {rows}: the fit makes these again"))
-            pieces.remove(piece)
-    elif last is not None and last[0] == rows:
-        state = last[1]
-    for piece in pieces:
-        told_of.append(Found(piece.name, "kept" if piece.committed else "adopted", f"{piece.rows} rows"))
-    complete = bool(manifest and manifest["complete"] and manifest["rows"] == rows == whole)
-    return _Part(writer, pieces, rows, state, complete)
+    return pieces
 
 
 def _manifest(
@@ -183,9 +241,10 @@ def _manifest(
     if name not in names:
         return None
     try:
-        return read_manifest(folder / name, writer, damaged, fmt.manifest_limit(damaged.names, len(names)))
+        limit = fmt.MAX_MANIFEST_BYTES + fmt.facts_limit(damaged.names, len(names))
+        return read_manifest(folder / name, writer, damaged, limit)
     except BankError as error:
-        told_of.append(Found(name, "dropped", f"want {error.want}, got {error.got}"))
+        told_of.append(Found(name, "dropped", _reason(error)))
         return None
 
 
@@ -204,7 +263,7 @@ def _check_sums(path: Path, mapped: files.MappedFile) -> None:
             raise fmt.corrupt(str(path), f"tensor '{name}' with the crc32 of its header", "other bytes")
 
 
-def _sound(path: Path, damaged: Described, writer: str, *, committed: bool) -> _Piece:
+def _sound(path: Path, damaged: Described, writer: str, told: Callable[[int], object], *, committed: bool) -> _Piece:
     """A shard that can be believed by itself.
 
     Raises:
@@ -216,11 +275,13 @@ def _sound(path: Path, damaged: Described, writer: str, *, committed: bool) -> _
     _check_sums(path, mapped)
     if rows < 1:
         raise fmt.corrupt(str(path), "one row at least", "none")
+    told(len(mapped.map) - rows * damaged.layout.num_bytes)
     for start in range(0, rows, ROWS_AT_ONCE):
         params = {name: mapped.tensors[name][start : start + ROWS_AT_ONCE] for name in damaged.layout.names}
         fmt.check_rows(params, str(path), start)
         fmt.check_weights(mapped.tensors["@log_weight"][start : start + ROWS_AT_ONCE], str(path))
         mapped.release()
+        told(min(ROWS_AT_ONCE, rows - start) * damaged.layout.num_bytes)
     return _Piece(path.name, first_row, rows, committed)
 
 
@@ -239,7 +300,7 @@ def _state(path: Path, damaged: Described, writer: str, told_of: list[Found]) ->
         tensors = {name: tensor.clone() for name, tensor in mapped.tensors.items()}
         return rows, fmt.decode_state(tensors, mapped.metadata, str(path))
     except BankError as error:
-        told_of.append(Found(path.name, "dropped", f"want {error.want}, got {error.got}"))
+        told_of.append(Found(path.name, "dropped", _reason(error)))
         return None
 
 
@@ -267,6 +328,6 @@ def _copy(folder: Path, damaged: Described, part: _Part, writer: BankWriter, tol
             params = {name: tensors[name] for name in damaged.layout.names}
             writer.append(Block(params, chain, draw, log_joint, log_weight, columns))
             mapped.release()
-            told(here.stop - here.start)
+            told((here.stop - here.start) * damaged.layout.num_bytes)
         left -= piece.rows
     writer.append(damaged.layout.no_rows(), part.state)

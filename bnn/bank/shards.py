@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.errors import BankError, BankMismatch, BankNotFound
+from bnn.errors import BankError, BankLimit, BankMismatch, BankNotFound
 from bnn.layout import Layout
+
+MANIFEST_KEYS = ("writer", "generation", "complete", "rows", "shards", "state", "info")
 
 Verify: TypeAlias = Literal["first-use", "never", "full"]
 
@@ -152,9 +154,11 @@ class Origin(NamedTuple):
 class MappedShard:
     """Rows of one file, mapped and checked when first touched."""
 
-    def __init__(self, path: Path, fact: Mapping[str, Any], origin: Origin, verify: Verify) -> None:
+    def __init__(
+        self, path: Path, fact: Mapping[str, Any], origin: Origin, verify: Verify, folder: tuple[int, int] | None
+    ) -> None:
         self.path, self.rows, self.bytes, self.first_row = path, fact["rows"], fact["bytes"], fact["first_row"]
-        self.writer = origin.writer
+        self.writer, self._folder = origin.writer, folder
         self._origin, self._crc32 = origin, fact["crc32"]
         self._verify, self._checked = verify != "never", set[str]()
         self._mapped: files.MappedFile | None = None
@@ -195,6 +199,7 @@ class MappedShard:
 
     def _map(self) -> files.MappedFile:
         mapped = open_shard(self.path, self._origin, rows=self.rows, first_row=self.first_row, size=self.bytes)
+        files.check_same(self.path.parent, self._folder)
         if self._verify and self._origin.bank is not None and fmt.HEADER not in self._checked:
             self._check(mapped, fmt.HEADER)
         self._mapped = mapped
@@ -238,15 +243,60 @@ def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
         BankMismatch: a manifest of another bank.
         BankLimit: a manifest larger than the shards that are there account for.
     """
-    there = files.names(folder)
-    sizes = [files.regular_size(folder / name) or 0 for name in there if fmt.SHARD_NAME.fullmatch(name)]
-    limit = fmt.manifest_limit(described.names, sum(size >= fmt.DATA_ALIGNMENT for size in sizes))
-    found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in there]
+    try:
+        sizes, facts = _manifests(folder, described.names)
+    except OSError as error:
+        raise files.unreadable(Path(error.filename or folder), error) from error
+    limit = fmt.MAX_MANIFEST_BYTES + facts
+    if all(size <= limit for size in sizes.values()):  # a larger one is refused by its own name
+        _check_together(folder, sizes, facts)
+    found = [(name, fmt.MANIFEST_NAME.fullmatch(name)) for name in sizes]
     return [read_manifest(folder / name, match.group(1), described, limit) for name, match in found if match]
 
 
+def check_manifest(folder: Path, name: str, size: int, names: Sequence[str]) -> None:
+    """Raise BankLimit where a reader would refuse the manifests of a folder with this one of so many bytes.
+
+    Args:
+        folder: of the bank.
+        name: of the manifest that is to be written.
+        size: its bytes.
+        names: of the tensors of a shard.
+    """
+    sizes, facts = _manifests(folder, names)
+    _check_together(folder, sizes | {name: size}, facts)
+
+
+def _manifests(folder: Path, names: Sequence[str]) -> tuple[dict[str, int], int]:
+    """The bytes of each manifest that is there, and those that shards account for in them."""
+    there = disk.names(folder)
+    shards = [disk.regular_size(folder / name) or 0 for name in there if fmt.SHARD_NAME.fullmatch(name)]
+    facts = fmt.facts_limit(names, sum(size >= fmt.DATA_ALIGNMENT for size in shards))
+    manifests = [name for name in there if fmt.MANIFEST_NAME.fullmatch(name)]
+    return {name: disk.regular_size(folder / name) or 0 for name in manifests}, facts
+
+
+def _check_together(folder: Path, sizes: Mapping[str, int], facts: int) -> None:
+    """Raise BankLimit where manifests are too many, or larger together than the shards that are there account for."""
+    most = fmt.MAX_MANIFESTS_BYTES + facts
+    if len(sizes) > fmt.MAX_WRITERS:
+        raise BankLimit(
+            str(folder),
+            want=f"manifests of at most {fmt.MAX_WRITERS} writers",
+            got=f"{len(sizes)}",
+            fix="fill several banks and merge them",
+        )
+    if sum(sizes.values()) > most:
+        raise BankLimit(
+            str(folder),
+            want=f"manifests of at most {most} bytes together",
+            got=f"{sum(sizes.values())}",
+            fix="get the bank from its source again, or keep less in the info of each writer's state",
+        )
+
+
 def read_manifest(path: Path, writer: str, described: Described, limit: int) -> dict[str, Any]:
-    """One writer's manifest, checked; see `read_manifests`."""
+    """One writer's manifest, checked, and of its keys those that are known; see `read_manifests`."""
     manifest: dict[str, Any] = files.read_json(path, limit)
     fmt.check_version(manifest, str(path))
     if manifest["version"] != described.config["version"] or manifest.get("bank") != described.identity:
@@ -271,6 +321,7 @@ def read_manifest(path: Path, writer: str, described: Described, limit: int) -> 
             if not legal or type(state["bytes"]) is not int:
                 raise fmt.corrupt(str(path), f"a state of {writer}", repr(state)[:200])
         info = manifest.setdefault("info", {})
+        manifest = {key: manifest[key] for key in MANIFEST_KEYS}  # others may be large
         if not isinstance(info, dict) or not all(isinstance(value, (int, float)) for value in info.values()):
             raise fmt.corrupt(str(path), "numbers as info", repr(info)[:100])
         if type(manifest["generation"]) is not int:
@@ -300,13 +351,51 @@ def _is_fact(fact: Any, writer: str, row: int) -> bool:
 
 
 def unnamed_shards(folder: Path) -> list[str]:
-    """Shards that no manifest names: a crash leaves some, which nothing reads; so does a manifest that was lost."""
-    named = {fact["file"] for manifest in read_manifests(folder, read_config(folder)) for fact in manifest["shards"]}
-    return [name for name in disk.names(folder) if fmt.SHARD_NAME.fullmatch(name) and name not in named]
+    """Shards that no manifest names though their writer has one: a crash leaves some, which nothing reads."""
+    manifests = {manifest["writer"]: manifest["shards"] for manifest in read_manifests(folder, read_config(folder))}
+    named = {fact["file"] for shards in manifests.values() for fact in shards}
+    matches = [match for match in map(fmt.SHARD_NAME.fullmatch, files.names(folder)) if match]
+    return [match.group() for match in matches if match.group(1) in manifests and match.group() not in named]
+
+
+def lost_shards(folder: Path) -> list[str]:
+    """One line for each shard whose writer has no manifest: that is written before the first shard, so it was lost."""
+    there = files.names(folder)
+    shards = [match for match in map(fmt.SHARD_NAME.fullmatch, there) if match]
+    there = files.names(folder)  # again: whoever has a shard had a manifest before
+    writers = {match.group(1) for match in map(fmt.MANIFEST_NAME.fullmatch, there) if match}
+    lost = [match for match in shards if match.group(1) not in writers]
+    return [
+        f"{match.group()}: manifest-{match.group(1)}.json, which named it, is gone; 'bnn bank repair' adopts it"
+        for match in lost
+    ]
+
+
+def wrong_sizes(folder: Path) -> list[str]:
+    """One line for each base or state that has not the size that `bank.json` or its manifest says."""
+    described = read_config(folder)
+    base = described.config.get("base")
+    problems = _of_other_size(folder, base) if base else []
+    for manifest in read_manifests(folder, described):
+        state = manifest["state"]
+        while state is not None and (found := _of_other_size(folder, state)):
+            now = {m["writer"]: m["state"] for m in read_manifests(folder, described)}.get(manifest["writer"])
+            if now == state:
+                problems += found
+                break
+            state = now  # its writer has committed since and removed the old one
+    return problems
+
+
+def _of_other_size(folder: Path, fact: Mapping[str, Any]) -> list[str]:
+    size = files.regular_size(folder / fact["file"])
+    if size == fact["bytes"]:
+        return []
+    return [f"{fact['file']}: {'no regular file' if size is None else f'{size} bytes'} instead of {fact['bytes']}"]
 
 
 def verify_files(folder: Path, progress: Callable[[int, int], object] | None = None) -> list[str]:
-    """Compare every committed file with its sha256; one line a file that differs.
+    """Compare every committed file with its sha256; one line a file that differs, or that no manifest is left to name.
 
     Args:
         folder: of the bank.
@@ -333,7 +422,7 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
                 break
             state = now  # its writer has committed since and removed the old one
         problems += found
-    return problems
+    return problems + lost_shards(folder)
 
 
 def _differing(folder: Path, facts: Sequence[dict[str, Any]], told: Callable[[int], object]) -> list[str]:

@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.bank.shards import read_config, read_manifests
+from bnn.bank.shards import check_manifest, read_config, read_manifests
 from bnn.errors import (
     BankCorrupt,
     BankError,
@@ -23,6 +22,7 @@ from bnn.errors import (
     BankLocked,
     BankMismatch,
     BankNotFound,
+    BankWriteError,
     ConfigError,
 )
 from bnn.layout import Layout
@@ -78,6 +78,7 @@ class _Ready(NamedTuple):
     shards: tuple[dict[str, Any], ...]  # written, in order
     buffered: int  # rows in the buffer that follow them
     state: State | None  # of the producer after those rows
+    waiting: tuple[tuple[Block, State | None], ...] = ()  # blocks that follow, with the states after them
 
 
 class BankWriter:
@@ -141,8 +142,9 @@ class BankWriter:
         self.state: State | None = None  # after the last committed row
         self.complete = False  # whether the part that was resumed had been marked so
         self._started = False
+        self._announced = False  # whether its manifest is there
         self._capacity = rows_per_shard(layout.num_bytes)
-        self._buffer: dict[str, Tensor] = {}
+        self._image: files.Image | None = None  # of a full shard, which rows gather in
         self._dtypes = fmt.column_dtypes(self._columns)
         self._first_row_at = self._last_commit_at = time.monotonic()
         self._made = _missing_folders(self.path)
@@ -169,68 +171,74 @@ class BankWriter:
     @property
     def has_news(self) -> bool:
         """Whether rows or a state wait for their commit."""
-        return self._ready.buffered > 0 or self._ready.state is not self.state
+        shards, buffered, state, waiting = self._ready
+        return bool(buffered or waiting) or _count(shards) > self._num_rows or state is not self.state
 
     @_refusals_told
     def append(self, block: Block, state: State | None = None) -> None:
         """Take K rows and the state that follows them; commit when a shard is full or time has come.
 
-        Where that commit is refused (BankWriteError), the rows are taken all the same and wait for the next one.
+        Where the disk refuses a shard or that commit (BankWriteError), all rows are taken all the same and wait in memory for the next commit:
+        they must not be appended again.
 
         Raises:
             BankError: a sample holds NaN or Inf; none of the block's rows is taken.
-            BankMismatch: the block has another layout.
+            BankMismatch: the block has another layout; none of its rows is taken.
         """
         self._locks[0].check()
-        size = block.num_samples
-        if size:
+        if block.num_samples:
             self._check_block(block)
-            if self._ready.buffered and self._ready.buffered + size > self._capacity:
-                self.commit()
-            if not self._ready.buffered:
-                self._first_row_at = time.monotonic()
-        shards, buffered, _ = self._ready
-        for start in range(0, size, self._capacity):
-            stop = min(start + self._capacity, size)
-            if buffered + stop - start > self._capacity:
-                shards, buffered = (*shards, self._write_shard(shards, buffered)), 0
-            self._copy_rows(block, start, stop, buffered)
-            buffered += stop - start
-        self._ready = _Ready(shards, buffered, state)
+        self._ready = self._ready._replace(waiting=(*self._ready.waiting, (block, state)))
+        try:
+            self._settle()
+        except (OSError, BankWriteError):
+            copies = tuple((_copied(kept), after) for kept, after in self._ready.waiting)
+            self._ready = self._ready._replace(waiting=copies)  # who appended them may use their memory again
+            raise
+        except BaseException:  # Ctrl-C: none of its rows
+            self._ready = self._ready._replace(waiting=tuple(w for w in self._ready.waiting if w[0] is not block))
+            raise
         now = time.monotonic()
+        buffered = self._ready.buffered
         row_waits = buffered > 0 and now - self._first_row_at > ROW_SECONDS
         if buffered == self._capacity or row_waits or now - self._last_commit_at > STATE_SECONDS:
             self.commit()
+
+    def _settle(self) -> None:
+        """Copy the rows that wait to where they are gathered, and write what is full; a block counts whole or not yet."""
+        while self._ready.waiting:
+            (block, state), *following = self._ready.waiting
+            size = block.num_samples
+            if size and self._ready.buffered and self._ready.buffered + size > self._capacity:
+                self._commit_gathered(complete=False)
+            shards, buffered, *_ = self._ready
+            if size and not buffered:
+                self._first_row_at = time.monotonic()
+            for start in range(0, size, self._capacity):
+                stop = min(start + self._capacity, size)
+                if buffered + stop - start > self._capacity:
+                    shards, buffered = (*shards, self._write_shard(shards, buffered)), 0
+                self._copy_rows(block, start, stop, buffered)
+                buffered += stop - start
+            self._ready = _Ready(shards, buffered, state, tuple(following))
 
     @_refusals_told
     def commit(self, *, complete: bool = False) -> None:
         """Make all rows appended so far durable, with the state that follows them."""
         self._locks[0].check()
-        if not self._started:
-            self._start()
-        shards, buffered, state = self._ready
+        self._settle()
+        self._commit_gathered(complete=complete)
+
+    def _commit_gathered(self, *, complete: bool) -> None:
+        self._begin()
+        shards, buffered, state, waiting = self._ready
         if buffered:
             shards = (*shards, self._write_shard(shards, buffered))
-            self._ready = _Ready(shards, 0, state)
+            self._ready = _Ready(shards, 0, state, waiting)
         old_states = self._state_files()
-        manifest = {
-            "format": fmt.FORMAT,
-            "version": fmt.VERSION,
-            "bank": self._identity,
-            "writer": self.writer,
-            "generation": self._generation + 1,
-            "complete": complete,
-            "rows": _count(shards),
-            "shards": list(shards),
-            "state": None if state is None else self._write_state(state, _count(shards)),
-            "info": {} if state is None else state.get("info", {}),
-        }
-        name = f"manifest-{self.writer}.json"
-        if len(fmt.dump_json(manifest["info"], name)) > fmt.MAX_INFO_BYTES:
-            raise BankLimit(
-                name, want=f"info of at most {fmt.MAX_INFO_BYTES} bytes", got="more", fix="keep it in the state"
-            )
-        files.write_atomic(self.path / name, [fmt.dump_json(fmt.seal(manifest, name), name)])
+        fact = None if state is None else self._write_state(state, _count(shards))
+        info = {} if state is None else state.get("info", {})
+        self._write_manifest(self._generation + 1, shards, fact, info, complete=complete)
         self._generation += 1
         self._num_rows, self.state = _count(shards), state
         for old in old_states:  # the manifest no longer names them
@@ -245,7 +253,7 @@ class BankWriter:
     @_refusals_told
     def release(self) -> None:
         """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
-        self._buffer, self._ready = {}, self._ready._replace(buffered=0)
+        self._image, self._ready = None, self._ready._replace(buffered=0, waiting=())
         try:
             if (
                 self._locks[0].is_ours
@@ -387,6 +395,44 @@ class BankWriter:
         finally:
             disk.close(descriptor)
 
+    def _begin(self) -> None:
+        """The bank, and in it a manifest of this writer, before its first file: one that is missing later was lost."""
+        if not self._started:
+            self._start()
+        if not self._announced:
+            self._write_manifest(0, (), None, {}, complete=False)
+
+    def _write_manifest(
+        self,
+        generation: int,
+        shards: Sequence[dict[str, Any]],
+        state: dict[str, Any] | None,
+        info: dict[str, Any],
+        *,
+        complete: bool,
+    ) -> None:
+        name = f"manifest-{self.writer}.json"
+        manifest = {
+            "format": fmt.FORMAT,
+            "version": fmt.VERSION,
+            "bank": self._identity,
+            "writer": self.writer,
+            "generation": generation,
+            "complete": complete,
+            "rows": _count(shards),
+            "shards": list(shards),
+            "state": state,
+            "info": info,
+        }
+        if len(fmt.dump_json(info, name)) > fmt.MAX_INFO_BYTES:
+            raise BankLimit(
+                name, want=f"info of at most {fmt.MAX_INFO_BYTES} bytes", got="more", fix="keep it in the state"
+            )
+        raw = fmt.dump_json(fmt.seal(manifest, name), name)
+        check_manifest(self.path, name, len(raw), (*self.layout.names, *self._dtypes))
+        files.write_atomic(self.path / name, [raw])
+        self._announced = True
+
     def _is_begun(self) -> bool:
         """Whether this writer's `bank.json` is there, though the disk failed before that was sure."""
         path = self.path / "bank.json"
@@ -398,11 +444,12 @@ class BankWriter:
             disk.replace(self.path / "bank.json", self.path / REMOVED)  # tells a removal from a loss
             disk.sync_folder(self.path)
         names = [name for name in disk.names(self.path) if _is_own(name) and not fmt.LOCK_NAME.fullmatch(name)]
-        for part in ([n for n in names if n != REMOVED], [n for n in names if n == REMOVED]):
-            for name in part:
+        for name in names:
+            if name != REMOVED:
                 self._remove(self.path / name)
-            if part:
-                disk.sync_folder(self.path)
+        if REMOVED in names:
+            disk.sync_folder(self.path)  # what it tells of is gone for good: else its rest would pass for a loss
+            self._remove(self.path / REMOVED)  # the sync of the first commit covers it
 
     def _remove(self, path: Path) -> None:
         with suppress(FileNotFoundError):
@@ -438,8 +485,9 @@ class BankWriter:
             )
         for name in disk.names(self.path):
             temporary = files.TEMPORARY_NAME.fullmatch(name)
-            if temporary and _writer_of(temporary.group(1)) == self.writer:
-                self._remove(self.path / name)  # of a writer of this name that was killed
+            of_own = temporary is not None and _writer_of(temporary.group(1)) == self.writer
+            if of_own or name == REMOVED:  # of a writer that was killed, or lost power, before its first commit
+                self._remove(self.path / name)
         manifests = {m["writer"]: m for m in read_manifests(self.path, described)}
         if self.writer in manifests:
             manifest = manifests[self.writer]
@@ -448,12 +496,26 @@ class BankWriter:
                 self.state = self._read_state(manifest["state"])
             self._ready = _Ready(tuple(manifest["shards"]), 0, self.state)
             self._num_rows = _count(manifest["shards"])
+            self._announced = True
+        else:
+            self._check_lost()
         self._identity, self._started = kept["checksum"], True
         for name in disk.names(self.path):  # names are never used twice, not even those of orphans
             for pattern, attribute in ((fmt.SHARD_NAME, "_next_number"), (fmt.STATE_NAME, "_next_state")):
                 match = pattern.fullmatch(name)
                 if match and match.group(1) == self.writer:
                     setattr(self, attribute, max(getattr(self, attribute), int(match.group(2)) + 1))
+
+    def _check_lost(self) -> None:
+        """Raise BankCorrupt where rows or a state of this writer lie there, and no manifest that names them."""
+        found = [name for name in disk.names(self.path) if _writer_of(name) == self.writer]
+        if found:
+            raise BankCorrupt(
+                str(self.path / f"manifest-{self.writer}.json"),
+                want=f"the manifest that was there before {found[0]}",
+                got="none",
+                fix="put it back, keep the rows with 'bnn bank repair', or begin anew with overwrite",
+            )
 
     def _read_state(self, fact: dict[str, Any]) -> State:
         path = self.path / fact["file"]
@@ -495,22 +557,24 @@ class BankWriter:
                 fix="name them in the method's `columns`",
             )
         fmt.check_weights(block.log_weight, "block log_weight")
-        fmt.check_rows(block.params, str(self.path), self._num_rows + self._ready.buffered)
+        waiting = sum(block.num_samples for block, _ in self._ready.waiting)
+        fmt.check_rows(block.params, str(self.path), _count(self._ready.shards) + self._ready.buffered + waiting)
 
     def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
         """Rows start to stop of a block into the buffer at `place`, after the rows that count so far."""
-        if not self._buffer:  # empty memory costs nothing until it is written to
-            self._buffer = {e.name: torch.empty(self._capacity, *e.shape, dtype=e.dtype) for e in self.layout.entries}
-            self._buffer |= {name: torch.empty(self._capacity, dtype=dtype) for name, dtype in self._dtypes.items()}
+        if self._image is None:
+            shapes = {e.name: (e.dtype, (self._capacity, *e.shape)) for e in self.layout.entries}
+            shapes |= {name: (dtype, (self._capacity,)) for name, dtype in self._dtypes.items()}
+            metadata = shard_metadata(self.layout, "0" * 64, self.writer, self._num_rows, self._capacity)
+            self._image = files.blank_image(shapes, metadata)
         columns = fmt.columns_of(block)
         here = slice(place, place + stop - start)
         for name, tensor in {**block.params, **columns}.items():
-            self._buffer[name][here].copy_(tensor[start:stop].detach())
+            self._image.tensors[name][here].copy_(tensor[start:stop].detach())
 
     def _write_shard(self, before: tuple[dict[str, Any], ...], rows: int) -> dict[str, Any]:
         """Write the buffered rows as a shard; it counts once a manifest names it."""
-        if not self._started:
-            self._start()
+        self._begin()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", _count(before)
         if self._next_number >= MOST_FILES:
             raise BankLimit(
@@ -521,8 +585,10 @@ class BankWriter:
             )
         self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
         metadata = shard_metadata(self.layout, self._identity, self.writer, first_row, rows)
-        tensors = {key: tensor[:rows] for key, tensor in self._buffer.items()}
-        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True)
+        assert self._image is not None
+        tensors = {key: tensor[:rows] for key, tensor in self._image.tensors.items()}
+        full = self._image if rows == self._capacity else None
+        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True, image=full)
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
 
     def _write_state(self, state: State, rows: int) -> dict[str, Any]:
@@ -561,6 +627,18 @@ def _writer_of(name: str) -> str | None:
 def _missing_folders(path: Path) -> list[Path]:
     """The folders that must be made for `path`, innermost first."""
     return [folder for folder in (path, *path.parents) if not disk.exists(folder)]
+
+
+def _copied(block: Block) -> Block:
+    """A block of the same rows in memory of its own."""
+    return Block(
+        params={name: tensor.detach().clone() for name, tensor in block.params.items()},
+        chain=block.chain.clone(),
+        draw=block.draw.clone(),
+        log_joint=block.log_joint.clone(),
+        log_weight=block.log_weight.clone(),
+        columns={name: column.clone() for name, column in block.columns.items()},
+    )
 
 
 def _count(shards: Sequence[dict[str, Any]]) -> int:

@@ -48,24 +48,27 @@ def verify(
 ) -> int:
     """Check the files of a bank against its manifests: sizes and headers, with --full every byte."""
     del debug
-    from bnn.bank import Bank, unnamed_shards, verify_files
+    from bnn.bank import Bank, lost_shards, unnamed_shards, verify_files, wrong_sizes
     from bnn.cli.show import plain
     from bnn.errors import BankCorrupt, BankLimit, BankMismatch
 
     unnamed: list[str] = []
     try:
         opened = Bank.open(bank, verify="never")
-        problems = opened.check_headers()
+        problems = opened.check_headers() + wrong_sizes(bank)
         if full and not problems:
             with _bar("verify", "B") as progress:
-                problems = verify_files(bank, progress) + opened.check_values()
+                problems = verify_files(bank, progress)
+            with _bar("values", "sample") as progress:
+                problems += opened.check_values(progress)
+        problems += lost_shards(bank)
         unnamed = unnamed_shards(bank)
     except (BankCorrupt, BankLimit, BankMismatch) as error:
         problems = [str(error)]
     for problem in dict.fromkeys(problems):
         typer.echo(plain(f"bad: {problem}"))
     for name in unnamed:
-        typer.echo(f"unnamed: {name}: of a crash, or of a manifest that is lost; 'bnn bank repair' adopts it")
+        typer.echo(f"unnamed: {name}: left by a crash; 'bnn bank repair' adopts it")
     if not problems:
         typer.echo(f"good: {len(opened)} samples" + ("" if full else "; --full compares every byte"))
     return 1 if problems else 0
@@ -86,12 +89,13 @@ def repair(
     from bnn import bank as banks
     from bnn.cli.show import plain
 
-    with _bar("repair", "sample") as progress:
+    with _bar("repair", "B") as progress:
         found = banks.repair(bank, out, resumable=resumable, overwrite=overwrite, progress=progress)
     for file in found.files:
         if file.fate != "kept":
             typer.echo(plain(f"{file.fate}: {file.name}: {file.reason}"))
-    resume = "can go on with --resume" if found.resumable else "cannot be resumed: no state follows its last row"
+    why = "base.safetensors is lost" if found.bank.info.get("lost") else "no state follows its last row"
+    resume = "can go on with --resume" if found.resumable else f"cannot be resumed: {why}"
     typer.echo(f"good: {len(found.bank)} samples; the fit {resume}")
 
 
@@ -195,6 +199,7 @@ def export(
     """Write one sample, the mean or the chains of a bank as a safetensors file for other tools."""
     del debug
     from bnn import bank as banks
+    from bnn.bank import format as fmt
     from bnn.bank.exporting import check_target
     from bnn.cli.show import size
     from bnn.errors import ConfigError
@@ -211,6 +216,7 @@ def export(
             raise ConfigError(
                 f"--index {index}", want=f"0 <= index < {len(opened)}", got="one outside", fix="choose one inside"
             )
+        fmt.check_rows(opened.block([index]).params, str(bank), index)
         banks.write_state_dict(opened, out, opened[index], overwrite=overwrite)
     elif mean:
         check_target(out, overwrite=overwrite)  # before a large bank is read

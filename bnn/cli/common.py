@@ -220,7 +220,8 @@ def module_of(bank: Bank, *, model: str | None = None, base: Path | None = None,
         spec, input_shape=options["input_shape"], num_outputs=options["num_outputs"], seed=options["seed"]
     )
     state = module.state_dict()
-    for name, tensor in bank.base().items():
+    kept = {} if base is not None and bank.info.get("lost") else bank.base()
+    for name, tensor in kept.items():
         if name in state and state[name].shape == tensor.shape:
             state[name].copy_(tensor)  # the module was built here and is nobody else's
     if base is not None:

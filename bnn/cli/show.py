@@ -25,12 +25,34 @@ def show_bank(bank: Bank) -> None:
         f"data        {data['spec'] + ', split ' + str(data.get('split')) if 'spec' in data else 'not recorded'}",
         f"likelihood  {likelihood.get('name', 'not recorded')}",
         *_posterior(bank.info.get("sampling") or {}),
-        f"complete    {'yes' if bank.info.get('complete') else 'no: go on with --resume'}",
+        *_made_of(bank.info),
+        f"complete    {_complete(bank.info)}",
     ]
     for writer, found in bank.info.get("diagnostics", {}).items():
         if found:
             lines.append(f"{writer:11} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
     Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(map(plain, lines)))
+
+
+def _complete(info: Mapping[str, Any]) -> str:
+    if info.get("complete"):
+        return "yes"
+    return "no: go on with --resume" if info.get("resumable") else "no, and no state to go on from"
+
+
+def _made_of(info: Mapping[str, Any]) -> list[str]:
+    """Lines where a bank was made of others, or of what was left of one."""
+    lines = []
+    thinned, merged, lost = info.get("thinned"), info.get("merged"), info.get("lost")
+    if isinstance(thinned, dict):
+        lines.append(f"thinned     every {thinned.get('every')} draws, of {str(thinned.get('of'))[:12]}")
+    if isinstance(merged, list):
+        parts = [one if isinstance(one, dict) else {} for one in merged]
+        told = ", ".join(f"{one.get('samples')} of {str(one.get('digest'))[:12]}" for one in parts[:8])
+        lines.append(f"merged      {len(parts)} banks: {told}{', ...' if len(parts) > 8 else ''}")
+    if isinstance(lost, list):
+        lines.append(f"lost        {', '.join(str(name) for name in lost[:8])}")
+    return lines
 
 
 def plain(line: str) -> str:

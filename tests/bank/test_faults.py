@@ -233,6 +233,41 @@ def test_a_writer_goes_on_once_the_cause_is_removed(tmp_path: Path, every: int, 
     assert count > 10 // every
 
 
+@pytest.mark.parametrize("size", [3, 10])
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
+def test_a_refused_block_is_taken_whole(tmp_path: Path, size: int, lasts: bool) -> None:
+    """Refused before it, at one of its shards, or after it: its rows wait, all of them, and are not appended again."""
+    last, count = 1, 0
+    while True:
+        folder = tmp_path / str(last) / "bank"
+        refusing = Refusing(
+            errno.ENOSPC, last, lasts=lasts, calls=("create", "write", "fsync", "replace", "sync_folder")
+        )
+        bank_writer = opened(folder)
+        bank_writer.append(rows(0, 2), {"step": 2, "num_steps": 12, "info": {}})
+        refused = False
+        with without_syncs(), intercepted(refusing):
+            block = rows(2, size)
+            try:
+                bank_writer.append(block, {"step": 2 + size, "num_steps": 12, "info": {}})
+            except BankWriteError:
+                refused = True
+                assert bank_writer.has_news
+                for tensor in block.params.values():
+                    tensor.fill_(7.0)  # whoever appended it fills the memory anew
+        bank_writer.append(rows(2 + size, 1), {"step": 3 + size, "num_steps": 12, "info": {}})
+        bank_writer.close()
+        check(Bank.open(folder, verify="full"), 3 + size)
+        again = opened(folder, resume=True)
+        assert again.state is not None
+        assert again.state["step"] == 3 + size
+        again.release()
+        if not refused:
+            break
+        last, count = last + 1, count + 1
+    assert count > 10
+
+
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("code", FAULTS, ids=errno.errorcode.get)
 @pytest.mark.parametrize(
@@ -254,7 +289,7 @@ def test_a_disk_that_refuses(tmp_path: Path, tell: Tell, name: str, every: int, 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
 def test_a_disk_that_cannot_be_read(tmp_path: Path, code: int, lasts: bool) -> None:
     write(tmp_path / "bank", [5])
-    calls, last, count = ("open_read", "read", "status", "map_private", "names", "regular_size"), 1, 0
+    calls, last, count = ("open_read", "read", "status", "map_private", "names", "regular_size", "identity"), 1, 0
     while True:
         refusing = Refusing(code, last, lasts=lasts, calls=calls)
         problem, bank = None, None
@@ -564,6 +599,50 @@ def follow(folder: Path, end: float, seed: int, tell: Callable[[str], object]) -
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_readers_beside_a_writer(tmp_path: Path, alone: Alone, tell: Tell, seconds: int) -> None:
     tell(f"{seconds} s: {alone(read_beside, tmp_path, seconds)}")
+
+
+# 21: a folder that another takes the place of
+
+
+@pytest.mark.parametrize("verify", ["first-use", "never"])
+def test_a_folder_swapped_while_it_is_opened_is_read_whole_or_refused(tmp_path: Path, verify: Any) -> None:
+    """Before each call in turn: the other has the same bank.json and shards of the same sizes, with other rows."""
+    for name, first in (("one", 0), ("other", 20)):
+        bank_writer = opened(tmp_path / name)
+        for start in (0, 4, 8):
+            bank_writer.append(rows(first + start, 4))
+            bank_writer.commit()
+        bank_writer.close()
+    found: dict[str, int] = {"one": 0, "other": 0, "refused": 0}
+    last = 0
+    while True:
+        shutil.copytree(tmp_path / "one", tmp_path / "bank")
+        seen = [0]
+
+        def handler(name: str, real: Any, *args: Any, seen: list[int] = seen, last: int = last, **options: Any) -> Any:
+            if seen[0] == last:
+                (tmp_path / "bank").rename(tmp_path / "moved")
+                shutil.copytree(tmp_path / "other", tmp_path / "bank")
+            seen[0] += 1
+            return real(*args, **options)
+
+        index = None
+        with intercepted(handler):
+            try:
+                index = (-Bank.open(tmp_path / "bank", verify=verify).log_joint).long().tolist()
+            except BankError:
+                found["refused"] += 1
+        if index is not None:
+            assert index in (list(range(12)), list(range(20, 32))), f"rows of both at call {last}"
+            found["one" if index[0] == 0 else "other"] += 1
+        shutil.rmtree(tmp_path / "bank")
+        if seen[0] <= last:
+            break
+        shutil.rmtree(tmp_path / "moved")
+        last += 1
+    assert found["refused"] > 10
+    assert found["other"] == 1  # swapped before the first call
+    assert found["one"] >= 1
 
 
 # 26: a file cut while it is mapped

@@ -186,3 +186,11 @@ def test_one_value_that_is_not_finite_is_seen_wherever_it_stands(dtype: torch.dt
             changed[place] = value
             assert not fmt.is_finite(changed)
     assert fmt.is_finite(torch.empty(0, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_finite_values_whose_sum_no_float_holds_are_finite(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    assert fmt.is_finite(torch.full((9, 5), most, dtype=dtype)[:, ::2])
+    assert not fmt.is_finite(torch.tensor([most, most, float("nan")], dtype=dtype))
+    assert not fmt.is_finite(torch.tensor([float("inf"), -float("inf")], dtype=dtype))

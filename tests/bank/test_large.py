@@ -10,9 +10,10 @@ import pytest
 
 CODE = """
 import resource, sys, torch
+from pathlib import Path
 from torch import nn
 import bnn
-from bnn.bank import BankWriter
+from bnn.bank import BankWriter, repair, verify_files
 from bnn.layout import layout_of
 from bnn.likelihoods import Categorical
 from bnn.types import make_block
@@ -33,13 +34,16 @@ x, y = torch.randn(37, 310, generator=source), torch.randint(11, (37,), generato
 report = bnn.evaluate(bnn.FunctionalModel(module, bank), (x, y), progress=False)
 order = bnn.SampleIndexSampler(bank).at(range(500)).tolist()
 assert all(torch.isfinite(bank[i]["0.weight"]).all() for i in order)
+assert verify_files(Path(sys.argv[1])) == bank.check_headers() == bank.check_values() == []
+Path(sys.argv[1], "manifest-main.json").unlink()
+assert len(repair(sys.argv[1], sys.argv[1] + "-mended").bank) == S
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.num_samples, report.metrics["nll"].value)
 """
 
 
 @pytest.mark.slow
 def test_ten_thousand_samples_of_a_hundred_thousand_values_under_a_gigabyte(tmp_path: Path) -> None:
-    """Four gigabytes written, evaluated and read at random, in a process of its own."""
+    """Four gigabytes written, evaluated, read at random, verified and repaired, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path / "bank")], capture_output=True, text=True, check=False
     )

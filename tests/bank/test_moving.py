@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from bank import test_bank
 from torch import nn
 
-from bnn.bank import Bank, BankWriter, merge, moving, thin, writer
+from bnn.bank import Bank, BankWriter, merge, moving, repair, thin, writer
 from bnn.errors import BankError, BankExists, BankMismatch, BnnError, ConfigError
 from bnn.layout import Entry, Layout, layout_of
 from bnn.types import Block, make_block
@@ -348,3 +349,28 @@ def test_banks_of_gigabytes_are_moved_in_little_memory(tmp_path: Path) -> None:
     peak, thinned, merged = map(int, done.stdout.split())
     assert (thinned, merged) == (1500, 6000)
     assert peak < 1_000_000_000, f"{peak / 1e6:.0f} MB resident"
+
+
+def test_a_copy_of_an_unfinished_bank_is_unfinished_and_no_fit_goes_on_from_it(tmp_path: Path) -> None:
+    bank_writer = BankWriter(tmp_path / "bank", layout=test_bank.LAYOUT, config={"seed": 0})
+    bank_writer.append(test_bank.rows(0, 5), {"info": {}})
+    bank_writer.commit()
+    bank_writer.release()
+    bank = Bank.open(tmp_path / "bank")
+    assert (bank.info["complete"], bank.info["resumable"]) == (False, True)
+    few = thin(bank, tmp_path / "few", every=2)
+    assert (few.info["complete"], few.info["resumable"]) == (False, False)
+    other = test_bank.write(tmp_path / "other", [3])
+    assert other.info["complete"]
+    both = merge([bank, other], tmp_path / "both")
+    assert (both.info["complete"], both.info["resumable"]) == (False, False)
+
+
+def test_a_new_bank_never_lies_inside_an_old_one(tmp_path: Path) -> None:
+    bank = test_bank.write(tmp_path / "bank", [3])
+    before = sorted(path.name for path in (tmp_path / "bank").iterdir())
+    with pytest.raises(ConfigError, match="want the folder of a new bank, got one inside the bank"):
+        thin(bank, tmp_path / "bank" / "deep" / "new", every=2)
+    with pytest.raises(ConfigError, match="got one inside the bank"):
+        repair(tmp_path / "bank", tmp_path / "bank" / "new")
+    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == before

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bnn.bank import BankWriter, files, planning, size_of, writer
+from bnn.bank import format as fmt
 from bnn.errors import ConfigError
 from bnn.layout import Entry, Layout, layout_of
 from bnn.types import make_block
@@ -83,3 +84,36 @@ def test_a_header_that_grows_by_a_page_is_counted(tmp_path: Path, monkeypatch: p
 def test_no_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_samples: want at least 1, got 0"):
         size_of(LAYOUTS["odd"], 0)
+
+
+def test_a_plan_of_more_than_any_writer_fills_is_refused_at_once() -> None:
+    layout = LAYOUTS["odd"]
+    most = writer.rows_per_shard(layout.num_bytes) * writer.MOST_FILES
+    assert size_of(layout, most).num_shards == writer.MOST_FILES
+    for samples in (most + 1, 10**15, 10**18):
+        with pytest.raises(ConfigError, match=f"want at most {most}, which fill the 1000000 shards"):
+            size_of(layout, samples)
+
+
+def test_the_bytes_of_many_shards_are_counted_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million samples: 52,084 shards, against the sum over each of them."""
+    monkeypatch.setattr(writer, "SHARD_BYTES", 192 * LAYOUTS["odd"].num_bytes)
+    for samples in (1, 192, 193, 192 * 53, 10**5, 10**7):
+        slow = sum(
+            size_of_shard(min(192, samples - first), first)
+            for first in ([0] if samples < 193 else range(0, samples, 192))
+        )
+        assert size_of(LAYOUTS["odd"], samples).num_bytes == slow
+
+
+def size_of_shard(rows: int, first: int, found: dict[tuple[int, int], int] = {}) -> int:  # noqa: B006
+    """Bytes of a shard by its header and the end of its last tensor."""
+    key = rows, len(str(first))
+    if key not in found:
+        layout = LAYOUTS["odd"]
+        shapes = {e.name: (e.dtype, (rows, *e.shape)) for e in layout.entries}
+        shapes |= {name: (dtype, (rows,)) for name, dtype in fmt.column_dtypes(()).items()}
+        metadata = writer.shard_metadata(layout, "0" * 64, "main", first, rows)
+        _, places = fmt.encode_header(shapes, fmt.seal_tensors(metadata, dict.fromkeys(shapes, 2**32 - 1)))
+        found[key] = max(place.end for place in places.values())
+    return found[key]

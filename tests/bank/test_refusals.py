@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import pickle
@@ -22,8 +23,11 @@ import torch
 from bank.test_bank import LAYOUT, check, rows, write
 from forging import edit_fact, edit_json, replace_tensors
 
-from bnn.bank import Bank, BankWriter, verify_files
+from bnn.bank import Bank, BankWriter, files, mean, thin, verify_files, write_state_dict, wrong_sizes
+from bnn.bank import format as fmt
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankLocked, BankMismatch, BankNotFound
+from bnn.layout import layout_of
+from bnn.types import make_block
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -348,9 +352,9 @@ def test_a_sample_that_is_not_finite_is_found_in_a_bank_that_others_wrote(tmp_pa
     }
     tensors["1.weight"][66, 1, 2] = float("inf")
     replace_tensors(tmp_path / "bank", tensors, metadata=metadata)
-    bank = Bank.open(tmp_path / "bank", verify="full")
+    bank = Bank.open(tmp_path / "bank")
     assert [line.split(";")[0] for line in bank.check_values()] == [
-        f"{tmp_path / 'bank'}: want finite samples, got NaN or Inf in '1.weight' of row 66"
+        f"{tmp_path / 'bank'}: NaN or Inf in '1.weight' of row 66"
     ]
 
 
@@ -478,23 +482,85 @@ def test_nothing_in_bnn_unpickles() -> None:
                 )
 
 
+LOOK = """
+import resource, sys, time
+from bnn.bank import Bank, verify_files
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+try:
+    bank = Bank.open(sys.argv[1])
+    bank.base()
+    told = "opened"
+except Exception as error:
+    told = type(error).__name__
+print(told, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.monotonic() - start)
+"""
+
+
+def look(folder: Path) -> tuple[str, int, float]:
+    """What opening a bank comes to, in a process of its own: its end, kilobytes and seconds."""
+    done = subprocess.run([sys.executable, "-c", LOOK, str(folder)], capture_output=True, text=True, check=True)
+    told, kilobytes, seconds = done.stdout.split()
+    return told, int(kilobytes), float(seconds)
+
+
 def test_memory_of_a_refusal_is_bounded(tmp_path: Path) -> None:
-    """A manifest of the largest legal size, made of what takes most memory as Python objects."""
+    """A `bank.json` of the largest legal size, made of what takes most memory as Python objects."""
     write(tmp_path / "bank", [2])
     path = tmp_path / "bank" / "bank.json"
     path.write_text('{"a":[' + "{}," * ((4 * 2**20 - 10) // 3) + "{}]}")
-    code = (
-        "import resource, sys; from bnn.bank import Bank\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: Bank.open(sys.argv[1])\n"
-        "except Exception as error: print(type(error).__name__, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "bank")], capture_output=True, text=True, check=True
-    )
-    kind, kilobytes = done.stdout.split()
-    assert kind == "BankCorrupt"
-    assert int(kilobytes) < 200_000
+    told, kilobytes, _ = look(tmp_path / "bank")
+    assert told == "BankCorrupt"
+    assert kilobytes < 200_000
+
+
+def junk_manifests(folder: Path, count: int, size: int) -> None:
+    """Sealed manifests of so many more writers, each without rows and filled with a key that nobody knows."""
+    for number in range(count):
+        path = folder / f"manifest-w{number}.json"
+        path.write_bytes((folder / "manifest-main.json").read_bytes())
+        junk = [{}] * ((size - 2000) // 4)
+        edit_json(path, writer=f"w{number}", rows=0, shards=[], state=None, zz=junk)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "told"), [(80, 2**20, "BankLimit"), (2, 2**20, "opened"), (1100, 2500, "BankLimit")]
+)
+def test_memory_of_many_manifests_is_bounded(tmp_path: Path, count: int, size: int, told: str) -> None:
+    """Each of them is legal; what they hold beyond the known keys is not kept."""
+    write(tmp_path / "bank", [2])
+    junk_manifests(tmp_path / "bank", count, size)
+    found, kilobytes, seconds = look(tmp_path / "bank")
+    assert found == told
+    assert kilobytes < 100_000
+    assert seconds < 10
+
+
+def test_memory_of_the_header_of_a_base_is_bounded(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [2], base={"b": torch.ones(3)})
+    text = ('{"__metadata__":{"format":"pt"},"b":[' + "{}," * ((4 * 2**20 - 200) // 3) + "{}]}").encode()
+    text += b" " * (-(8 + len(text)) % 8)
+    raw = struct.pack("<Q", len(text)) + text
+    (tmp_path / "bank" / "base.safetensors").write_bytes(raw)
+    fact = {"file": "base.safetensors", "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    config = edit_json(tmp_path / "bank" / "bank.json", base=fact)
+    edit_json(tmp_path / "bank" / "manifest-main.json", bank=config["checksum"])
+    told, kilobytes, _ = look(tmp_path / "bank")
+    assert told == "BankCorrupt"
+    assert kilobytes < 150_000
+    (tmp_path / "bank" / "base.safetensors").write_bytes(struct.pack("<Q", 8 * 2**20) + b" " * 8 * 2**20)
+    with pytest.raises(BankLimit, match=r"base\.safetensors: want a header of at most 4194304 bytes"):
+        files.map_tensors(tmp_path / "bank" / "base.safetensors")
+
+
+def test_a_writer_makes_no_manifest_that_a_reader_refuses_beside_the_others(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [2])
+    junk_manifests(tmp_path / "bank", 2, 2**20)
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="other")
+    bank_writer.append(rows(2, 2), {"info": {f"{number:06d}": 0.5 for number in range(3000)}})
+    with pytest.raises(BankLimit, match=r"want manifests of at most \d+ bytes together"):
+        bank_writer.commit()
+    bank_writer.release()
+    check(Bank.open(tmp_path / "bank"), 2)
 
 
 def test_every_promise_of_the_format_page_names_tests_that_are_there() -> None:
@@ -658,3 +724,124 @@ def test_a_fit_does_not_go_on_without_a_state(tmp_path: Path) -> None:
     with pytest.raises(BankError, match="want a state that follows its last row"):
         fit(case.model, case.data, method=method, num_samples=6, out=tmp_path / "new", resume=True)
     assert len(Bank.open(tmp_path / "new")) == 4
+
+
+# Rows that are no numbers
+
+
+def not_finite(path: Path) -> Bank:
+    """A bank of 14 rows that others wrote, of which row 9 holds NaN."""
+    write(path, [7, 7])
+    block = rows(0, 14)
+    block.params["0.bias"][9, 1] = torch.nan
+    tensors = {**block.params, "@chain": block.chain, "@draw": block.draw}
+    tensors |= {"@log_joint": block.log_joint, "@log_weight": block.log_weight}
+    with safetensors.safe_open(path / "main-000000.safetensors", "pt") as shard:
+        metadata = {key: value for key, value in shard.metadata().items() if key not in ("crc32", "format")}
+    replace_tensors(path, tensors, metadata=metadata)
+    return Bank.open(path)
+
+
+def test_a_row_that_is_not_finite_is_named_by_all_that_read_every_row(tmp_path: Path) -> None:
+    bank = not_finite(tmp_path / "bank")
+    told: list[tuple[int, int]] = []
+    assert len(bank.check_values(lambda *found: told.append(found))) == 1
+    assert told == [(14, 14)]
+    named = r"bank: want finite samples, got .*NaN or Inf in '0\.bias' of row 9"
+    with pytest.raises(BankCorrupt, match=named):
+        Bank.open(tmp_path / "bank", verify="full")
+    with pytest.raises(BankError, match=named):
+        mean(bank)
+    with pytest.raises(BankError, match=r"NaN or Inf in '0\.bias'"):
+        write_state_dict(bank, tmp_path / "sample", bank[9])
+    write_state_dict(bank, tmp_path / "sample", bank[8])
+    with pytest.raises(BankError, match=named):
+        thin(bank, tmp_path / "new", every=1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["state-main-000000.safetensors", "base.safetensors"])
+def test_a_cut_state_or_base_is_seen_without_reading_it(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "bank", [3], base={"b": torch.ones(3)})
+    assert wrong_sizes(tmp_path / "bank") == []
+    path = tmp_path / "bank" / name
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    assert wrong_sizes(tmp_path / "bank") == [f"{name}: {size - 1} bytes instead of {size}"]
+    path.unlink()
+    assert wrong_sizes(tmp_path / "bank") == [f"{name}: no regular file instead of {size}"]
+
+
+# Cuts of what is larger
+
+
+def test_every_cut_of_a_state_or_a_base_is_refused(tmp_path: Path) -> None:
+    base = {"b": torch.ones(3), "c": torch.arange(5)}
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base=base)
+    bank_writer.append(rows(0, 3), {"step": 3, "info": {}, "flat": torch.arange(300.0), "seeds": torch.arange(7)})
+    bank_writer.close()
+
+    def resume(folder: Path) -> BankWriter:
+        return BankWriter(folder, layout=LAYOUT, config={"seed": 0}, base=base, resume=True)
+
+    for name in ("state-main-000000.safetensors", "base.safetensors"):
+        path = tmp_path / "bank" / name
+        raw = path.read_bytes()
+        header = 8 + struct.unpack("<Q", raw[:8])[0]
+        for size in sorted({*range(0, header, 37), *range(8), *range(header - 3, len(raw), 5), len(raw) - 1}):
+            path.write_bytes(raw[:size])
+            assert wrong_sizes(tmp_path / "bank") == [f"{name}: {size} bytes instead of {len(raw)}"]
+            assert [line.split(":")[0] for line in verify_files(tmp_path / "bank")] == [name]
+            with pytest.raises(BankCorrupt):
+                files.map_tensors(path)
+            look_at = resume if name.startswith("state") else Bank.open
+            with pytest.raises(BankCorrupt, match=name):
+                look_at(tmp_path / "bank")
+        path.write_bytes(raw)
+    check(Bank.open(tmp_path / "bank", verify="full"), 3)
+
+
+def test_cuts_of_a_larger_shard_are_refused_by_size_and_by_header(tmp_path: Path) -> None:
+    """At every byte of the header and about each end of a tensor; also where the manifest names the size it was cut to."""
+    layout = layout_of(torch.nn.Sequential(torch.nn.Linear(60, 50), torch.nn.Linear(50, 10)))
+    flat = torch.randn(300, layout.num_values, generator=torch.Generator().manual_seed(0))
+    block = make_block(layout.unflatten(flat), chain=torch.zeros(300), draw=torch.arange(300))
+    bank_writer = BankWriter(tmp_path / "bank", layout=layout, config={})
+    bank_writer.append(block)
+    bank_writer.close()
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    raw = path.read_bytes()
+    assert len(raw) > 4 * 10**6
+    places, _ = fmt.decode_header(raw, len(raw), path.name)
+    header = min(place.begin for place in places.values())
+    ends = {end + step for place in places.values() for end in (place.begin, place.end) for step in (-1, 0, 1)}
+    with path.open("r+b") as file:
+        for size in sorted((ends - {len(raw), len(raw) + 1}) | set(range(header)), reverse=True):
+            file.truncate(size)
+            with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors: want \d+ bytes for 300 rows"):
+                Bank.open(tmp_path / "bank")
+            with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors"):
+                files.map_tensors(path)
+
+
+def test_a_cut_that_the_manifest_agrees_with_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bank", [7])
+    path = tmp_path / "bank" / "main-000000.safetensors"
+    raw = path.read_bytes()
+    places, _ = fmt.decode_header(raw, len(raw), path.name)
+    for size in sorted({end + step for place in places.values() for end in place[2:] for step in (-1, 0, 1)}):
+        if size < len(raw):
+            path.write_bytes(raw[:size])
+            edit_fact(tmp_path / "bank", bytes=size)
+            with pytest.raises(BankCorrupt, match=r"main-000000\.safetensors"):
+                Bank.open(tmp_path / "bank", verify="never")[0]
+
+
+def test_what_tells_of_a_bank_that_was_replaced_goes_with_a_resume(tmp_path: Path) -> None:
+    """Power was lost after the first file of the new bank, and before the removal of that name was sure."""
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0})
+    bank_writer.commit()
+    bank_writer.release()
+    (tmp_path / "bank" / ".tmp-removed-bank.json").write_text("{}")
+    BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, resume=True).release()
+    assert not (tmp_path / "bank" / ".tmp-removed-bank.json").exists()

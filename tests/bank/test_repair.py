@@ -11,7 +11,7 @@ import torch
 from bank.test_bank import GOLDEN, LAYOUT, check, flip, rows
 from forging import edit_json
 
-from bnn.bank import Bank, BankWriter, disk, repair
+from bnn.bank import Bank, BankWriter, disk, lost_shards, repair, thin, unnamed_shards, verify_files
 from bnn.errors import BankCorrupt, BankError, BankExists, ConfigError
 
 BASE = {"buffer": torch.arange(4.0)}
@@ -192,7 +192,7 @@ def test_what_cannot_be_repaired_says_so(tmp_path: Path) -> None:
     bank_writer = begin(tmp_path / "bank")
     fill(bank_writer, [3])
     bank_writer.close()
-    with pytest.raises(ConfigError, match="the damaged bank itself"):
+    with pytest.raises(ConfigError, match="got the bank itself"):
         repair(tmp_path / "bank", tmp_path / "x" / ".." / "bank")
     repair(tmp_path / "bank", tmp_path / "new")
     with pytest.raises(BankExists, match="which is kept"):
@@ -207,3 +207,132 @@ def test_what_cannot_be_repaired_says_so(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"seed": 3}))
     with pytest.raises(BankCorrupt, match=r"bank\.json: want the checksum"):
         repair(tmp_path / "bank", tmp_path / "none")
+
+
+# A manifest that was lost
+
+
+@pytest.mark.parametrize("last", ["shard", "state"])
+def test_a_lost_manifest_is_no_empty_bank(tmp_path: Path, last: str) -> None:
+    """Its writer wrote one before its first shard: shards without one have lost it, and are not begun over."""
+    bank_writer = begin(tmp_path / "bank")
+    fill(bank_writer, [3, 4])
+    bank_writer.release()
+    (tmp_path / "bank" / "manifest-main.json").unlink()
+    if last == "state":
+        for path in (tmp_path / "bank").glob("main-*.safetensors"):
+            path.unlink()
+    else:
+        told = "manifest-main.json, which named it, is gone; 'bnn bank repair' adopts it"
+        problems = [f"main-{number:06d}.safetensors: {told}" for number in range(2)]
+        assert verify_files(tmp_path / "bank") == lost_shards(tmp_path / "bank") == problems
+        assert unnamed_shards(tmp_path / "bank") == []
+        with pytest.raises(BankCorrupt, match="is gone; 'bnn bank repair' adopts it"):
+            Bank.open(tmp_path / "bank", verify="full")
+    before = bytes_of(tmp_path / "bank")
+    with pytest.raises(BankCorrupt, match=r"manifest-main\.json: want the manifest .*'bnn bank repair', or begin anew"):
+        begin(tmp_path / "bank", resume=True)
+    assert bytes_of(tmp_path / "bank") == before
+    fill(anew := begin(tmp_path / "bank", overwrite=True), [2])
+    anew.close()
+    check(Bank.open(tmp_path / "bank", verify="full"), 2)
+
+
+def test_a_lost_manifest_of_a_writer_that_joined_is_missed_too(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 3)):
+        fill(bank_writer := begin(tmp_path / "bank", writer=name), [3], first=first)
+        bank_writer.close()
+    (tmp_path / "bank" / "manifest-b.json").unlink()
+    with pytest.raises(BankCorrupt, match=r"manifest-b\.json: want the manifest"):
+        begin(tmp_path / "bank", writer="b")
+    assert [line.split(":")[0] for line in verify_files(tmp_path / "bank")] == ["b-000000.safetensors"]
+
+
+def test_a_manifest_is_there_before_the_first_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    real = disk.replace
+
+    def replace(source: Path, target: Path) -> None:
+        made.append(target.name)
+        real(source, target)
+
+    monkeypatch.setattr(disk, "replace", replace)
+    for name in ("a", "b"):
+        bank_writer = begin(tmp_path / "bank", writer=name)
+        bank_writer._capacity = 2
+        bank_writer.append(rows(0, 3))
+        bank_writer.close()
+    own = [[name for name in made if name.startswith((f"manifest-{w}", f"{w}-"))] for w in "ab"]
+    for w, names in zip("ab", own, strict=True):
+        assert names == [
+            f"manifest-{w}.json",
+            f"{w}-000000.safetensors",
+            f"{w}-000001.safetensors",
+            f"manifest-{w}.json",
+        ]
+
+
+# What else is lost
+
+
+@pytest.mark.parametrize("how", ["gone", "flipped"])
+def test_rows_are_kept_where_the_base_is_lost_and_the_new_bank_says_so(tmp_path: Path, how: str) -> None:
+    fill(bank_writer := begin(tmp_path / "bank"), [3, 4])
+    bank_writer.close()
+    path = tmp_path / "bank" / "base.safetensors"
+    flip(path, -1) if how == "flipped" else path.unlink()
+    found = repair(tmp_path / "bank", tmp_path / "new")
+    check(found.bank, 7)
+    assert fates(found)["base.safetensors"] == "dropped"
+    assert not found.resumable  # with which base?
+    assert found.bank.info["lost"] == ["base.safetensors"]
+    with pytest.raises(BankCorrupt, match=r"base\.safetensors was lost before this bank was repaired"):
+        found.bank.base()
+    check(thin(found.bank, tmp_path / "copy", every=1), 7)
+    assert Bank.open(tmp_path / "copy").info["lost"] == ["base.safetensors"]
+    assert verify_files(tmp_path / "new") == []
+
+
+def test_a_writer_without_a_sound_shard_is_named(tmp_path: Path) -> None:
+    """One in its warm-up is kept with its state, one whose rows are gone and one that only began are dropped."""
+    for name, first, sizes in (("a", 0, [3]), ("b", 0, [0]), ("c", 3, [2]), ("d", 0, [])):
+        fill(bank_writer := begin(tmp_path / "bank", writer=name), sizes, first=first)
+        if not sizes:
+            bank_writer.commit()
+        bank_writer.release()
+    (tmp_path / "bank" / "c-000000.safetensors").unlink()
+    found = repair(tmp_path / "bank", tmp_path / "new")
+    check(found.bank, 3)
+    told = {file.name: (file.fate, file.reason) for file in found.files}
+    assert told["state-b-000000.safetensors"] == ("kept", "no row comes before it")
+    assert told["state-c-000000.safetensors"] == ("dropped", "it follows row 2, of which none is left")
+    assert told["c-000000.safetensors"] == ("dropped", "the manifest names it, and it is gone")
+    assert told["manifest-d.json"] == ("dropped", "its writer has neither a shard nor a state")
+    again = begin(tmp_path / "new", writer="b", resume=True)
+    assert again.state is not None
+    again.release()
+    assert sorted(path.name for path in (tmp_path / "new").glob("manifest-*")) == ["manifest-a.json", "manifest-b.json"]
+
+
+def test_a_bank_without_a_sound_shard_says_what_is_wrong_with_each(tmp_path: Path) -> None:
+    fill(bank_writer := begin(tmp_path / "bank"), [3, 4])
+    bank_writer.close()
+    flip(tmp_path / "bank" / "main-000000.safetensors", -1)
+    (tmp_path / "bank" / "main-000001.safetensors").unlink()
+    with pytest.raises(BankError) as caught:
+        repair(tmp_path / "bank", tmp_path / "new")
+    assert "main-000000.safetensors: want tensor" in caught.value.got
+    assert "main-000001.safetensors: the manifest names it, and it is gone" in caught.value.got
+
+
+def test_repair_tells_of_both_its_passes(tmp_path: Path) -> None:
+    fill(bank_writer := begin(tmp_path / "bank"), [70, 130])
+    bank_writer.close()
+    told: list[tuple[int, int]] = []
+    repair(tmp_path / "bank", tmp_path / "new", progress=lambda *found: told.append(found))
+    size = sum(path.stat().st_size for path in (tmp_path / "bank").glob("main-*"))
+    assert {total for _, total in told} == {2 * size}
+    done = [done for done, _ in told]
+    assert done == sorted(done)
+    assert len([step for step in done if step <= size]) > 6
+    assert size < done[-1] <= 2 * size

@@ -254,6 +254,7 @@ KINDS = {
     "manifest": r"manifest-.*",
     "bank": r"bank\.json",
     "base": r"base\.safetensors",
+    "removed": r"\.tmp-removed-bank\.json",  # what bank.json is called while an overwritten bank goes
 }
 
 
@@ -268,6 +269,8 @@ def without(steps: list[Step], sync: str, kind: str) -> list[Step]:
     for step in steps:
         if len(step.names) == 2:
             last = kind_of(step.names[0][0])
+        elif step.names and step.names[0][1] is None:
+            last = "unlinked"
         if step.kind != sync or kind != (renamed[step.file] if sync == "fsync" else last or "parents"):
             kept.append(step)
     return kept
@@ -285,6 +288,9 @@ def without(steps: list[Step], sync: str, kind: str) -> list[Step]:
         ("sync_folder", "state", "resume"),
         ("sync_folder", "manifest", "fresh"),
         ("sync_folder", "base", "fresh"),
+        ("sync_folder", "bank", "fresh"),
+        ("sync_folder", "removed", "overwrite"),
+        ("sync_folder", "unlinked", "overwrite"),
         ("sync_folder", "parents", "fresh"),
     ],
 )

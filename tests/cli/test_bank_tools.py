@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 
 from bnn.bank import Bank, mean
+from bnn.bank import format as fmt
 from bnn.cli import plan, run
 
 Call = Callable[..., tuple[int, str, str]]
@@ -285,10 +287,11 @@ def test_a_trial_speaks_for_the_whole_run(
 
 def test_repair_names_what_is_dropped_and_says_whether_the_fit_can_go_on(bnn: Call, made: Path) -> None:
     shutil.copytree(made / "bank0", "hurt")
-    Path("hurt/manifest-main.json").unlink()
+    shutil.copy("hurt/main-000000.safetensors", "hurt/main-000007.safetensors")
     code, out, _ = bnn("bank verify hurt")
     assert code == 0
-    assert out.startswith("unnamed: main-000000.safetensors: of a crash, or of a manifest that is lost;")
+    assert out.startswith("unnamed: main-000007.safetensors: left by a crash;")
+    Path("hurt/main-000007.safetensors").unlink()
     Path("hurt/manifest-main.json").write_text("{}")
     code, out, err = bnn("bank repair hurt --out mended")
     assert (code, err) == (0, "")
@@ -307,3 +310,64 @@ def test_repair_names_what_is_dropped_and_says_whether_the_fit_can_go_on(bnn: Ca
     assert (code, "want a state of 'main' to go on from" in err) == (2, True)
     assert bnn("bank repair hurt --out again")[0] == 2
     assert bnn("bank verify again --full")[0] == 0
+
+
+def test_a_lost_manifest_is_bad_and_names_the_way_out(bnn: Call, made: Path) -> None:
+    shutil.copytree(made / "bank0", "lost")
+    Path("lost/manifest-main.json").unlink()
+    for flag in ("", " --full"):
+        code, out, _ = bnn(f"bank verify lost{flag}")
+        assert code == 1
+        assert out.startswith("bad: main-000000.safetensors: manifest-main.json, which named it, is gone")
+        assert "'bnn bank repair'" in out
+        assert "good" not in out
+    code, out, err = bnn(f"fit {HMC} --num-samples 60 --seed 0 --out lost --resume")
+    assert (code, out) == (2, "")
+    assert "manifest-main.json" in err
+    assert "bnn bank repair" in err
+    assert (tmp := Path("lost/main-000000.safetensors")).read_bytes() == (made / "bank0" / tmp.name).read_bytes()
+    code, out, err = bnn("bank merge lost bank1 --out new")
+    assert (code, out) == (2, "")
+    assert "lost: want at least one sample, got none" in err
+    assert bnn("bank repair lost --out mended")[0] == 0
+    assert len(Bank.open("mended")) == 60
+
+
+def test_info_says_what_a_bank_was_made_of_and_whether_a_fit_goes_on(bnn: Call, made: Path) -> None:
+    shutil.copytree(made / "bank0", "part")
+    manifest = Path("part/manifest-main.json")
+    manifest.write_text(json.dumps(fmt.seal({**json.loads(manifest.read_text()), "complete": False}, "m")))
+    assert "complete    no: go on with --resume" in bnn("bank info part")[1]
+    out = bnn("bank thin part --every 4 --out few")[1]
+    assert f"thinned     every 4 draws, of {Bank.open('part').digest[:12]}" in out
+    assert "complete    no, and no state to go on from" in out
+    out = bnn("bank merge bank0 bank1 --out both")[1]
+    assert f"merged      2 banks: 60 of {Bank.open('bank0').digest[:12]}, 60 of" in out
+    assert "complete    yes" in out
+
+
+def test_verify_sees_a_cut_state(bnn: Call, made: Path) -> None:
+    shutil.copytree(made / "bank0", "cut")
+    state = next(Path("cut").glob("state-*"))
+    state.write_bytes(state.read_bytes()[:-1])
+    code, out, _ = bnn("bank verify cut")
+    assert (code, out.startswith(f"bad: {state.name}: ")) == (1, True)
+
+
+def test_plan_of_too_many_samples_ends_at_once(bnn: Call) -> None:
+    code, _, err = bnn("bank plan --data rows.csv:y --num-samples 1000000000000000 --trial 0")
+    assert (code, "which fill the 1000000 shards of a writer" in err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_an_export_replaces_files_only(bnn: Call, kind: str) -> None:
+    """A device that is replaced by a file, as /dev/null once was, is nobody's wish."""
+    if kind == "pipe":
+        os.mkfifo("out")
+    else:
+        Path("out").symlink_to("elsewhere")
+    for flag in ("--mean", "--index 3", "--chains"):
+        code, out, err = bnn(f"bank export bank0 --out out {flag} --overwrite")
+        assert (code, out) == (2, "")
+        assert "want a file or nothing, got a link, device or pipe" in err
+    assert Path("out").is_fifo() or Path("out").is_symlink()
