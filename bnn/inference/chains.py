@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
+LIKELY_STEPS = 64  # of a trajectory whose length is learnt, about, for the rule that decides on compiling
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
 ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
@@ -88,16 +89,18 @@ def run_chains(
     Args:
         start: positions [C, P] to begin at; asked where there is no state.
         scale: of the prior [P]: units of the climb, and of the first mass.
-        num_draws: kept draws a chain.
+        num_draws: kept draws a chain. How gradients are computed follows from the number asked for at first; a run
+            that goes on keeps the plan in its state, also with a larger number.
     """
     plan = None if state is None else Plan.load(state)
     flat = start() if state is None else _flat_in(state, scale)
-    num_gradients = (options.num_warmup + 100) * min(options.most_steps, 64)  # not num_draws: a bank may grow
+    climb_steps = CLIMB_STEPS if starting.climbs(options.init) else 0
+    trajectories = options.num_warmup + num_draws * options.thin
+    total = climb_steps + trajectories
+    num_gradients = climb_steps + trajectories * min(options.most_steps, LIKELY_STEPS)
     density = prepare(
         target, flat, num_gradients=num_gradients, memory=options.memory, compile=options.compile, plan=plan
     )
-    climb_steps = CLIMB_STEPS if starting.climbs(options.init) else 0
-    total = climb_steps + options.num_warmup + num_draws * options.thin
     if state is None or "climb.flat" in state:
         if climb_steps:
             for draw, following in _climb(density, flat, scale, state, total):
