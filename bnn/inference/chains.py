@@ -59,7 +59,7 @@ class Sums(NamedTuple):
     acceptance: Tensor  # [C] probabilities since the last kept draw
     divergent: Tensor  # [C] trajectories since the last kept draw
     accepted: Tensor  # [C] probabilities after warm-up
-    divergences: int  # after warm-up
+    divergences: int  # of this phase, warm-up or sampling
     leapfrogs: int  # a chain, in all
     still: int  # trajectories in a row in which no chain moved
 
@@ -120,6 +120,8 @@ def run_chains(
         before = at.flat
         at, found = transition(density, at, noise, uniform, adaptation.metric, step_size, num_steps)
         step += 1
+        if step - 1 == options.num_warmup:
+            sums = sums._replace(divergences=0)  # those of warm-up
         sums = _added(sums, found, num_steps, warm=warm, moved=bool((at.flat != before).any()))
         _require_moving(options, found, sums, step)
         if warm:
@@ -139,7 +141,10 @@ def run_chains(
         if draw.number is not None:
             sums = sums._replace(acceptance=torch.zeros_like(sums.accepted), divergent=torch.zeros_like(sums.accepted))
         after = max(step - options.num_warmup, 0)
-        phase = ("sampling", after, num_draws * options.thin) if after else ("warm-up", step, options.num_warmup)
+        if after:
+            phase = _phase("sampling", after, num_draws * options.thin) | {"thin": options.thin}
+        else:
+            phase = _phase("warm-up", step, options.num_warmup)
         info = {
             "acceptance": float(sums.accepted.mean()) / after if after else float(found.acceptance.mean()),
             "divergences": float(sums.divergences),
@@ -147,10 +152,11 @@ def run_chains(
             "leapfrogs": float(sums.leapfrogs),
             "compile_seconds": density.compile_seconds,
         }
-        progress = {"step": climb_steps + step, "num_steps": total, "phase": _phase(*phase), "info": info}
+        progress = {"step": climb_steps + step, "num_steps": total, "phase": phase, "info": info}
         yield draw, {**_saved(density.plan, at, adaptation, sums), **progress}
-    if num_draws:
-        _warn(sums, num_draws * options.thin)
+    trouble = movement(sums.accepted, sums.divergences, num_draws * options.thin) if num_draws and warns else ""
+    if trouble:
+        warnings.warn(f"HMC: {trouble}", stacklevel=2)
 
 
 def _climb(
@@ -351,14 +357,17 @@ def _no_sums(at: Position) -> Sums:
 
 def _added(sums: Sums, found: Transition, num_steps: int, *, warm: bool, moved: bool) -> Sums:
     """The sums with one more trajectory; those of draws begin after warm-up."""
-    sums = sums._replace(leapfrogs=sums.leapfrogs + num_steps, still=0 if moved else sums.still + 1)
+    sums = sums._replace(
+        divergences=sums.divergences + int(found.divergent.sum()),
+        leapfrogs=sums.leapfrogs + num_steps,
+        still=0 if moved else sums.still + 1,
+    )
     if warm:
         return sums
     return sums._replace(
         acceptance=sums.acceptance + found.acceptance,
         divergent=sums.divergent + found.divergent.double(),
         accepted=sums.accepted + found.acceptance,
-        divergences=sums.divergences + int(found.divergent.sum()),
     )
 
 
