@@ -478,6 +478,25 @@ def test_a_density_that_branches_on_values_is_refused(density: Callable[..., Any
     message = refused(FitError, density, torch.zeros(3, 2))
     assert "no `if` and no .item() on values" in message
     assert "torch.where" in message
+    assert "it works on one position" in message
+
+
+@pytest.mark.parametrize(
+    ("density", "context", "got"),
+    [
+        (lambda flat: flat.sum() / (1 // 0), None, "got ZeroDivisionError: "),
+        (lambda flat, more: flat.sum(), None, "got TypeError: .*missing 1 required positional argument: 'more'"),
+        (lambda flat: flat.sum(), torch.ones(3, 2), "got TypeError: .*takes 1 positional argument but 2 were given"),
+        (lambda flat: flat @ torch.ones(5), None, "got RuntimeError: .*size"),
+    ],
+    ids=["division", "argument missing", "argument too many", "shape"],
+)
+def test_a_mistake_in_a_density_is_told_as_it_is(density: Callable[..., Any], context: Tensor | None, got: str) -> None:
+    """Not as a matter of vmap: it fails on one position too."""
+    message = refused(FitError, density, torch.zeros(3, 2), context=context)
+    assert re.search(got, message)
+    assert "mend the density" in message
+    assert "torch.where" not in message
 
 
 @pytest.mark.parametrize(("bad", "named"), [([1], "nan in chain 1;"), ([2, 4], "nan in chain 2, as in 2 chains")])
