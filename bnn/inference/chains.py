@@ -81,6 +81,8 @@ def run_chains(
     seed: int,
     num_draws: int,
     state: State | None,
+    *,
+    warns: bool = True,
 ) -> Iterator[tuple[Draw, State]]:
     """Climb, warm up and sample, yielding after each step where the chains stand and the state to go on from.
 
@@ -91,6 +93,7 @@ def run_chains(
         scale: of the prior [P]: units of the climb, and of the first mass.
         num_draws: kept draws a chain. How gradients are computed follows from the number asked for at first; a run
             that goes on keeps the plan in its state, also with a larger number.
+        warns: at the end, of what makes draws useless.
     """
     plan = None if state is None else Plan.load(state)
     flat = start() if state is None else _flat_in(state, scale)
@@ -385,21 +388,26 @@ def _draw(
     return Draw(at, after // options.thin - 1 if kept else None, columns, num_steps)
 
 
-def _warn(sums: Sums, num_trajectories: int) -> None:
-    """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
-    each = sums.accepted / num_trajectories  # [C]
+def movement(accepted: Tensor, divergences: int, num_trajectories: int) -> str:
+    """What makes draws useless, and a way out: chains that stand still or trajectories that diverge; else nothing.
+
+    Args:
+        accepted: probabilities [C], summed over `num_trajectories` of each chain.
+        divergences: of all chains.
+    """
+    each = accepted / num_trajectories  # [C]
     slow = (each < 0.2).nonzero().flatten().tolist() if num_trajectories >= ENOUGH_TO_JUDGE else []
-    if slow or sums.divergences > 0.05 * num_trajectories * len(each):
-        named = (
-            f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "
-            if slow
-            else ""
-        )
-        warnings.warn(
-            f"HMC: {named}{sums.divergences} of {num_trajectories * len(each)} trajectories diverged: "
-            "the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision",
-            stacklevel=2,
-        )
+    if not slow and divergences <= 0.05 * num_trajectories * len(each):
+        return ""
+    named = (
+        f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "
+        if slow
+        else ""
+    )
+    return (
+        f"{named}{divergences} of {num_trajectories * len(each)} trajectories diverged: "
+        "the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision"
+    )
 
 
 def _phase(name: str, step: int, num_steps: int) -> dict[str, Any]:
