@@ -240,7 +240,7 @@ def _plan(
     threads = 1 if cost.seconds - cost.overhead < ONE_THREAD and flat.device.type == "cpu" else 0
     by_rule = slices * cost.seconds * num_gradients > WORTH_COMPILING and has_compiler(flat.device)
     wanted = by_rule if compile is None else compile
-    onednn = products.available() and products.replaced(graph) > 0
+    onednn = products.worthwhile() and products.replaced(graph) > 0
     return Plan("compiled" if wanted else "traced", slices, threads, onednn), graph
 
 
