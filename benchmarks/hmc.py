@@ -222,10 +222,10 @@ def profile(task: Task, options: argparse.Namespace) -> Iterator[Row]:
 
 def _kind(name: str) -> str:
     """Which of KINDS an operation is, by its name."""
+    if "cpp_fused" in name:
+        return "tanh, fused" if "tanh" in name else "sums, fused" if "sum" in name else "other, fused"
     if any(word in name for word in ("bmm", "::mm", "addmm", "bnn::products", "linear_pointwise")):
         return "products"
-    if "cpp_fused" in name:
-        return "tanh, fused" if "tanh" in name or "exp" in name else "sums, fused" if "sum" in name else "other, fused"
     return "other operations" if "::" in name else REST
 
 
