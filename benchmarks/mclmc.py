@@ -45,6 +45,7 @@ LAMBDA = 0.1931833275037836  # of the minimal-norm integrator, McLachlan (1995)
 ENERGY_VARIANCE = 5e-4  # wanted, a dimension
 MEMORY = 150  # steps over which the step size is averaged
 FORGETS = 0.4  # L over the length after which draws have forgotten each other
+DIVERGES = 1000.0  # nats of energy error: such a step, or one that is not finite, is taken back
 SHARES = (0.3, 0.3)  # of warm-up: for the step size alone, and with the scales; the rest is for L
 
 
@@ -145,7 +146,7 @@ def run_chains(
     for number in range(num_warmup + num_steps):
         warm = number < num_warmup
         moved, error = integrate(density, at, scale, step.size)
-        fine = error.isfinite() & moved.slope.isfinite().all(dim=1)  # [C]
+        fine = (error.abs() < DIVERGES) & moved.slope.isfinite().all(dim=1)  # [C]
         if not fine.all():  # those chains turn round with a shorter step; what was learnt of longer ones is forgotten
             moved = Chains(*(torch.where(fine.view(-1, *[1] * (new.dim() - 1)), new, old)
                              for new, old in zip(moved, at, strict=True)))  # fmt: skip
@@ -219,12 +220,12 @@ def _block(model: BayesianModel, u: Tensor, log_density: Tensor, draw: int | Non
     return make_block(params, chain=chain, draw=torch.full_like(chain, draw or 0), log_joint=log_density[rows].double())
 
 
-def compared(root: Path, name: str, split: int) -> list[dict[str, Any]]:
-    """HMC and MCLMC on one split, one after the other."""
-    rows = []
+def compared(root: Path, name: str, split: int, old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """HMC, unless its row is there already, and MCLMC on one split, one after the other."""
+    rows = [row for row in old if (row["set"], row["split"], row["method"]) == (name, split, "hmc")]
     chosen = CHOSEN["hmc"]
     choice = chosen
-    for method in ("hmc", "mclmc"):
+    for method in ("mclmc",) if rows else ("hmc", "mclmc"):
         if rows:
             gradients = {f"gradients_{part}": int(rows[0][f"leapfrogs_{part}"]) for part in ("warm_up", "sampling")}
             choice = Choice(MCLMC(4, **gradients), chosen.num_samples, chosen.prior, chosen.module, chosen.noise)
@@ -294,7 +295,7 @@ def main() -> None:
         found["check"] = check(options.peers)
     else:
         new = [row for name in options.sets for split in options.splits
-               for row in compared(options.data_root, name, split)]  # fmt: skip
+               for row in compared(options.data_root, name, split, found["rows"])]  # fmt: skip
         rows = {(row["set"], row["split"], row["method"]): row for row in [*found["rows"], *new]}
         found["rows"] = [rows[key] for key in sorted(rows)]
     found |= {"machine": machine(), "versions": versions()}

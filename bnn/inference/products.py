@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 # On an x86 CPU torch hands float32 products to MKL, which runs on AMD's at half the vector width. oneDNN, which torch
 # brings as well, does not: 1.6 to 2 times as fast on matrices from about 64 columns on, slower on smaller ones. On Intel's
-# MKL was 1.6 to 3 times as fast as these calls of oneDNN at every size tried, from 50 to 300 columns.
+# MKL was 1.6 to 5 times as fast as these calls of oneDNN at every size tried, from 50 to 300 columns.
 LEAST_SIDE, LEAST_OPERATIONS = 64, 1_000_000
 
 
