@@ -8,6 +8,7 @@ The target is a regression on an MLP with two hidden layers of tanh, standard no
 
 Speed: all take the same step size and as many steps, without adaptation. They take turns, and a figure is the
 median of the turns. Beside it stand the gradient alone, and the matrix products of that gradient alone.
+Profile: where the time of a leapfrog step goes, by torch's profiler.
 Worth: bulk ESS of predictions at 20 probe inputs, under each one's own adaptation, from the same starts.
 Parts are run with --parts, --sizes and --chains, and join those that the JSON file has already.
 """
@@ -31,13 +32,15 @@ import arviz
 import numpy as np
 import torch
 from hmc_tasks import SIZES, Ask, Task, climbed, peer, points_of, products, starts_of, task_of
-from torch import Tensor
+from torch import Tensor, profiler
+from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnn.cli.bench import machine
 from bnn.inference import HMC
 from bnn.inference.density import Prepared, prepare, target_of_model, threads
 from bnn.inference.hmc import sample
+from bnn.inference.products import available
 from bnn.types import Params
 
 STEPS, STEP_SIZE = 16, 1e-4
@@ -47,6 +50,9 @@ PYRO_SECONDS = 2.5e-3  # of a leapfrog on a small module, about
 OURS, TRACED = "bnn", "bnn, not compiled"
 GRADIENT, PRODUCTS = "bnn, gradient alone", "matrix products alone"
 JAX_GRADIENT, NUTS = "JAX, gradient alone", "NumPyro NUTS"
+
+KINDS = ("products", "tanh, fused", "sums, fused", "other, fused", "other operations")
+REST = "calls and Python"
 
 Row: TypeAlias = dict[str, Any]
 
@@ -95,11 +101,17 @@ class Way(NamedTuple):
 
 def our_ways(task: Task, starts: Tensor, draws: int) -> dict[str, Way]:
     chains, calls = len(starts), max(draws * STEPS // 2, 5)
-    density, products_alone = density_of(task, starts), products(task, starts)
+    density = density_of(task, starts)
+    alone = {"torch": products(task, starts)}
+    if task.device.type == "cpu" and available():
+        alone["oneDNN"] = products(task, starts, onednn=True)
 
     def products_run() -> dict[str, Any]:
+        """By the faster way of the two."""
         with threads(density.plan.threads):  # as many as the gradient has
-            return seconds_of(products_alone, calls, task.device)
+            took = {by: seconds_of(run, calls, task.device)["seconds"] for by, run in alone.items()}
+        best = min(took, key=lambda by: took[by])
+        return {"seconds": took[best], "by": best}
 
     own = versions()
     count = chains * draws * STEPS
@@ -175,6 +187,46 @@ def rivals(
         name: stack.enter_context(peer(python, script, task, starts, options.threads))
         for name, (python, script) in scripts.items()
     }
+
+
+def profile(task: Task, options: argparse.Namespace) -> Iterator[Row]:
+    """Where the time of a leapfrog step goes, by torch's profiler: shares of products, elementwise kernels and the rest.
+
+    Compiled kernels are counted by what is fused into them: with a tanh, else with a sum, else none of the two. What no
+    operation accounts for is the Python between gradients and the calls themselves. Profiling costs time of its own.
+    """
+    all_starts = starts_of(task, max(options.chains))
+    for chains in options.chains:
+        draws = min(max(round(options.seconds / (STEPS * chains * task.size.seconds)), 2), 50)
+        with inductor.patch({"cpp.enable_kernel_profile": True}):
+            turn = our_leapfrogs(task, chains, draws, compiled=True)
+            turn()
+        plain = turn()["seconds"]
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as seen:
+            seconds = turn()["seconds"]
+        shares = dict.fromkeys(KINDS, 0.0)
+        for event in seen.key_averages():
+            if (kind := _kind(event.key)) in shares:
+                shares[kind] += event.self_cpu_time_total / 1e6 / seconds
+        shares[REST] = 1.0 - sum(shares.values())
+        figures = {
+            "microseconds": plain / (chains * draws * STEPS) * 1e6,
+            "slowed_by_profiling": seconds / plain,
+            "shares": shares,
+            "onednn": density_of(task, all_starts[:chains]).plan.onednn,
+        }
+        told = ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
+        print(f"  {figures['microseconds']:.1f} us, {chains:2} chains: {told}", flush=True)
+        yield _row("profile", task, OURS, chains, figures, versions())
+
+
+def _kind(name: str) -> str:
+    """Which of KINDS an operation is, by its name."""
+    if "cpp_fused" in name:
+        return "tanh, fused" if "tanh" in name else "sums, fused" if "sum" in name else "other, fused"
+    if any(word in name for word in ("bmm", "::mm", "addmm", "bnn::products", "linear_pointwise")):
+        return "products"
+    return "other operations" if "::" in name else REST
 
 
 def agree(task: Task, rivals: dict[str, Ask]) -> None:
@@ -292,6 +344,9 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
     return float((np.abs(means[0] - means[1]) / np.hypot(*errors)).max())
 
 
+PARTS = {"speed": speed, "worth": worth, "profile": profile}
+
+
 def versions() -> dict[str, str]:
     return {"bnn": metadata.version("bnn-toolkit"), "torch": torch.__version__}
 
@@ -362,7 +417,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peers", help="python of an environment with numpyro and blackjax")
-    parser.add_argument("--parts", nargs="+", choices=("speed", "worth"), default=["speed", "worth"])
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--chains", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--device", default="cpu", help="of ours; rivals run on the CPU alone")
@@ -388,7 +443,7 @@ def main() -> None:
         task = task_of(name, torch.device(options.device))
         for part in options.parts:
             print(f"{part}, {task.model.layout.num_values:,} weights", flush=True)
-            for row in {"speed": speed, "worth": worth}[part](task, options):
+            for row in PARTS[part](task, options):
                 rows.append(row)
                 if options.json:
                     options.json.write_text(json.dumps(joined(options.json, rows), indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.inference.products import products as by_onednn
 from bnn.likelihoods import Gaussian
 from bnn.model import BayesianModel
 from bnn.modules import build
@@ -135,8 +136,10 @@ def peer(python: str, script: str, task: Task, starts: Tensor, threads: int) -> 
                     process.stdin.close()  # at which it ends
 
 
-def products(task: Task, starts: Tensor) -> Callable[[], None]:
+def products(task: Task, starts: Tensor, *, onednn: bool = False) -> Callable[[], None]:
     """The matrix products of one gradient and no more, into memory that is there: what no implementation can leave out.
+
+    With `onednn` the three large ones, of width x width, are oneDNN's as our gradient may take them; else torch's own.
 
     Forward h_1 = x W_1^T, h_2 = h_1 W_2^T, f = h_2 W_3^T; backward dW_3 = df^T h_2, dh_2 = df W_3, dW_2 = dh_2^T h_1,
     dh_1 = dh_2 W_2, dW_1 = dh_1^T x.
@@ -150,14 +153,20 @@ def products(task: Task, starts: Tensor) -> Callable[[], None]:
     output = x.new_empty(chains, task.size.rows, 1)
     slopes = [torch.empty_like(weight) for weight in (first, second, third)]
 
+    def large(left: Tensor, right: Tensor, out: Tensor) -> None:
+        if onednn:
+            by_onednn(left, right)
+        else:
+            torch.bmm(left, right, out=out)
+
     def run() -> None:
         torch.bmm(x, first.mT, out=hidden)
-        torch.bmm(hidden, second.mT, out=above)
+        large(hidden, second.mT, above)
         torch.bmm(above, third.mT, out=output)
         torch.bmm(output.mT, above, out=slopes[2])
         torch.bmm(output, third, out=slope)
-        torch.bmm(slope.mT, hidden, out=slopes[1])
-        torch.bmm(slope, second, out=hidden)
+        large(slope.mT, hidden, slopes[1])
+        large(slope, second, hidden)
         torch.bmm(hidden.mT, x, out=slopes[0])
 
     return run

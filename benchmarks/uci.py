@@ -131,7 +131,7 @@ def judge(folder: Path, split: int, choice: Choice) -> Row:
     found["log_likelihood"] = float(predictive.log_prob(y).mean())
     found["coverage_90"] = float(coverage(predictive.cdf(y), LEVEL))
     found["noise"] = float(predictive.aleatoric.mean().sqrt())
-    if isinstance(choice.method, HMC):
+    if hasattr(choice.method, "num_chains"):
         draws = predictive.means[arrange(bank), :, 0]  # [S, B, 1] -> [C, D, B]
         rhat, ess = split_rhat(draws), ess_bulk(draws)  # [B]
         found |= {"rhat_median": float(rhat.median()), "rhat_max": float(rhat.max())}
@@ -161,7 +161,7 @@ def fitted(model: bnn.BayesianModel, data: DataSet, choice: Choice, *, seed: int
     first = next(iter(found))  # the phase that began with the compilation
     found[first] -= compile_seconds
     found |= {"seconds": time.perf_counter() - began, "seconds_compile": compile_seconds}
-    found |= {name: info[name] for name in ("acceptance", "divergences", "step_size") if name in info}
+    found |= {name: info[name] for name in ("acceptance", "divergences", "step_size", "length") if name in info}
     found["said"] = sorted({str(one.message) for one in said if issubclass(one.category, UserWarning)})
     about = describe(model, choice.method, seed, None)
     return bnn.Bank.from_blocks(blocks, layout=model.layout, info=about, base=model.base()), found

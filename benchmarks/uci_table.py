@@ -124,6 +124,25 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def beside(rows: Sequence[Row]) -> list[str]:
+    """The table of the page on HMC: methods beside each other, and the best published column in a row of its own."""
+    lines = [
+        "| set | method | RMSE | log likelihood | coverage of 90 % | R-hat, median and largest | seconds |",
+        "|---" * 7 + "|",
+    ]
+    for line in table(rows):
+        cells = line.strip("| ").split(" | ")
+        if len(cells) == 9 and cells[0] in SETS and "published" not in cells[1]:
+            name, method, _, root, log, covered, mixing, _, seconds = cells
+            lines.append(f"| {name} | {method} | {root} | {log} | {covered} | {mixing} | {seconds} |")
+    for name in SETS:
+        (one, root, _), (other, log, _) = best_published(name, "rmse"), best_published(name, "log_likelihood")
+        place = max((n for n, line in enumerate(lines) if line.startswith(f"| {name} |")), default=None)
+        if place is not None:
+            lines.insert(place + 1, f"| {name} | published: {one}; {other} | {root} | {log} | — | — | — |")
+    return lines
+
+
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Of each set and method: RMSE and log likelihood against the best published column."""
     found = []

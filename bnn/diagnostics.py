@@ -18,6 +18,11 @@ CHUNK_VALUES = 1_000_000  # draws of several quantities taken at once: a step ho
 MIN_DRAWS = 4  # of a chain: each half needs two for a variance
 TAILS = (0.05, 0.95)
 
+# What a verdict asks of chains.
+ENOUGH_DRAWS = 100  # of a chain: below, R-hat and ESS say more about chance than about the chains
+MAX_RHAT = 1.05  # half chains' means then spread by a third of a posterior standard deviation: 1.05^2 - 1 = 0.32^2
+MIN_EBFMI = 0.3
+
 
 def split_rhat(draws: Tensor) -> Tensor:
     """Rank-normalised split R-hat: how much wider all chains together are than each half chain alone.

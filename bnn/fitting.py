@@ -68,7 +68,8 @@ def fit(
         writer: whose part of the bank this is. Several processes may fill one bank at once, all with the same
             options but each under a name of its own, which gives it random numbers of its own; `num_samples`
             is then that of the part. The first to commit begins the bank.
-        resume: go on with the unfinished bank at `out`.
+        resume: go on with the unfinished bank at `out`; a bank that has more samples than asked for stays as it is,
+            with a warning.
         overwrite: replace the bank at `out`.
         progress: show a bar on stderr; by default where stderr is a terminal.
         record: more for `bank.json`: `model` and `data` as the command line keeps them.
@@ -140,7 +141,15 @@ def fit(
         own = seed if writer == "main" else derive(seed, "writer", writer)
         run = method.run(model, data, num_samples=num_samples, seed=own, state=kept.state)
         drive(kept, run, title=method.name, progress=progress)
-    elif not kept.complete:  # killed between its last row and the end
+        return Bank.open(out)
+    if kept.num_rows > num_samples:
+        part = "bank" if writer == "main" else f"part of {writer}"
+        warnings.warn(
+            f"fit: {out}: the {part} has {kept.num_rows} samples already, more than the {num_samples} asked for: "
+            "nothing is added or taken away; ask for more, or keep fewer with bnn bank thin",
+            stacklevel=2,
+        )
+    if not kept.complete:  # killed between its last row and the end
         kept.close()
     else:
         kept.release()

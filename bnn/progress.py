@@ -18,7 +18,7 @@ def with_progress(
     """The run itself, with a bar on stderr: steps done and to do, steps a second, time left, and the state's `info`.
 
     A state that names a phase, `{"name", "step", "num_steps"}`, gets a bar a phase: warm-up and sampling have
-    speeds of their own.
+    speeds of their own. A phase with `"thin"` keeps one draw of so many steps, and its bar counts those.
 
     Args:
         run: pairs of anything and the state that follows it.
@@ -30,13 +30,15 @@ def with_progress(
     try:
         for found, state in run:
             phase = state.get("phase") or {"name": "", "step": state["step"], "num_steps": state["num_steps"]}
+            step, num_steps = (phase[name] // phase.get("thin", 1) for name in ("step", "num_steps"))
             if bar is None or phase["name"] != shown:
                 if bar is not None:
                     bar.close()
                 shown = phase["name"]
-                bar = _bar(f"{title} {shown}".strip(), progress, initial=max(phase["step"] - 1, 0))
-            bar.total = phase["num_steps"]
-            bar.update(phase["step"] - bar.n)
+                unit = "draw" if "thin" in phase else "step"
+                bar = _bar(f"{title} {shown}".strip(), progress, unit, initial=max(step - 1, 0))
+            bar.total = num_steps
+            bar.update(step - bar.n)
             bar.set_postfix({key: f"{value:.3g}" for key, value in state["info"].items()}, refresh=False)
             yield found, state
     finally:
@@ -44,6 +46,6 @@ def with_progress(
             bar.close()
 
 
-def _bar(title: str, progress: bool | None, *, initial: int) -> tqdm:
+def _bar(title: str, progress: bool | None, unit: str, *, initial: int) -> tqdm:
     """A bar that counts speed from the step at which this run began."""
-    return tqdm(desc=title, initial=initial, unit="step", delay=1.0, disable=None if progress is None else not progress)
+    return tqdm(desc=title, initial=initial, unit=unit, delay=1.0, disable=None if progress is None else not progress)

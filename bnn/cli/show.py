@@ -67,12 +67,12 @@ def show_diagnosis(found: Diagnosis) -> None:
     parts = {what: getattr(found, what) for what in ("predictions", "noise", "log_joint", "parameters")}
     if any(parts.values()):
         table = Table(box=None, pad_edge=False)
-        for head in ("", "number", "R-hat", "above 1.01", "bulk ESS", "tail ESS"):
+        for head in ("", "number", "R-hat", "above 1.01", "bulk ESS", "tail ESS", "MCSE"):
             table.add_column(head, justify="right" if head else "left")
         table.add_column("worst")
         for what, part in parts.items():
             if part is not None:
-                ess = f"{part.ess_bulk:.0f}", f"{part.ess_tail:.0f}"
+                ess = f"{part.ess_bulk:.0f}", f"{part.ess_tail:.0f}", f"{part.mcse:.2g}"
                 name = what.replace("_", " ")
                 table.add_row(name, f"{part.num}", f"{part.rhat:.3f}", f"{part.share_noticed:.0%}", *ess, part.worst)
         Console(highlight=False, width=None if console.is_terminal else 200).print(table)
@@ -83,6 +83,8 @@ def show_diagnosis(found: Diagnosis) -> None:
         moved.append(f"{found.divergent} of {found.num_trajectories} trajectories diverged")
     if found.ebfmi:
         moved.append(f"E-BFMI {min(found.ebfmi):.2f} to {max(found.ebfmi):.2f}")
+    if found.longest_stay:
+        moved.append(f"longest stay {max(found.longest_stay)} of {found.num_draws} draws")
     if moved:
         console.print(", ".join(moved))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnn.bank import Bank
-from bnn.diagnostics import MIN_DRAWS, ebfmi, ess_bulk, ess_tail, split_rhat
+from bnn.diagnostics import MIN_DRAWS, ebfmi, ess_bulk, ess_tail, mcse_mean, split_rhat
 from bnn.errors import BankError, ConfigError
 from bnn.evaluation.verdict import NOTICED_RHAT, Diagnosis, Mixing, judge
 from bnn.functional import FunctionalModel
@@ -169,10 +169,10 @@ def probe_rows(x: Tensor, *, num: int = 64, seed: int = 0) -> Tensor:
 
 
 def _figures(draws: Tensor, bar: Any, *, visible: float = 0.0) -> Tensor:
-    """R-hat, bulk and tail ESS of quantities [C, D, Q]: [3, Q]; NaN of those that vary not, or less than `visible`."""
+    """R-hat, bulk and tail ESS and MCSE of quantities [C, D, Q]: [4, Q]; NaN of those that vary not, or less than `visible`."""
     found = []
     for some in draws.split(max(1, JUDGED_VALUES // (draws.shape[0] * draws.shape[1])), dim=2):
-        figures = torch.stack([split_rhat(some), ess_bulk(some), ess_tail(some)])  # [3, q]
+        figures = torch.stack([split_rhat(some), ess_bulk(some), ess_tail(some), mcse_mean(some)])  # [4, q]
         unseen = some.flatten(0, 1).std(dim=0, correction=0) < visible  # [q]
         found.append(torch.where(unseen, math.nan, figures))
         bar.update(some.shape[2])
@@ -180,8 +180,8 @@ def _figures(draws: Tensor, bar: Any, *, visible: float = 0.0) -> Tensor:
 
 
 def _summary(figures: Tensor, name: Callable[[int], str]) -> Mixing | None:
-    """The worst of figures [3, Q] of quantities, named; None where no quantity has any."""
-    rhat, bulk, tail = figures
+    """The worst of figures [4, Q] of quantities, named; None where no quantity has any."""
+    rhat, bulk, tail, error = figures
     kept = ~rhat.isnan()
     if not kept.any():
         return None
@@ -193,6 +193,7 @@ def _summary(figures: Tensor, name: Callable[[int], str]) -> Mixing | None:
         share_noticed=float((rhat[kept] > NOTICED_RHAT).double().mean()),
         ess_bulk=float(bulk[kept].min()),
         ess_tail=float(tail[kept].min()),
+        mcse=float(error[kept].max()),
     )
 
 

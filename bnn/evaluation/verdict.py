@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from bnn.diagnostics import ENOUGH_DRAWS, MAX_RHAT, MIN_EBFMI
+
 Verdict: TypeAlias = Literal["good", "bad", "too few to tell", "not a Markov chain"]
 
-MIN_DRAWS = 100  # of a chain: below, R-hat and ESS say more about chance than about the chains
 MIN_ESS = 100.0
-MAX_RHAT = 1.05  # half chains' means then spread by a third of a posterior standard deviation: 1.05^2 - 1 = 0.32^2
 NOTICED_RHAT = 1.01  # told as a share; the largest of hundreds of outputs lies above it by chance
 APART_RHAT = 2.0  # no chance of few draws: half chains' means spread by 1.7 standard deviations of a half chain
 MAX_DIVERGENT = 0.01
-MIN_EBFMI = 0.3
 MIN_STAY = 10  # draws in a row at one place, and half the chain, before it counts as standing still
 
 # What to raise where chains disagree, and where they are worth too few draws.
@@ -34,6 +33,7 @@ class Mixing(NamedTuple):
     share_noticed: float  # of the quantities, with an R-hat above 1.01
     ess_bulk: float  # least
     ess_tail: float  # least
+    mcse: float  # largest standard error of a mean, in the unit of its quantity
 
 
 class Diagnosis(NamedTuple):
@@ -73,7 +73,7 @@ class Diagnosis(NamedTuple):
 
 def judge(found: Diagnosis) -> Diagnosis:
     """The verdict on these figures, and its text, by the rules of `diagnose`."""
-    few = found.num_draws < MIN_DRAWS or found.num_chains < 2
+    few = found.num_draws < ENOUGH_DRAWS or found.num_chains < 2
     reasons = (*found.reasons, *_movement(found, few=few), *_agreement(found, few=few))
     judged = [part for part in (found.predictions, found.noise, found.log_joint) if part is not None]
     chains = f"{found.num_chains} chain{'s' * (found.num_chains > 1)} of {found.num_draws} draws"
@@ -81,8 +81,8 @@ def judge(found: Diagnosis) -> Diagnosis:
     if reasons:
         verdict, told = "bad", "; ".join(reasons)
     elif few:
-        short = found.num_draws < MIN_DRAWS
-        want = f"{MIN_DRAWS} draws a chain" if short else "at least 2 chains"
+        short = found.num_draws < ENOUGH_DRAWS
+        want = f"{ENOUGH_DRAWS} draws a chain" if short else "at least 2 chains"
         way = "raise num_samples and resume" if short else "fit again with num_chains=4"
         verdict, told = "too few to tell", f"{chains}, want {want}; {way}"
     elif not judged:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
+LIKELY_STEPS = 64  # of a trajectory whose length is learnt, about, for the rule that decides on compiling
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
 ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
@@ -58,7 +59,7 @@ class Sums(NamedTuple):
     acceptance: Tensor  # [C] probabilities since the last kept draw
     divergent: Tensor  # [C] trajectories since the last kept draw
     accepted: Tensor  # [C] probabilities after warm-up
-    divergences: int  # after warm-up
+    divergences: int  # of this phase, warm-up or sampling
     leapfrogs: int  # a chain, in all
     still: int  # trajectories in a row in which no chain moved
 
@@ -80,6 +81,8 @@ def run_chains(
     seed: int,
     num_draws: int,
     state: State | None,
+    *,
+    warns: bool = True,
 ) -> Iterator[tuple[Draw, State]]:
     """Climb, warm up and sample, yielding after each step where the chains stand and the state to go on from.
 
@@ -88,16 +91,19 @@ def run_chains(
     Args:
         start: positions [C, P] to begin at; asked where there is no state.
         scale: of the prior [P]: units of the climb, and of the first mass.
-        num_draws: kept draws a chain.
+        num_draws: kept draws a chain. How gradients are computed follows from the number asked for at first; a run
+            that goes on keeps the plan in its state, also with a larger number.
+        warns: at the end, of what makes draws useless.
     """
     plan = None if state is None else Plan.load(state)
     flat = start() if state is None else _flat_in(state, scale)
-    num_gradients = (options.num_warmup + 100) * min(options.most_steps, 64)  # not num_draws: a bank may grow
+    climb_steps = CLIMB_STEPS if starting.climbs(options.init) else 0
+    trajectories = options.num_warmup + num_draws * options.thin
+    total = climb_steps + trajectories
+    num_gradients = climb_steps + trajectories * min(options.most_steps, LIKELY_STEPS)
     density = prepare(
         target, flat, num_gradients=num_gradients, memory=options.memory, compile=options.compile, plan=plan
     )
-    climb_steps = CLIMB_STEPS if starting.climbs(options.init) else 0
-    total = climb_steps + options.num_warmup + num_draws * options.thin
     if state is None or "climb.flat" in state:
         if climb_steps:
             for draw, following in _climb(density, flat, scale, state, total):
@@ -117,6 +123,8 @@ def run_chains(
         before = at.flat
         at, found = transition(density, at, noise, uniform, adaptation.metric, step_size, num_steps)
         step += 1
+        if step - 1 == options.num_warmup:
+            sums = sums._replace(divergences=0)  # those of warm-up
         sums = _added(sums, found, num_steps, warm=warm, moved=bool((at.flat != before).any()))
         _require_moving(options, found, sums, step)
         if warm:
@@ -136,7 +144,10 @@ def run_chains(
         if draw.number is not None:
             sums = sums._replace(acceptance=torch.zeros_like(sums.accepted), divergent=torch.zeros_like(sums.accepted))
         after = max(step - options.num_warmup, 0)
-        phase = ("sampling", after, num_draws * options.thin) if after else ("warm-up", step, options.num_warmup)
+        if after:
+            phase = _phase("sampling", after, num_draws * options.thin) | {"thin": options.thin}
+        else:
+            phase = _phase("warm-up", step, options.num_warmup)
         info = {
             "acceptance": float(sums.accepted.mean()) / after if after else float(found.acceptance.mean()),
             "divergences": float(sums.divergences),
@@ -144,10 +155,11 @@ def run_chains(
             "leapfrogs": float(sums.leapfrogs),
             "compile_seconds": density.compile_seconds,
         }
-        progress = {"step": climb_steps + step, "num_steps": total, "phase": _phase(*phase), "info": info}
+        progress = {"step": climb_steps + step, "num_steps": total, "phase": phase, "info": info}
         yield draw, {**_saved(density.plan, at, adaptation, sums), **progress}
-    if num_draws:
-        _warn(sums, num_draws * options.thin)
+    trouble = movement(sums.accepted, sums.divergences, num_draws * options.thin) if num_draws and warns else ""
+    if trouble:
+        warnings.warn(f"HMC: {trouble}", stacklevel=2)
 
 
 def _climb(
@@ -348,14 +360,17 @@ def _no_sums(at: Position) -> Sums:
 
 def _added(sums: Sums, found: Transition, num_steps: int, *, warm: bool, moved: bool) -> Sums:
     """The sums with one more trajectory; those of draws begin after warm-up."""
-    sums = sums._replace(leapfrogs=sums.leapfrogs + num_steps, still=0 if moved else sums.still + 1)
+    sums = sums._replace(
+        divergences=sums.divergences + int(found.divergent.sum()),
+        leapfrogs=sums.leapfrogs + num_steps,
+        still=0 if moved else sums.still + 1,
+    )
     if warm:
         return sums
     return sums._replace(
         acceptance=sums.acceptance + found.acceptance,
         divergent=sums.divergent + found.divergent.double(),
         accepted=sums.accepted + found.acceptance,
-        divergences=sums.divergences + int(found.divergent.sum()),
     )
 
 
@@ -373,21 +388,26 @@ def _draw(
     return Draw(at, after // options.thin - 1 if kept else None, columns, num_steps)
 
 
-def _warn(sums: Sums, num_trajectories: int) -> None:
-    """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
-    each = sums.accepted / num_trajectories  # [C]
+def movement(accepted: Tensor, divergences: int, num_trajectories: int) -> str:
+    """What makes draws useless, and a way out: chains that stand still or trajectories that diverge; else nothing.
+
+    Args:
+        accepted: probabilities [C], summed over `num_trajectories` of each chain.
+        divergences: of all chains.
+    """
+    each = accepted / num_trajectories  # [C]
     slow = (each < 0.2).nonzero().flatten().tolist() if num_trajectories >= ENOUGH_TO_JUDGE else []
-    if slow or sums.divergences > 0.05 * num_trajectories * len(each):
-        named = (
-            f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "
-            if slow
-            else ""
-        )
-        warnings.warn(
-            f"HMC: {named}{sums.divergences} of {num_trajectories * len(each)} trajectories diverged: "
-            "the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision",
-            stacklevel=2,
-        )
+    if not slow and divergences <= 0.05 * num_trajectories * len(each):
+        return ""
+    named = (
+        f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "
+        if slow
+        else ""
+    )
+    return (
+        f"{named}{divergences} of {num_trajectories * len(each)} trajectories diverged: "
+        "the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision"
+    )
 
 
 def _phase(name: str, step: int, num_steps: int) -> dict[str, Any]:

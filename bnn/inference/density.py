@@ -230,7 +230,7 @@ def _plan(
     except BnnError:
         raise
     except Exception as error:  # tracing runs anybody's code: whether it can be vectorised at all is asked next
-        _require_vectorisable(vectorised, flat, target.slices(slices)[0][1], error)
+        _require_vectorisable(target, flat, target.slices(slices)[0][1], error)
     if cost is None or graph is None:
         if memory is not None and target.most_slices > 1:
             raise ConfigError(
@@ -240,30 +240,49 @@ def _plan(
     threads = 1 if cost.seconds - cost.overhead < ONE_THREAD and flat.device.type == "cpu" else 0
     by_rule = slices * cost.seconds * num_gradients > WORTH_COMPILING and has_compiler(flat.device)
     wanted = by_rule if compile is None else compile
-    onednn = products.available() and products.replaced(graph) > 0
+    onednn = products.worthwhile() and products.replaced(graph) > 0
     return Plan("compiled" if wanted else "traced", slices, threads, onednn), graph
 
 
-def _require_vectorisable(
-    function: Callable[..., Any], flat: Tensor, tensors: Sequence[Tensor], error: Exception
-) -> None:
-    """Warn where only tracing fails, which costs speed; raise FitError where `vmap` does."""
+def _require_vectorisable(target: Target, flat: Tensor, tensors: Sequence[Tensor], error: Exception) -> None:
+    """Warn where only tracing fails, which costs speed; raise FitError where `vmap` does, or the density itself."""
     try:
-        function(flat, *tensors)
+        _vectorised(target)(flat, *tensors)
+    except BnnError:
+        raise
+    except Exception as failure:
+        _require_computable(target, flat, tensors)
+        raise FitError(
+            "log density",
+            want="one that torch.func.vmap takes: tensors in, a scalar out, no `if` and no .item() on values",
+            got=_in_a_line(failure),
+            fix="it works on one position; use torch.where in place of `if` on values, and torch's operations alone",
+        ) from failure
+    warnings.warn(
+        f"the log density cannot be traced ({_in_a_line(error)}); each gradient runs through Python",
+        stacklevel=2,
+    )
+
+
+def _require_computable(target: Target, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Raise FitError with the error of the density itself, where it fails on the position of chain 0 alone too."""
+    data = (tensor if dim is None else tensor[0] for tensor, dim in zip(tensors, target.in_dims, strict=True))
+    try:
+        target.piece(flat[0].clone(), *data)
     except BnnError:
         raise
     except Exception as failure:
         raise FitError(
             "log density",
-            want="one that torch.func.vmap takes: tensors in, a scalar out, no `if` and no .item() on values",
-            got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}",
-            fix="try it on one position; where it works there, use torch.where in place of `if` on values",
+            want="a value at the position of chain 0",
+            got=_in_a_line(failure),
+            fix="mend the density: it fails so on that position alone",
         ) from failure
-    warnings.warn(
-        f"the log density cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-        "each gradient runs through Python",
-        stacklevel=2,
-    )
+
+
+def _in_a_line(error: Exception) -> str:
+    """Kind of an error, and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _num_slices(target: Target, vectorised: Callable[..., Any], flat: Tensor, memory: int | None) -> int:

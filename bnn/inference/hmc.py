@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn.batches import full_batch, moved
+from bnn.diagnostics import ENOUGH_DRAWS, MAX_RHAT, MIN_EBFMI, ebfmi, split_rhat
 from bnn.errors import ConfigError, check_kinds, choose
 from bnn.inference import starting
-from bnn.inference.chains import COLUMNS, Draw, run_chains
+from bnn.inference.chains import COLUMNS, Draw, movement, run_chains
 from bnn.inference.density import target_of_function, target_of_model
 from bnn.inference.starting import Init
 from bnn.model import BayesianModel
@@ -162,6 +164,8 @@ class Info(NamedTuple):
     log_density: Tensor  # [C, D]
     num_steps: Tensor  # [D] leapfrog steps of the last trajectory that led to a draw
     step_size: Tensor  # [C] of each chain, after warm-up
+    rhat: Tensor  # [P] rank-normalised split R-hat of each coordinate; NaN with a context, whose chains differ
+    ebfmi: Tensor  # [C]
     scale: Tensor  # [P] standard deviations that warm-up learnt: the diagonal of the inverse mass, rooted
     mode: str  # compiled, traced or eager
     compile_seconds: float
@@ -211,7 +215,10 @@ def sample(
             `mass="unit"` is the identity.
 
     Returns:
-        draws [C, D, P] in the dtype of `initial`, or a dict of [C, D, *shape], on its device; and `Info`.
+        draws [C, D, P] in the dtype of `initial`, or a dict of [C, D, *shape], on its device; and `Info`. A warning
+        says where chains stood still, diverged, disagree (R-hat above 1.05) or reach energies slowly (E-BFMI below
+        0.3); of the last two from 100 draws a chain on. Weights of a network, whose units can change places, may
+        well disagree where all its predictions agree.
 
     Raises:
         ConfigError: an option out of range; `initial` or `context` of another form; a density that is no scalar.
@@ -246,8 +253,9 @@ def sample(
     told = {name: torch.empty(len(flat), num_draws, dtype=torch.float64) for name in (*COLUMNS, "log_density")}
     steps = torch.empty(num_draws, dtype=torch.int64)
     run = run_chains(
-        options, target_of_function(piece, context), lambda: flat, torch.ones_like(flat[0]), seed, num_draws, None
-    )
+        options, target_of_function(piece, context), lambda: flat, torch.ones_like(flat[0]), seed, num_draws, None,
+        warns=False,
+    )  # fmt: skip
     started = warm_until = time.perf_counter()
     for draw, state in with_progress(run, "hmc", progress):
         if state["step"] <= num_warmup:
@@ -258,6 +266,8 @@ def sample(
             for name, column in draw.columns.items():
                 told[name][:, draw.number] = column.cpu()
             steps[draw.number] = draw.num_steps
+    sampled_at = time.perf_counter()
+    rhat = split_rhat(draws).cpu() if context is None else torch.full((flat.shape[1],), math.nan, dtype=torch.float64)
     info = Info(
         acceptance=told["acceptance"],
         divergent=told["divergent"],
@@ -265,13 +275,37 @@ def sample(
         log_density=told["log_density"],
         num_steps=steps,
         step_size=draw.columns["step_size"],
+        rhat=rhat,
+        ebfmi=ebfmi(told["energy"]),
         scale=state["metric.scale"],
         mode=state["plan.mode"],
         compile_seconds=state["info"]["compile_seconds"],
         warmup_seconds=max(warm_until - started - state["info"]["compile_seconds"], 0.0),
-        sampling_seconds=time.perf_counter() - warm_until - (0.0 if num_warmup else state["info"]["compile_seconds"]),
+        sampling_seconds=sampled_at - warm_until - (0.0 if num_warmup else state["info"]["compile_seconds"]),
     )
+    _warn(info, thin)
     return Sampled(rebuild(draws), info)
+
+
+def _warn(info: Info, thin: int) -> None:
+    """Say aloud, in one warning, what makes draws useless."""
+    num_draws = info.acceptance.shape[1]
+    accepted, divergences = info.acceptance.sum(dim=1) * thin, int(info.divergent.sum())
+    trouble = [found] if (found := movement(accepted, divergences, num_draws * thin)) else []
+    if num_draws >= ENOUGH_DRAWS:
+        rhat, least = info.rhat.nan_to_num(0.0, posinf=math.inf), info.ebfmi.nan_to_num(math.inf)
+        if float(rhat.max()) > MAX_RHAT:
+            trouble.append(
+                f"chains disagree, R-hat {float(rhat.max()):.2f} in coordinate {int(rhat.argmax())} (want at most "
+                f"{MAX_RHAT}): raise num_draws, num_warmup or num_steps"
+            )
+        if float(least.min()) < MIN_EBFMI:
+            trouble.append(
+                f"chains reach energies slowly, E-BFMI {float(least.min()):.2f} in chain {int(least.argmin())} (want at "
+                f"least {MIN_EBFMI}), as in funnels and heavy tails: write scales non-centred"
+            )
+    if trouble:
+        warnings.warn(f"HMC: {'; '.join(trouble)}", stacklevel=3)
 
 
 def _flattened(

@@ -192,7 +192,8 @@ def _phase(options: NUTS, step: int, total: int) -> dict[str, str | int]:
     """Where a run stands, for its bar."""
     if step <= options.num_warmup:
         return {"name": "warm-up", "step": step, "num_steps": options.num_warmup}
-    return {"name": "sampling", "step": step - options.num_warmup, "num_steps": total - options.num_warmup}
+    done = {"step": step - options.num_warmup, "num_steps": total - options.num_warmup}
+    return {"name": "sampling", **done, "thin": options.thin}
 
 
 def _block(potential: Potential, chains: list[Chain], rounds: list[list[Info]], draw: int | None) -> Block:

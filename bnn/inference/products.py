@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
 # On an x86 CPU torch hands float32 products to MKL, which runs on AMD's at half the vector width. oneDNN, which torch
-# brings as well, does not: 1.6 to 2 times as fast on matrices from about 64 columns on, slower on smaller ones.
+# brings as well, does not: 1.6 to 2 times as fast on matrices from about 64 columns on, slower on smaller ones. On Intel's
+# MKL was 1.6 to 5 times as fast as these calls of oneDNN at every size tried, from 50 to 300 columns.
 LEAST_SIDE, LEAST_OPERATIONS = 64, 1_000_000
 
 
@@ -30,6 +33,21 @@ def available() -> bool:
     """Whether this CPU and this build of torch have what `products` calls. It is no public function of torch."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def worthwhile() -> bool:
+    """Whether they are faster here than torch's own: on processors of AMD."""
+    return available() and "AMD" in vendor()
+
+
+@functools.cache
+def vendor() -> str:
+    """Who made the CPU, as far as the system says: `AuthenticAMD`, `GenuineIntel`."""
+    told = Path("/proc/cpuinfo")
+    if told.is_file():
+        lines = told.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return platform.processor()
 
 
 def replaced(graph: fx.GraphModule) -> int:

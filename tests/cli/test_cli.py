@@ -163,6 +163,24 @@ def test_resume_and_overwrite(bnn: Callable[..., tuple[int, str, str]]) -> None:
     assert len(Bank.open("bank")) == 3
 
 
+def test_resuming_for_fewer_samples_than_there_are_says_so(bnn: Callable[..., tuple[int, str, str]]) -> None:
+    from bnn.cli import say_warning
+
+    fit = "fit --data diabetes --model mlp:4 --method prior --out bank"
+    assert bnn(f"{fit} --num-samples 9")[0] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = say_warning
+        code, _, err = bnn(f"{fit} --num-samples 5 --resume")
+        assert code == 0
+        assert err == (
+            "warning: fit: bank: the bank has 9 samples already, more than the 5 asked for: nothing is added or taken "
+            "away; ask for more, or keep fewer with bnn bank thin\n"
+        )
+        assert len(Bank.open("bank")) == 9
+        assert bnn(f"{fit} --num-samples 9 --resume")[2] == ""
+
+
 def test_config_file_and_flags_that_win(bnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     (tmp_path / "fit.toml").write_text(
         'data = "diabetes"\nout = "bank"\nmodel = "mlp:3"\nmethod = "prior"\nnum-samples = 7\nbayesian = ["*", "!*.bias"]\n'

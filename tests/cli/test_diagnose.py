@@ -71,7 +71,7 @@ def bnn(capfd: pytest.CaptureFixture[str], made: Path, monkeypatch: pytest.Monke
 def figures(out: str, what: str) -> list[str]:
     row = re.search(rf"^{what} +(.*?) *$", out, re.MULTILINE)
     assert row, out
-    return row[1].split(maxsplit=5)
+    return row[1].split(maxsplit=6)
 
 
 def test_good_chains_are_trusted(bnn: Call, made: Path) -> None:
@@ -79,15 +79,19 @@ def test_good_chains_are_trusted(bnn: Call, made: Path) -> None:
     assert (code, err) == (0, "")
     assert out.startswith("good: 3 chains of 300 draws, R-hat at most 1.0")
     assert "not judged" not in out
-    number, rhat, _, bulk, _, worst = figures(out, "predictions")
+    number, rhat, _, bulk, _, error, worst = figures(out, "predictions")
     assert number == "12"  # the test rows: 20 % of 60
     assert 0.99 < float(rhat) < 1.05
     assert float(bulk) > 100
+    assert 0 < float(error) < 1
     assert re.fullmatch(r"output 0 of probe row \d+", worst)
-    assert figures(out, "noise")[5] == "@likelihood.scale"
+    assert figures(out, "noise")[6] == "@likelihood.scale"
     assert figures(out, "parameters")[0] == "5"  # weights, bias and noise
     assert figures(out, "log joint")[0] == "1"
-    assert re.fullmatch(r"acceptance 0\.\d\d, 0 of 900 trajectories diverged, E-BFMI .* to .*", out.splitlines()[-1])
+    assert re.fullmatch(
+        r"acceptance 0\.\d\d, 0 of 900 trajectories diverged, E-BFMI .* to .*, longest stay \d+ of 300 draws",
+        out.splitlines()[-1],
+    )
 
 
 def test_figures_are_those_of_the_library_on_the_test_rows(bnn: Call, made: Path) -> None:
@@ -242,14 +246,24 @@ def test_damage_is_named(bnn: Call, made: Path, tmp_path: Path) -> None:
 
 
 def test_all_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    part = Mixing(7, 1.234, "output 2 of probe row 5", 0.43, 321.4, 98.6)
+    part = Mixing(7, 1.234, "output 2 of probe row 5", 0.43, 321.4, 98.6, 0.0123)
     moved = {"acceptance": 0.756, "divergent": 3, "num_trajectories": 90, "ebfmi": (0.91, 0.85)}
+    moved |= {"longest_stay": (2, 5, 3), "num_draws": 30}
     show_diagnosis(Diagnosis("bad", "bad: this", predictions=part)._replace(**moved))
     said, head, row, last = (line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert said == "bad: this"
-    assert re.split(" {2,}", head.strip()) == ["number", "R-hat", "above 1.01", "bulk ESS", "tail ESS", "worst"]
-    assert re.split(" {2,}", row) == ["predictions", "7", "1.234", "43%", "321", "99", "output 2 of probe row 5"]
-    assert last == "acceptance 0.76, 3 of 90 trajectories diverged, E-BFMI 0.85 to 0.91"
+    assert re.split(" {2,}", head.strip()) == ["number", "R-hat", "above 1.01", "bulk ESS", "tail ESS", "MCSE", "worst"]
+    assert re.split(" {2,}", row) == [
+        "predictions",
+        "7",
+        "1.234",
+        "43%",
+        "321",
+        "99",
+        "0.012",
+        "output 2 of probe row 5",
+    ]
+    assert last == "acceptance 0.76, 3 of 90 trajectories diverged, E-BFMI 0.85 to 0.91, longest stay 5 of 30 draws"
     show_diagnosis(Diagnosis("good", "good: that"))
     assert capsys.readouterr().out == "good: that\n"
 

@@ -33,7 +33,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it announces its next version at each import
     import arviz
 
-BAND = Mixing(num=3, rhat=1.0, worst="output 1 of probe row 2", share_noticed=0.0, ess_bulk=900.0, ess_tail=900.0)
+BAND = Mixing(
+    num=3, rhat=1.0, worst="output 1 of probe row 2", share_noticed=0.0, ess_bulk=900.0, ess_tail=900.0, mcse=0.01
+)
 GOOD = Diagnosis(
     "too few to tell",
     "",
@@ -208,18 +210,20 @@ def test_two_samples_of_one_draw_are_refused() -> None:
         diagnose(bank)
 
 
-def by_hand(draws: np.ndarray) -> tuple[float, float, float, float]:
-    """Largest R-hat, share above 1.01, least bulk and tail ESS of quantities [C, D, Q], one by one."""
+def by_hand(draws: np.ndarray) -> tuple[float, ...]:
+    """Largest R-hat, share above 1.01, least bulk and tail ESS, largest MCSE of quantities [C, D, Q], one by one."""
     columns = [draws[:, :, place] for place in range(draws.shape[2])]
     rhat = [float(arviz.rhat(one)) for one in columns]
     bulk, tail = ([float(arviz.ess(one, method=kind)) for one in columns] for kind in ("bulk", "tail"))
-    return max(rhat), sum(value > 1.01 for value in rhat) / len(rhat), min(bulk), min(tail)
+    error = [float(arviz.mcse(one, method="mean")) for one in columns]
+    return max(rhat), sum(value > 1.01 for value in rhat) / len(rhat), min(bulk), min(tail), max(error)
 
 
 def close(found: Mixing | None, want: tuple[float, ...], num: int) -> None:
     assert found is not None
     assert found.num == num
-    assert (found.rhat, found.share_noticed, found.ess_bulk, found.ess_tail) == pytest.approx(want, rel=1e-6)
+    told = found.rhat, found.share_noticed, found.ess_bulk, found.ess_tail, found.mcse
+    assert told == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["classes", "two classes", "regression"])

@@ -174,7 +174,7 @@ def test_phases_count_their_own_steps(without_tracing: None) -> None:
     phases = [state["phase"] for _, state in run(options_of(init="map", thin=2), 3)]
     expected = [{"name": "climb", "step": 50 * step, "num_steps": CLIMB_STEPS} for step in range(1, CLIMBS + 1)]
     expected += [{"name": "warm-up", "step": step, "num_steps": 44} for step in range(1, 45)]
-    expected += [{"name": "sampling", "step": step, "num_steps": 6} for step in range(1, 7)]
+    expected += [{"name": "sampling", "step": step, "num_steps": 6, "thin": 2} for step in range(1, 7)]
     assert phases == expected
     steps = [state["step"] for _, state in run(options_of(init="map", thin=2), 3)]
     assert steps == [*range(50, CLIMB_STEPS + 1, 50), *range(CLIMB_STEPS + 1, CLIMB_STEPS + 51)]
@@ -298,6 +298,17 @@ def test_divergences_are_counted_with_their_chain_and_draw() -> None:
             assert draw.columns["divergent"].tolist() == [0.0, 2.0, 2.0]
             assert torch.equal(draw.at.flat[1:], flat[1:])
     assert whole[-1][1]["info"]["divergences"] == 12
+
+
+def test_divergences_are_those_of_the_phase(without_tracing: None) -> None:
+    """A step far too long: warm-up tells of its own from the first trajectory on, and sampling begins at 0."""
+    options = options_of(init="prior", num_warmup=25, num_steps=20, step_size=40.0)
+    told = [state["info"]["divergences"] for _, state in run(options, 4)]
+    assert told[0] >= 1
+    assert told[:25] == sorted(told[:25])
+    assert told[24] > told[25]
+    whole = list(run(options, 4))
+    assert [state["info"]["divergences"] for _, state in run(options, 4, through_disk(whole[24][1]))] == told[25:]
 
 
 def steps_of(options: HMC, log_length: float, step_size: float, steps: range, seed: int = 0) -> list[int]:

@@ -363,7 +363,7 @@ def test_starts() -> None:
 def test_phases_of_a_run_are_told() -> None:
     found = run(near(num_chains=2, num_warmup=3, max_tree_depth=2, thin=2), 4)
     phases = [tuple(state["phase"].values()) for _, state in found]
-    assert phases == [*(("warm-up", step, 3) for step in (1, 2, 3)), ("sampling", 2, 4), ("sampling", 4, 4)]
+    assert phases == [*(("warm-up", step, 3) for step in (1, 2, 3)), ("sampling", 2, 4, 2), ("sampling", 4, 4, 2)]
     assert [block.num_samples for block, _ in found] == [0, 0, 0, 2, 2]
     assert [[one[0] for one in state["totals"]] for _, state in found] == [[0, 0], [0, 0], [0, 0], [2, 2], [4, 4]]
     sizes = found[-1][1]["chain.step_size"]

@@ -7,6 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bnn.inference import products
+from bnn.inference.density import prepare, target_of_function
 from bnn.seeding import generator
 
 needs_onednn = pytest.mark.skipif(not products.available(), reason="no oneDNN in this build of torch, or no x86 CPU")
@@ -48,3 +49,20 @@ def test_sides_under_the_limit_stay(size: int) -> None:
 def test_other_dtypes_stay() -> None:
     values = torch.randn(2, 200, 90, dtype=torch.float64), torch.randn(2, 90, 100, dtype=torch.float64)
     assert products.replaced(make_fx(torch.bmm)(*values)) == 0
+
+
+@needs_onednn
+@pytest.mark.parametrize(("vendor", "taken"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)])
+def test_a_new_run_takes_them_on_amd_alone_and_a_recorded_plan_everywhere(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, taken: bool
+) -> None:
+    monkeypatch.setattr(products, "vendor", lambda: vendor)
+    matrix = torch.randn(70, 70, generator=generator(4)) / 10
+    rows = torch.randn(110, 70, generator=generator(5))
+    target = target_of_function(lambda u: -(rows @ (u.view(70, 70) @ matrix).tanh()).square().sum() / 1000, None)
+    flat = torch.randn(3, 4900, generator=generator(6))
+    made = prepare(target, flat, num_gradients=1, memory=None, compile=False)
+    assert made.plan.onednn == taken
+    again = prepare(target, flat, num_gradients=1, memory=None, compile=False, plan=made.plan._replace(onednn=True))
+    assert again.plan.onednn
+    torch.testing.assert_close(again(flat).gradient, made(flat).gradient, rtol=1e-3, atol=1e-4)

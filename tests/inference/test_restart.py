@@ -16,8 +16,9 @@ from scenarios import classifier
 from bnn.bank import Bank, writer
 from bnn.errors import FitError
 from bnn.fitting import fit
+from bnn.inference import chains
 from bnn.inference.chains import COLUMNS
-from bnn.inference.hmc import HMC
+from bnn.inference.hmc import HMC, sample
 from bnn.inference.starting import CLIMB_STEPS
 from bnn.seeding import generator
 from bnn.tracing import has_compiler
@@ -223,6 +224,38 @@ def test_a_recorded_plan_is_kept_when_a_fit_goes_on(tmp_path: Path, monkeypatch:
     rest = list(method.run(model, data, num_samples=6, seed=7, state=states[20]))
     assert {name: rest[-1][1][name] for name in plan} == plan
     assert torch.equal(rest[-1][1]["at.flat"], states[-1]["at.flat"])
+
+
+def test_the_rule_of_compiling_counts_the_draws_asked_for_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many draws are worth a compilation that few are not; a bank that grows keeps what was decided at its beginning."""
+    asked: list[int] = []
+    inner = chains.prepare
+
+    def prepare(*args: Any, **options: Any) -> Any:
+        asked.append(options["num_gradients"])
+        return inner(*args, **options)
+
+    monkeypatch.setattr(chains, "prepare", prepare)
+    monkeypatch.setattr("bnn.inference.density.has_compiler", lambda device: True)
+    monkeypatch.setattr("bnn.inference.density.compiled", lambda graph, tensors, number: graph)
+    model, data = classifier()
+    method = HMC(**options_of(init="prior", num_warmup=30, thin=2, compile=None))
+
+    def mode_of(num_samples: int) -> str:
+        _, state = next(iter(method.run(model, data, num_samples=num_samples, seed=7)))
+        return str(state["plan.mode"])
+
+    mode_of(30)
+    mode_of(300)
+    sample(lambda u: -u.square().sum(), torch.zeros(3, 2), num_draws=5, num_warmup=7, thin=4, num_steps=3)
+    assert asked == [(30 + 10 * 2) * 3, (30 + 100 * 2) * 3, (7 + 5 * 4) * 3]
+    monkeypatch.setattr("bnn.inference.density.WORTH_COMPILING", 1.0)  # second
+    assert (mode_of(3), mode_of(300_000)) == ("traced", "compiled")
+    few = list(method.run(model, data, num_samples=3, seed=7))
+    grown = method.run(model, data, num_samples=300_000, seed=7, state=few[-1][1])
+    assert next(iter(grown))[1]["plan.mode"] == "traced"
+    many = method.run(model, data, num_samples=300_000, seed=7, state={**few[-1][1], "plan.mode": "compiled"})
+    assert next(iter(many))[1]["plan.mode"] == "compiled"
 
 
 def test_a_fit_that_cannot_go_on_keeps_what_was_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from scenarios import linear_regression
 from torch import Tensor
 
-from bnn.diagnostics import ess_mean, mcse_mean
+from bnn.diagnostics import ebfmi, ess_mean, mcse_mean, split_rhat
 from bnn.errors import ConfigError, FitError
 from bnn.inference.hmc import Sampled, sample
 from bnn.seeding import generator
@@ -98,7 +99,8 @@ def test_a_low_rank_mass_reaches_what_a_diagonal_one_cannot() -> None:
     start = torch.randn(4, 100, generator=generator(0, "start"))
     options: dict[str, Any] = {"num_warmup": 300, "num_steps": 12, "seed": 2, "trajectory": "jittered"}
     low_rank = sample(density, start, num_draws=450, mass="low-rank", rank=6, **options)
-    diagonal = sample(density, start, num_draws=100, mass="diagonal", **options)
+    with pytest.warns(UserWarning, match="chains disagree, R-hat"):
+        diagonal = sample(density, start, num_draws=100, mass="diagonal", **options)
     check_normal(low_rank.draws, torch.zeros(100), variance)
 
     def worth(found: Sampled) -> float:
@@ -133,14 +135,44 @@ def test_a_funnel_written_without_centre() -> None:
     assert int(found.info.divergent.sum()) == 0
 
 
-def test_divergences_of_a_funnel_with_its_centre_are_reported() -> None:
-    def density(flat: Tensor) -> Tensor:
-        v, x = flat[0], flat[1:]
-        return -0.5 * (v / 3).square() - 0.5 * x.square().sum() * torch.exp(-v) - 0.5 * len(x) * v
+def centred_funnel(flat: Tensor) -> Tensor:
+    v, x = flat[0], flat[1:]
+    return -0.5 * (v / 3).square() - 0.5 * x.square().sum() * torch.exp(-v) - 0.5 * len(x) * v
 
+
+def test_chains_that_have_not_mixed_in_a_funnel_are_told_of_in_one_warning() -> None:
+    """Not one trajectory diverges, for the step size fits the mouth: R-hat and E-BFMI alone say that the neck was missed."""
+    start = torch.randn(4, 10, generator=generator(0, "start"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = sample(centred_funnel, start, num_draws=200, num_warmup=200, num_steps=16, seed=0)
+    (message,) = (str(one.message) for one in told)
+    rhat, least = float(found.info.rhat.max()), float(found.info.ebfmi.min())
+    assert rhat > 1.05
+    assert least < 0.3
+    assert f"R-hat {rhat:.2f} in coordinate {int(found.info.rhat.argmax())} (want at most 1.05)" in message
+    assert f"E-BFMI {least:.2f} in chain {int(found.info.ebfmi.argmin())} (want at least 0.3)" in message
+    assert "\n" not in message
+    torch.testing.assert_close(found.info.rhat, split_rhat(found.draws))
+    torch.testing.assert_close(found.info.ebfmi, ebfmi(found.info.energy))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(centred_funnel, start, num_draws=99, num_warmup=200, num_steps=16, seed=0)  # too few to tell
+
+
+def test_chains_of_unlike_targets_are_not_asked_to_agree() -> None:
+    context = torch.tensor([[-30.0], [0.0], [30.0]])
+    found = sample(
+        lambda flat, mean: standard_normal(flat - mean), context.clone(), context=context, num_draws=120, num_warmup=100
+    )
+    assert bool(found.info.rhat.isnan().all())
+    assert found.info.ebfmi.shape == (3,)
+
+
+def test_divergences_of_a_funnel_with_its_centre_are_reported() -> None:
     with pytest.warns(UserWarning, match=r"HMC: .* trajectories diverged: the draws do not represent"):
         found = sample(
-            density,
+            centred_funnel,
             torch.randn(8, 10, generator=generator(0, "start")),
             num_draws=100,
             num_warmup=0,
@@ -256,16 +288,18 @@ def test_chees_learns_the_length_of_a_mode_where_chains_are_in_modes_far_apart()
     side = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0).unsqueeze(1)
     start = torch.randn(16, 3, generator=generator(0, "start")) * scales
     longest = []
-    for where in (side * centre, centre.expand(16, 3)):
-        found = sample(
-            lambda flat: torch.logaddexp(one(flat - centre), one(flat + centre)),
-            start + where,
-            num_draws=120,
-            num_warmup=300,
-            trajectory="chees",
-            mass="unit",
-            seed=0,
-        )
+    apart = pytest.warns(UserWarning, match="chains disagree, R-hat .* in coordinate 1 ")
+    for where, told in ((side * centre, apart), (centre.expand(16, 3), nullcontext())):
+        with told:
+            found = sample(
+                lambda flat: torch.logaddexp(one(flat - centre), one(flat + centre)),
+                start + where,
+                num_draws=120,
+                num_warmup=300,
+                trajectory="chees",
+                mass="unit",
+                seed=0,
+            )
         check_normal(found.draws - where.unsqueeze(1), torch.zeros(3), scales.square())
         longest.append(float(found.info.num_steps.max()) * common_step(found))
     assert longest[0] == pytest.approx(longest[1], rel=0.2)
@@ -478,6 +512,25 @@ def test_a_density_that_branches_on_values_is_refused(density: Callable[..., Any
     message = refused(FitError, density, torch.zeros(3, 2))
     assert "no `if` and no .item() on values" in message
     assert "torch.where" in message
+    assert "it works on one position" in message
+
+
+@pytest.mark.parametrize(
+    ("density", "context", "got"),
+    [
+        (lambda flat: flat.sum() / (1 // 0), None, "got ZeroDivisionError: "),
+        (lambda flat, more: flat.sum(), None, "got TypeError: .*missing 1 required positional argument: 'more'"),
+        (lambda flat: flat.sum(), torch.ones(3, 2), "got TypeError: .*takes 1 positional argument but 2 were given"),
+        (lambda flat: flat @ torch.ones(5), None, "got RuntimeError: .*size"),
+    ],
+    ids=["division", "argument missing", "argument too many", "shape"],
+)
+def test_a_mistake_in_a_density_is_told_as_it_is(density: Callable[..., Any], context: Tensor | None, got: str) -> None:
+    """Not as a matter of vmap: it fails on one position too."""
+    message = refused(FitError, density, torch.zeros(3, 2), context=context)
+    assert re.search(got, message)
+    assert "mend the density" in message
+    assert "torch.where" not in message
 
 
 @pytest.mark.parametrize(("bad", "named"), [([1], "nan in chain 1;"), ([2, 4], "nan in chain 2, as in 2 chains")])
