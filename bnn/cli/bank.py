@@ -254,4 +254,4 @@ def diagnosis_of(bank: Bank, rebuilt: tuple[nn.Module, DataSet] | None) -> Diagn
     if rebuilt is None or not len(rebuilt[1].test.x):
         return diagnose(bank)
     module, dataset = rebuilt
-    return diagnose(bank, net=FunctionalModel(module, bank), x=probe_rows(dataset.test.x))
+    return diagnose(bank, net=FunctionalModel(module, bank).settled(), x=probe_rows(dataset.test.x))

@@ -107,7 +107,7 @@ def demo(
     _say(f"plain: {NUM_EPOCHS} epochs in {time.perf_counter() - start:.1f} s")
     reports = {}
     for name, bank in banks.items():
-        net = FunctionalModel(module, bank)
+        net = FunctionalModel(module, bank).settled()
         reports[name] = evaluation.evaluate(net, data.test, ood=outside)
         reports[name].about = {"bank": str(out / name), "data": "digits", "ood": "digits-shuffled"}
     shown = ("accuracy", "nll", "brier", "ece", "ood_auroc")

@@ -70,7 +70,7 @@ def evaluate(
         module = common.module_of(found, model=model, base=base, trust=trust)
         dataset = common.data_of(found, data=data, root=data_root, split=split, trust=trust)
         outside = None if ood is None else load_outside(ood, dataset, root=data_root, split=dataset.record["split"])
-        net = FunctionalModel(module, found, device=device)
+        net = FunctionalModel(module, found, device=device).settled()  # a report that can be made again
         name = path.name if path.name not in reports else str(path).strip("/").replace("/", "-")
         result = evaluation.evaluate(
             net,
