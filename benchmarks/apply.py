@@ -41,6 +41,7 @@ from bnn.types import Params, make_block
 
 ROWS, SAMPLES = (1, 128, 1024), (1, 10, 100, 1000)
 TURN_SECONDS, TURNS, MOST_TURNS, ROW_SECONDS = 0.2, 3, 10, 0.01
+SLOW = 0.3  # seconds a sample, of which two are timed
 HELD = 3 * 2**30  # bytes of samples that are kept in memory
 VMAP_BYTES = 2**31  # that the rivals' vmap over all samples may take, about
 AUTO, LOOP, VMAP, COMPILED = "bnn, auto", "bnn, loop", "bnn, vmap", "bnn, vmap compiled"
@@ -272,7 +273,7 @@ def _size(cell: Cell, setting: Setting, name: str, way: Way, peer: Peer | None) 
     few = min(2, most)
     way(few)
     seconds = _seconds(way, few, setting.device, peer if name.startswith("NumPyro") else None) / few
-    fits = max(min(most, 10), int(TURN_SECONDS * 4 / max(seconds, 1e-9)))
+    fits = max(min(most, 10 if seconds < SLOW else 2), int(TURN_SECONDS * 4 / max(seconds, 1e-9)))
     if name.startswith(("stack_module", "NumPyro")):
         activation = 4 * cell.rows * max((*cell.task.widths, math.prod(cell.task.shape) * 16))
         fits = min(fits, max(2, VMAP_BYTES // (3 * activation)))
@@ -284,8 +285,7 @@ def _seconds(way: Way, size: int, device: str, peer: Peer | None) -> float:
     if peer is not None:
         way(size)
         return peer.seconds
-    calls, spent = 0, 0.0
-    way(size)
+    calls, spent, last = 0, 0.0, 0.0
     while spent < ROW_SECONDS:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -293,9 +293,11 @@ def _seconds(way: Way, size: int, device: str, peer: Peer | None) -> float:
         way(size)
         if device == "cuda":
             torch.cuda.synchronize()
-        spent += time.perf_counter() - start
+        last = time.perf_counter() - start
+        if calls or last > ROW_SECONDS:  # the first one of a row of short calls does not count
+            spent += last
         calls += 1
-    return spent / calls
+    return last if calls < 2 else spent / (calls - 1)
 
 
 def deep() -> dict[str, float]:

@@ -776,11 +776,11 @@ def test_input_output_failures_exit_with_3(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bnn.bank.files.os.fsync", full)
+    monkeypatch.setattr("bnn.bank.disk.os.fsync", full)
     code, _, err = bnn(f"{FIT} --data diabetes")
     assert code == 3
     assert "No space left on device" in err
-    assert "free space" in err
+    assert "make room" in err
 
 
 def test_interruption_exits_with_130_and_says_how_to_go_on(
