@@ -912,4 +912,4 @@ def test_pairs_of_inputs_come_through_a_loader() -> None:
     left, right = torch.randn(ROWS, 4), torch.randn(ROWS, 3)
     rows = [((left[k], right[k]), 0) for k in range(ROWS)]
     found = predict(net, DataLoader(rows, batch_size=4), likelihood=Categorical())  # type: ignore[arg-type]
-    close(found.mean, predict(net, (left, right), likelihood=Categorical()).mean)
+    close(found.mean, predict(net, (left, right), likelihood=Categorical()).mean, 1e-6)  # of float32, in other batches

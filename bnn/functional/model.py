@@ -95,7 +95,7 @@ class FunctionalModel:
             take runs by loop, which is said once.
         compile: True hands the forward to torch's compiler (many seconds, once a shape); False runs it through Python;
             None lets `"auto"` take a trace of it where that is faster. With gradients it runs through Python.
-        memory: bytes that the values of a forward may take at once: samples, then rows, are cut to keep to it.
+        memory: bytes that the values of a block's forward may take at once: samples, then rows, are cut to keep to it.
         seed: of what layers in train mode draw.
 
     Raises:
