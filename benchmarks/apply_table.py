@@ -22,11 +22,16 @@ def table(found: dict[str, Any]) -> list[str]:
         for rows in ROWS:
             shown = []
             for samples in SAMPLES:
-                cell = cells[task, rows, samples]
+                cell = cells.get((task, rows, samples))
+                if cell is None:
+                    shown.append("not run")
+                    continue
                 shown.append(
                     f"{cell['microseconds_a_sample']:,.0f} · {cell['times_as_fast_as_best_rival']:.2f} · {cell['share_of_ceiling']:.2f}"
                 )
-            lines.append(f"| {task} | {rows:,} | " + " | ".join(shown) + f" | {chosen[task, rows, 100]} |")
+            lines.append(
+                f"| {task} | {rows:,} | " + " | ".join(shown) + f" | {chosen.get((task, rows, 100), 'not run')} |"
+            )
     return lines
 
 
