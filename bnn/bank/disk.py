@@ -49,6 +49,7 @@ def fsync(descriptor: int) -> None:
 
 
 def close(descriptor: int) -> None:
+    """Give a descriptor back."""
     os.close(descriptor)
 
 
@@ -58,6 +59,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def unlink(path: Path) -> None:
+    """Remove a file's name."""
     os.unlink(path)
 
 
@@ -71,6 +73,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
+    """Make a folder, and those above it; one that is there is left."""
     os.makedirs(folder, exist_ok=True)
 
 
@@ -95,6 +98,7 @@ def read(descriptor: int, size: int) -> bytes:
 
 
 def status(descriptor: int) -> os.stat_result:
+    """Size, kind and times of what is open."""
     return os.fstat(descriptor)
 
 
@@ -108,6 +112,7 @@ def regular_size(path: Path) -> int | None:
 
 
 def is_folder(path: Path) -> bool:
+    """Whether a folder stands there, also by way of a link."""
     return path.is_dir()
 
 
