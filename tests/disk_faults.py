@@ -24,6 +24,7 @@ import torch
 from bank.test_bank import LAYOUT, rows
 
 from bnn.bank import Bank, BankWriter, disk
+from bnn.bank import writer as writing
 from bnn.errors import BankError, BankNotFound
 
 CALLS = tuple(name for name, value in vars(disk).items() if inspect.isfunction(value))
@@ -98,6 +99,7 @@ class Plan(NamedTuple):
     before: Mapping[str, int]
     writers: tuple[str, ...] = ("main",)
     replaces: bool = False
+    between: tuple[int, ...] = ()  # rows after commits that nobody was told of
 
 
 def nothing(folder: Path) -> None:
@@ -120,6 +122,20 @@ def two_writers(folder: Path, told: Told) -> None:
     run_all(steps(first, [3, 5, 0], told), steps(second, [2, 4], told))
 
 
+def beside(folder: Path, told: Told) -> None:
+    """Shards of 4, 3, 4 and 3 rows, the first three committed by the thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "BESIDE_BYTES", 0)
+        bank_writer, last = opened(folder), 0
+        for size in (4, 3, 4, 3):
+            last += size
+            state = {"step": last, "num_steps": GOAL, "info": {}, "flat": torch.full((3,), float(last))}
+            bank_writer.append(rows(last - size, size), state)
+        bank_writer.commit()
+        told("main", last)
+        bank_writer.close()
+
+
 PLANS = {
     "fresh": Plan(nothing, lambda f, told: run_all(steps(opened(f), [3, 6, 0, 2], told)), {}),
     "stateless": Plan(nothing, lambda f, told: run_all(steps(opened(f), [3, 6], told, states=False)), {}),
@@ -131,6 +147,7 @@ PLANS = {
         replaces=True,
     ),
     "two writers": Plan(nothing, two_writers, {}, ("a", "b")),
+    "beside": Plan(nothing, beside, {}, between=(4, 7, 11)),
 }
 
 
@@ -140,7 +157,7 @@ def boundaries(name: str) -> dict[str, set[int]]:
     import tempfile
 
     plan = PLANS[name]
-    found = {writer: {0, plan.before.get(writer, 0)} for writer in plan.writers}
+    found = {writer: {0, plan.before.get(writer, 0), *plan.between} for writer in plan.writers}
     with tempfile.TemporaryDirectory() as folder, without_syncs():
         plan.prepare(Path(folder) / "bank")
         plan.run(Path(folder) / "bank", lambda writer, count: found[writer].add(count))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -32,6 +34,7 @@ SHARD_BYTES = 256 * 1024 * 1024
 MOST_FILES = 10**6  # shards of a writer, and states: their numbers have six digits
 ROW_SECONDS = 10.0  # a row waits at most so long for its commit
 STATE_SECONDS = 30.0  # a state without new rows waits at most so long
+BESIDE_BYTES = 32 * 1024 * 1024  # a full shard of so many is committed by a thread, while the next one fills
 
 
 def rows_per_shard(row_bytes: int) -> int:
@@ -72,13 +75,26 @@ def _refusals_told(method: Callable[Concatenate[BankWriter, P], R]) -> Callable[
     return told
 
 
+class _Beside:
+    """A full shard that a thread commits. Nothing else of the writer touches the disk before that has ended."""
+
+    def __init__(self, ready: _Ready, image: files.Image) -> None:
+        self.before, self.rows, self.state, self.image = ready.shards, ready.buffered, ready.state, image
+        self.lock = threading.Lock()  # of whoever writes it: the thread, or who needs it and was first
+        self.fact: dict[str, Any] | None = None  # of the shard, once it is written
+        self.error: BaseException | None = None  # what the disk refused, until it is told
+
+
 class _Ready(NamedTuple):
     """What the next commit makes durable. Replaced as a whole, so that Ctrl-C sees all of a block or nothing of it."""
 
     shards: tuple[dict[str, Any], ...]  # written, in order
-    buffered: int  # rows in the buffer that follow them
+    buffered: int  # rows gathered, which follow them and the shard beside
     state: State | None  # of the producer after those rows
     waiting: tuple[tuple[Block, State | None], ...] = ()  # blocks that follow, with the states after them
+    image: files.Image | None = None  # of a full shard, which rows are gathered in
+    beside: _Beside | None = None  # the shard before those rows
+    spare: files.Image | None = None  # of the last shard beside, for the rows after the next
 
 
 class BankWriter:
@@ -86,7 +102,8 @@ class BankWriter:
 
     Nothing of an existing bank is touched before the first commit. A commit is one manifest that
     replaces the last one: it names all rows so far and the state that follows them, so that a crash
-    at any moment leaves a prefix of the rows and the state to go on from.
+    at any moment leaves a prefix of the rows and the state to go on from. A full shard of 32 MiB or more is committed
+    by a thread, while the next one fills.
 
     Args:
         path: the folder; made if missing.
@@ -144,7 +161,7 @@ class BankWriter:
         self._started = False
         self._announced = False  # whether its manifest is there
         self._capacity = rows_per_shard(layout.num_bytes)
-        self._image: files.Image | None = None  # of a full shard, which rows gather in
+        self._thread: ThreadPoolExecutor | None = None  # that commits full shards
         self._dtypes = fmt.column_dtypes(self._columns)
         self._first_row_at = self._last_commit_at = time.monotonic()
         self._made = _missing_folders(self.path)
@@ -171,15 +188,17 @@ class BankWriter:
     @property
     def has_news(self) -> bool:
         """Whether rows or a state wait for their commit."""
-        shards, buffered, state, waiting = self._ready
-        return bool(buffered or waiting) or _count(shards) > self._num_rows or state is not self.state
+        ready = self._ready
+        gathered = bool(ready.buffered or ready.waiting or ready.beside)
+        return gathered or _count(ready.shards) > self._num_rows or ready.state is not self.state
 
     @_refusals_told
     def append(self, block: Block, state: State | None = None) -> None:
         """Take K rows and the state that follows them; commit when a shard is full or time has come.
 
-        Where the disk refuses a shard or that commit (BankWriteError), all rows are taken all the same and wait in memory for the next commit:
-        they must not be appended again.
+        A large shard that is full is durable some time after; `num_rows` tells. Where the disk refuses a shard or a
+        commit, also an earlier one beside (BankWriteError), all rows are taken all the same and wait in memory for the
+        next commit: they must not be appended again.
 
         Raises:
             BankError: a sample holds NaN or Inf; none of the block's rows is taken.
@@ -201,7 +220,9 @@ class BankWriter:
         now = time.monotonic()
         buffered = self._ready.buffered
         row_waits = buffered > 0 and now - self._first_row_at > ROW_SECONDS
-        if buffered == self._capacity or row_waits or now - self._last_commit_at > STATE_SECONDS:
+        if buffered == self._capacity:
+            self._commit_full()
+        elif row_waits or now - self._last_commit_at > STATE_SECONDS:
             self.commit()
 
     def _settle(self) -> None:
@@ -210,17 +231,23 @@ class BankWriter:
             (block, state), *following = self._ready.waiting
             size = block.num_samples
             if size and self._ready.buffered and self._ready.buffered + size > self._capacity:
-                self._commit_gathered(complete=False)
-            shards, buffered, *_ = self._ready
+                self._commit_full()
+            if size > self._capacity:
+                self._land()
+            ready = self._ready
+            shards, buffered, image = ready.shards, ready.buffered, ready.image or (self._blank() if size else None)
             if size and not buffered:
                 self._first_row_at = time.monotonic()
             for start in range(0, size, self._capacity):
                 stop = min(start + self._capacity, size)
+                assert image is not None
                 if buffered + stop - start > self._capacity:
-                    shards, buffered = (*shards, self._write_shard(shards, buffered)), 0
-                self._copy_rows(block, start, stop, buffered)
+                    shards, buffered = (*shards, self._write_shard(shards, image, buffered)), 0
+                self._copy_rows(block, start, stop, image, buffered)
                 buffered += stop - start
-            self._ready = _Ready(shards, buffered, state, tuple(following))
+            self._ready = ready._replace(
+                shards=shards, buffered=buffered, state=state, waiting=tuple(following), image=image
+            )
 
     @_refusals_told
     def commit(self, *, complete: bool = False) -> None:
@@ -229,12 +256,57 @@ class BankWriter:
         self._settle()
         self._commit_gathered(complete=complete)
 
-    def _commit_gathered(self, *, complete: bool) -> None:
+    def _commit_full(self) -> None:
+        """Commit the shard that is full: beside, where it is worth a thread and memory for another."""
+        image = self._ready.image
+        assert image is not None
+        if len(image.raw) < BESIDE_BYTES:
+            self._commit_gathered(complete=False)
+            return
+        self._land()
         self._begin()
-        shards, buffered, state, waiting = self._ready
-        if buffered:
-            shards = (*shards, self._write_shard(shards, buffered))
-            self._ready = _Ready(shards, 0, state, waiting)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "bnn-bank-writer")
+        ready = self._ready
+        beside = _Beside(ready, image)
+        self._ready = ready._replace(buffered=0, image=ready.spare, beside=beside, spare=None)
+        self._thread.submit(self._commit_beside, beside)
+
+    def _commit_beside(self, beside: _Beside) -> None:
+        with beside.lock:
+            if beside.fact is not None or beside.error is not None:
+                return
+            try:
+                beside.fact = self._write_shard(beside.before, beside.image, beside.rows)
+                self._commit_shards((*beside.before, beside.fact), beside.state, complete=False)
+            except BaseException as error:
+                beside.error = error
+
+    def _land(self) -> None:
+        """Wait for the commit beside, and tell what the disk refused; a shard that it refused is tried again then."""
+        beside = self._ready.beside
+        if beside is None:
+            return
+        self._commit_beside(beside)
+        error, beside.error = beside.error, None
+        if beside.fact is not None:  # without its state or manifest, the next commit writes them
+            shards = (*beside.before, beside.fact)
+            self._ready = self._ready._replace(shards=shards, beside=None, spare=beside.image)
+        if error is not None:
+            raise error
+
+    def _commit_gathered(self, *, complete: bool) -> None:
+        self._land()
+        self._begin()
+        ready = self._ready
+        if ready.buffered:
+            assert ready.image is not None
+            shards = (*ready.shards, self._write_shard(ready.shards, ready.image, ready.buffered))
+            self._ready = ready._replace(shards=shards, buffered=0)
+        self._commit_shards(self._ready.shards, ready.state, complete=complete)
+
+    def _commit_shards(self, shards: tuple[dict[str, Any], ...], state: State | None, *, complete: bool) -> None:
+        """Write the state that follows these shards, and the manifest that names both."""
         old_states = self._state_files()
         fact = None if state is None else self._write_state(state, _count(shards))
         info = {} if state is None else state.get("info", {})
@@ -252,8 +324,12 @@ class BankWriter:
 
     @_refusals_told
     def release(self) -> None:
-        """Give the name free without a commit: what was committed stays, a folder made for nothing goes."""
-        self._image, self._ready = None, self._ready._replace(buffered=0, waiting=())
+        """Give the name free without a commit: what was committed stays, a folder made for nothing goes.
+
+        A commit beside that has begun is waited for.
+        """
+        self._stop_thread()
+        self._ready = _Ready(self._ready.shards, 0, self._ready.state)
         try:
             if (
                 self._locks[0].is_ours
@@ -276,10 +352,17 @@ class BankWriter:
         With `rows` it goes with those that were committed: half a copy is of use to nobody.
         """
         self._locks[0].check()
+        self._stop_thread()
         if self._fresh and self._started and (self._has_all() if rows else not self._num_rows and self._is_alone()):
             self._remove_bank()
             self._started = False
         self.release()
+
+    def _stop_thread(self) -> None:
+        """Wait for the commit beside, whatever becomes of it; a fork has no such thread."""
+        if self._thread is not None and self._locks[0].is_ours:
+            self._thread.shutdown()
+        self._thread = None
 
     def _check_place(self) -> None:
         place = str(self.path)
@@ -557,23 +640,26 @@ class BankWriter:
                 fix="name them in the method's `columns`",
             )
         fmt.check_weights(block.log_weight, "block log_weight")
-        waiting = sum(block.num_samples for block, _ in self._ready.waiting)
-        fmt.check_rows(block.params, str(self.path), _count(self._ready.shards) + self._ready.buffered + waiting)
+        ready = self._ready
+        before = _count(ready.shards) + ready.buffered + sum(block.num_samples for block, _ in ready.waiting)
+        before += 0 if ready.beside is None else ready.beside.rows
+        fmt.check_rows(block.params, str(self.path), before)
 
-    def _copy_rows(self, block: Block, start: int, stop: int, place: int) -> None:
-        """Rows start to stop of a block into the buffer at `place`, after the rows that count so far."""
-        if self._image is None:
-            shapes = {e.name: (e.dtype, (self._capacity, *e.shape)) for e in self.layout.entries}
-            shapes |= {name: (dtype, (self._capacity,)) for name, dtype in self._dtypes.items()}
-            metadata = shard_metadata(self.layout, "0" * 64, self.writer, self._num_rows, self._capacity)
-            self._image = files.blank_image(shapes, metadata)
-        columns = fmt.columns_of(block)
+    def _blank(self) -> files.Image:
+        """Memory for a full shard."""
+        shapes = {e.name: (e.dtype, (self._capacity, *e.shape)) for e in self.layout.entries}
+        shapes |= {name: (dtype, (self._capacity,)) for name, dtype in self._dtypes.items()}
+        metadata = shard_metadata(self.layout, "0" * 64, self.writer, self._num_rows, self._capacity)
+        return files.blank_image(shapes, metadata)
+
+    def _copy_rows(self, block: Block, start: int, stop: int, image: files.Image, place: int) -> None:
+        """Rows start to stop of a block into the image at `place`, after the rows that count so far."""
         here = slice(place, place + stop - start)
-        for name, tensor in {**block.params, **columns}.items():
-            self._image.tensors[name][here].copy_(tensor[start:stop].detach())
+        for name, tensor in {**block.params, **fmt.columns_of(block)}.items():
+            image.tensors[name][here].copy_(tensor[start:stop].detach())
 
-    def _write_shard(self, before: tuple[dict[str, Any], ...], rows: int) -> dict[str, Any]:
-        """Write the buffered rows as a shard; it counts once a manifest names it."""
+    def _write_shard(self, before: tuple[dict[str, Any], ...], image: files.Image, rows: int) -> dict[str, Any]:
+        """Write the rows of an image as a shard; it counts once a manifest names it."""
         self._begin()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", _count(before)
         if self._next_number >= MOST_FILES:
@@ -585,9 +671,8 @@ class BankWriter:
             )
         self._next_number += 1  # before the file is there: a number left out is harmless, one used twice is not
         metadata = shard_metadata(self.layout, self._identity, self.writer, first_row, rows)
-        assert self._image is not None
-        tensors = {key: tensor[:rows] for key, tensor in self._image.tensors.items()}
-        full = self._image if rows == self._capacity else None
+        tensors = {key: tensor[:rows] for key, tensor in image.tensors.items()}
+        full = image if rows == self._capacity else None
         written = files.write_tensors(self.path / name, tensors, metadata, sealed=True, image=full)
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
 
