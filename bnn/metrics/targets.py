@@ -1,236 +1,247 @@
-"""Scores of predictions against targets: pure functions, natural logarithms, means over rows."""
+"""Scores of predictions of numbers: errors, intervals, quantiles, draws; all in the target's own units."""
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bnn.errors import ConfigError, DataError
-
-SQRT_2, SQRT_2PI = math.sqrt(2.0), math.sqrt(2.0 * math.pi)
-PAIR_VALUES = 4_000_000  # numbers held at once while pairs of mixture components are summed
-
-
-def accuracy(probs: Tensor, y: Tensor) -> Tensor:
-    """Share of rows whose largest probability is on the true class.
-
-    Args:
-        probs: [B, C].
-        y: int64 [B].
-    """
-    check_probs(probs, y)
-    return (probs.argmax(dim=-1) == y).double().mean()
-
-
-def nll(log_probs: Tensor, y: Tensor) -> Tensor:
-    """Negative log likelihood, -mean_b log p(y_b | x_b), in nats.
-
-    Give it the log of the mean predictive, log mean_k p_k: the mean of the samples' own losses (Gibbs)
-    is larger, by Jensen's inequality.
-
-    Args:
-        log_probs: [B, C].
-        y: int64 [B].
-    """
-    check_probs(log_probs, y)
-    return -log_probs.gather(1, y.unsqueeze(1)).mean()
-
-
-def brier(probs: Tensor, y: Tensor) -> Tensor:
-    """mean_b sum_c (p_bc - 1[y_b = c])^2, in [0, 2].
-
-    Args:
-        probs: [B, C].
-        y: int64 [B].
-
-    Source: Brier (1950), in the multi-class form without the factor 1/2.
-    """
-    check_probs(probs, y)
-    return (probs - torch.nn.functional.one_hot(y, probs.shape[1])).square().sum(dim=1).mean()
-
-
-class Bins(NamedTuple):
-    """A reliability diagram: for each of M bins the number of rows in it, their mean confidence and accuracy (0 if empty)."""
-
-    rows: Tensor  # [M] int64
-    confidence: Tensor  # [M]
-    accuracy: Tensor  # [M]
-
-
-def calibration_bins(confidence: Tensor, correct: Tensor, *, num_bins: int = 15) -> Bins:
-    """Rows by confidence, in equal bins (a, b] of which the first also holds 0.
-
-    Args:
-        confidence: probability of the predicted class, max_c p_c, [B].
-        correct: whether that class is the true one, bool or 0 / 1 [B].
-        num_bins: M, at least 1.
-
-    Returns:
-        Bins whose counts sum to B: no confidence, not even 0 or 1, falls outside.
-    """
-    if num_bins < 1:
-        raise ConfigError("num_bins", want="at least 1", got=str(num_bins), fix="pass 15")
-    if confidence.dim() != 1 or confidence.shape != correct.shape:
-        raise DataError(
-            "metrics",
-            want="confidence and correct of one shape [B]",
-            got=f"{list(confidence.shape)} and {list(correct.shape)}",
-            fix="take the maximum over classes",
-        )
-    confidence = confidence.double()
-    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins  # inner upper edges
-    place = torch.bucketize(confidence, edges)  # right=False: (a, b]
-    count = torch.bincount(place, minlength=num_bins)
-    filled = count.clamp_min(1)
-    mean_confidence = torch.bincount(place, weights=confidence, minlength=num_bins) / filled
-    mean_accuracy = torch.bincount(place, weights=correct.double(), minlength=num_bins) / filled
-    return Bins(count, mean_confidence, mean_accuracy)
-
-
-def ece(bins: Bins) -> Tensor:
-    """Expected calibration error, sum_m rows_m / B |accuracy_m - confidence_m|, in [0, 1].
-
-    Source: Guo et al. (2017), arXiv:1706.04599, eq. 3.
-    """
-    return (bins.rows * (bins.accuracy - bins.confidence).abs()).sum() / bins.rows.sum()
-
-
-def auroc(score_in: Tensor, score_out: Tensor) -> float:
-    """Probability that a row from outside has the larger uncertainty score; ties count half.
-
-    Args:
-        score_in: an uncertainty (larger means less sure) of in-distribution rows [N].
-        score_out: the same of out-of-distribution rows [M], the positive class.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(*_labelled(score_in, score_out)))
-
-
-def fpr_at_tpr(score_in: Tensor, score_out: Tensor, *, tpr: float = 0.95) -> float:
-    """Share of in-distribution rows flagged where the first threshold flags at least `tpr` of those outside.
-
-    Args:
-        score_in: an uncertainty of in-distribution rows [N].
-        score_out: the same of out-of-distribution rows [M], the positive class.
-        tpr: in (0, 1].
-    """
-    from sklearn.metrics import roc_curve
-
-    false_positive, true_positive, _ = roc_curve(*_labelled(score_in, score_out), drop_intermediate=False)
-    return float(false_positive[(true_positive >= tpr).argmax()])
+from bnn.errors import DataError
+from bnn.metrics.checking import check_alike, check_filled, check_level, check_numbers
 
 
 def rmse(mean: Tensor, y: Tensor) -> Tensor:
-    """sqrt(mean (y - mean)^2), in units of the target; both [B, C]."""
-    if mean.shape != y.shape:
-        raise DataError(
-            "rmse", want=f"targets {list(mean.shape)}, as the means", got=str(list(y.shape)), fix="reshape one of them"
-        )
-    return (y - mean).square().mean().sqrt()
-
-
-def mixture_log_prob(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tensor | None = None) -> Tensor:
-    """log p(y) under a mixture of normals, log sum_s w_s N(y; mu_s, sigma_s^2), summed over outputs inside a sample.
+    """sqrt(mean (y - mean)^2), in units of the target, over rows and outputs.
 
     Args:
-        means: mu [S, B, C].
-        scales: sigma > 0, what broadcasts to [S, B, C].
+        mean: the predictive mean [B, C].
         y: [B, C].
-        log_weight: normalised log w [S]; equal weights by default.
 
     Returns:
-        [B], in nats, of a density in the units of y.
+        A number of at least 0; less is better.
+
+    Raises:
+        DataError: no rows, NaN, or two shapes.
+
+    Examples:
+        >>> rmse(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [-2.0]]))
+        tensor(3.5355, dtype=torch.float64)
     """
-    z = (y - means) / scales
-    each = (-0.5 * z.square() - torch.log(scales * SQRT_2PI)).sum(dim=-1)  # [S, B]
-    return torch.logsumexp(each + _log_weights(means, log_weight).unsqueeze(1), dim=0)  # [B]
+    check_alike("rmse", mean=mean, y=y)
+    check_filled("rmse", y=y)
+    return (y.double() - mean).square().mean().sqrt()
 
 
-def mixture_cdf(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tensor | None = None) -> Tensor:
-    """Probability integral transform u = sum_s w_s Phi((y - mu_s) / sigma_s), [B, C]; arguments as above."""
-    weights = _log_weights(means, log_weight).exp()[:, None, None]
-    below: Tensor = torch.special.ndtr((y - means) / scales)  # [S, B, C]
-    return (weights * below).sum(dim=0)
+def mae(mean: Tensor, y: Tensor) -> Tensor:
+    """mean |y - mean|, in units of the target, over rows and outputs; of medians it would be least.
+
+    Args:
+        mean: the predictive mean, or another single number a target, [B, C].
+        y: [B, C].
+
+    Returns:
+        A number of at least 0, at most the `rmse`; less is better.
+
+    Raises:
+        DataError: no rows, NaN, or two shapes.
+
+    Examples:
+        >>> mae(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [-2.0]]))
+        tensor(3.5000, dtype=torch.float64)
+    """
+    check_alike("mae", mean=mean, y=y)
+    check_filled("mae", y=y)
+    return (y.double() - mean).abs().mean()
 
 
 def coverage(pit: Tensor, level: float) -> Tensor:
     """Share of targets inside the central interval of this level, mean 1[|2u - 1| <= level].
 
+    The interval lies between the quantiles (1 - level) / 2 and (1 + level) / 2 of the predictive, of any shape: no
+    quantile is computed, and an excess of targets in one tail does not make up for a lack in the other.
+
     Args:
         pit: u [B, C], from `mixture_cdf`.
         level: in (0, 1).
-    """
-    return ((2.0 * pit - 1.0).abs() <= level).double().mean()
-
-
-def mixture_crps(means: Tensor, scales: Tensor, y: Tensor, log_weight: Tensor | None = None) -> Tensor:
-    """Continuous ranked probability score of a mixture of normals, exactly, in units of the target.
-
-    CRPS = sum_s w_s A(y - mu_s, sigma_s^2) - 1/2 sum_st w_s w_t A(mu_s - mu_t, sigma_s^2 + sigma_t^2)
-    A(m, v) = m (2 Phi(m / sqrt v) - 1) + 2 sqrt(v) phi(m / sqrt v)
-
-    Args:
-        means: mu [S, B, C].
-        scales: sigma > 0, what broadcasts to [S, B, C].
-        y: [B, C].
-        log_weight: normalised log w [S]; equal weights by default.
 
     Returns:
-        [B, C], at least 0; less is better. Time grows as S^2.
+        A number in [0, 1], `level` where the predictive is calibrated.
 
-    Source: Grimit et al. (2006), eq. 5.
+    Raises:
+        DataError: no rows, NaN, or values outside [0, 1].
+        ConfigError: a level outside (0, 1).
+
+    Examples:
+        >>> coverage(torch.tensor([[0.1], [0.5], [0.97]]), 0.9)
+        tensor(0.6667, dtype=torch.float64)
     """
-    size = len(means)
-    variances = scales.expand_as(means).square()
-    weights = _log_weights(means, log_weight).exp()
-    by_sample = weights[:, None, None]
-    score = (by_sample * _expected_distance(y - means, variances)).sum(dim=0)  # [B, C]
-    # Pairs s < t count twice, s = t once: half the double sum needs only the upper triangle.
-    score = score - 0.5 * (by_sample.square() * _expected_distance(torch.zeros_like(means), 2 * variances)).sum(dim=0)
-    step = max(1, PAIR_VALUES // max(means.numel(), 1))
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        distance = _expected_distance(
-            means[start:stop, None] - means[None, start:], variances[start:stop, None] + variances[None, start:]
-        )  # [step, S - start, B, C]
-        pairs = torch.triu(weights[start:stop, None] * weights[None, start:], diagonal=1)
-        score = score - (pairs[:, :, None, None] * distance).sum(dim=(0, 1))
-    return score
-
-
-def check_probs(probs: Tensor, y: Tensor) -> None:
-    """Raise DataError unless probs are [B, C] and y int64 [B] below C."""
-    if probs.dim() != 2 or y.shape != probs.shape[:1] or y.dtype != torch.int64:
+    check_level("coverage", level)
+    check_filled("coverage", pit=pit)
+    if pit.min() < -1e-6 or pit.max() > 1.0 + 1e-6:
         raise DataError(
-            "metrics",
-            want="probs [B, C] and int64 y [B]",
-            got=f"{list(probs.shape)} and {y.dtype} {list(y.shape)}",
-            fix="average over samples first; pass y.long()",
+            "coverage(pit=)",
+            want="probabilities",
+            got=f"{float(pit.min()):.4g} to {float(pit.max()):.4g}",
+            fix="pass the predictive's distribution function at the targets",
         )
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < probs.shape[1]:
+    return ((2.0 * pit.double() - 1.0).abs() <= level).double().mean()
+
+
+def width(lower: Tensor, upper: Tensor) -> Tensor:
+    """Mean width of intervals, mean (upper - lower), in units of the target.
+
+    Args:
+        lower: lower ends, the quantiles (1 - level) / 2 of the predictive, [B, C].
+        upper: upper ends, the quantiles (1 + level) / 2, [B, C].
+
+    Returns:
+        A number of at least 0; less is better among predictives of one coverage.
+
+    Raises:
+        DataError: no rows, NaN, two shapes, or ends in the wrong order.
+
+    Examples:
+        >>> width(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [4.0]]))
+        tensor(2.5000, dtype=torch.float64)
+    """
+    _check_ends("width", lower, upper)
+    check_filled("width", lower=lower)
+    return (upper.double() - lower).mean()
+
+
+def interval_score(lower: Tensor, upper: Tensor, y: Tensor, *, level: float) -> Tensor:
+    """Width of an interval, and a penalty for the target outside it; a row and output each.
+
+    (upper - lower) + 2 / (1 - level) max(lower - y, y - upper, 0)
+
+    Args:
+        lower: the quantile (1 - level) / 2 of the predictive [B, C].
+        upper: its quantile (1 + level) / 2 [B, C].
+        y: [B, C].
+        level: of the central interval, in (0, 1).
+
+    Returns:
+        [B, C], in units of the target; less is better.
+
+    Raises:
+        DataError: NaN, shapes that differ, or ends in the wrong order.
+        ConfigError: a level outside (0, 1).
+
+    Examples:
+        >>> interval_score(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([[0.3], [1.5]]), level=0.5)
+        tensor([[1.],
+                [3.]], dtype=torch.float64)
+
+    Source: Gneiting and Raftery (2007), J. Am. Stat. Assoc. 102, eq. 43.
+    """
+    check_level("interval_score", level)
+    check_alike("interval_score", lower=lower, upper=upper, y=y)
+    _check_ends("interval_score", lower, upper)
+    lower, upper, y = lower.double(), upper.double(), y.double()
+    outside = torch.maximum(lower - y, y - upper).clamp_min(0)
+    return (upper - lower) + 2.0 / (1.0 - level) * outside
+
+
+def pinball(quantile: Tensor, y: Tensor, *, level: float) -> Tensor:
+    """Loss of a quantile, (1[y < q] - level) (q - y); a row and output each.
+
+    Its integral over levels, twice, is the CRPS.
+
+    Args:
+        quantile: q, the value with P(Y <= q) = level under the predictive, [B, C].
+        y: [B, C].
+        level: in (0, 1).
+
+    Returns:
+        [B, C], at least 0, in units of the target; less is better.
+
+    Raises:
+        DataError: NaN, or two shapes.
+        ConfigError: a level outside (0, 1).
+
+    Examples:
+        >>> pinball(torch.tensor([[0.5], [0.5]]), torch.tensor([[0.3], [1.5]]), level=0.2)
+        tensor([[0.1600],
+                [0.2000]], dtype=torch.float64)
+
+    Source: Koenker and Bassett (1978), Econometrica 46(1).
+    """
+    check_level("pinball", level)
+    check_alike("pinball", quantile=quantile, y=y)
+    quantile, y = quantile.double(), y.double()
+    return ((y < quantile).double() - level) * (quantile - y)
+
+
+def sharpness(variance: Tensor) -> Tensor:
+    """Root mean predictive variance, sqrt(mean Var[y | x]), in units of the target: not the mean standard deviation.
+
+    Args:
+        variance: the total predictive variance [B, C], at least 0.
+
+    Returns:
+        A number of at least 0, what the `rmse` would be were the predictive true; less is better where calibrated.
+
+    Raises:
+        DataError: no rows, NaN, or a negative variance.
+
+    Examples:
+        >>> sharpness(torch.tensor([[1.0], [7.0]]))
+        tensor(2., dtype=torch.float64)
+
+    Source: Kuleshov et al. (2018), arXiv:1807.00263, whose mean variance it is the root of.
+    """
+    check_filled("sharpness", variance=variance)
+    if variance.min() < 0:
         raise DataError(
-            "metrics",
-            want=f"classes in [0, {probs.shape[1]})",
-            got=f"{int(y.min())} to {int(y.max())}",
-            fix="check the labels",
+            "sharpness(variance=)", want="at least 0", got=f"{float(variance.min()):.4g}", fix="pass variances"
         )
+    return variance.double().mean().sqrt()
 
 
-def _expected_distance(m: Tensor, v: Tensor) -> Tensor:
-    """A(m, v) = E|X| for X ~ Normal(m, v)."""
-    scale = v.sqrt()
-    z = m / scale
-    return m * torch.erf(z / SQRT_2) + 2.0 * scale * torch.exp(-0.5 * z.square()) / SQRT_2PI
+def crps_empirical(draws: Tensor, y: Tensor, *, fair: bool = False) -> Tensor:
+    """CRPS of a predictive that is known by draws alone: E|X - y| - 1/2 E|X - X'| over draws; a row and output each.
+
+    mean_s |x_s - y| - sum_st |x_s - x_t| / (2 S^2), by sorting, in S log S. Its second term counts each draw as a
+    pair with itself, which makes the score of few draws too large; with `fair` it is divided by S (S - 1) instead.
+
+    Args:
+        draws: of the predictive [S, B, C].
+        y: [B, C].
+        fair: without that bias; then at least two draws, and scores that may fall below 0.
+
+    Returns:
+        [B, C], in units of the target; less is better. Of one draw, the absolute error.
+
+    Raises:
+        DataError: no draws, NaN, shapes that do not fit, or `fair` with one draw.
+
+    Examples:
+        >>> draws, y = torch.tensor([[[0.0]], [[2.0]]]), torch.tensor([[1.0]])
+        >>> float(crps_empirical(draws, y)), float(crps_empirical(draws, y, fair=True))
+        (0.5, 0.0)
+
+    Source: Gneiting and Raftery (2007), eq. 21, as `pyro.ops.stats.crps_empirical`; Ferro (2014), Q. J. R. Meteorol.
+    Soc. 140, for `fair`.
+    """
+    size = len(draws) if draws.dim() else 0
+    if draws.shape[1:] != y.shape or size < 1 + fair:
+        raise DataError(
+            "crps_empirical",
+            want=f"draws [S, B, C], S at least {1 + fair}, and targets [B, C]",
+            got=f"{list(draws.shape)} and {list(y.shape)}",
+            fix="put draws on the first axis" if size >= 1 + fair else "make more draws",
+        )
+    check_numbers("crps_empirical", draws=draws.movedim(0, -1), y=y)  # the row is named, not the draw
+    ordered, y = draws.double().sort(dim=0).values, y.double()
+    gaps = ordered[1:] - ordered[:-1]  # [S - 1, B, C]
+    left = torch.arange(1, size, dtype=torch.float64, device=draws.device)
+    pairs: Tensor = torch.tensordot(left * (size - left), gaps, dims=1)  # sum over s < t of |x_s - x_t|, [B, C]
+    return (ordered - y).abs().mean(dim=0) - pairs / (size * (size - 1) if fair else size**2)
 
 
-def _log_weights(means: Tensor, log_weight: Tensor | None) -> Tensor:
-    size = len(means)
-    return means.new_full((size,), -math.log(size)) if log_weight is None else log_weight
-
-
-def _labelled(score_in: Tensor, score_out: Tensor) -> tuple[list[int], list[float]]:
-    return [0] * len(score_in) + [1] * len(score_out), torch.cat([score_in, score_out]).double().tolist()
+def _check_ends(place: str, lower: Tensor, upper: Tensor) -> None:
+    check_alike(place, lower=lower, upper=upper)
+    if (lower > upper).any():
+        row = int((lower > upper).nonzero()[0, 0])
+        raise DataError(
+            place, want="lower ends below upper ones", got=f"the other way in row {row}", fix="exchange the two"
+        )
