@@ -107,6 +107,7 @@ def test_no_block_escapes(page: Path) -> None:
     "name",
     [
         "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "definitions", "applying", "throughput", "pitfalls", "cli",
+        "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "reading-a-report", "applying", "throughput", "pitfalls", "cli",
         "priors-and-likelihoods", "own-guide", "diagnostics", "bank-tools",
         *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc", "nuts")),
     ],
