@@ -107,7 +107,7 @@ def test_no_block_escapes(page: Path) -> None:
     "name",
     [
         "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "applying", "throughput", "pitfalls", "cli",
-        "priors-and-likelihoods", "own-guide", "diagnostics", "bank-tools",
+        "priors-and-likelihoods", "own-guide", "diagnostics", "bank-tools", "calibrating", "predict",
         *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc", "nuts")),
     ],
 )  # fmt: skip
@@ -216,5 +216,14 @@ def test_configuration_names_flags_of_fit() -> None:
 
 
 def test_every_verb_is_found() -> None:
-    assert {"bnn fit", "bnn train", "bnn evaluate", "bnn bank info", "bnn bank verify", "bnn bench"} <= set(VERBS)
+    assert {
+        "bnn fit",
+        "bnn train",
+        "bnn evaluate",
+        "bnn calibrate",
+        "bnn predict",
+        "bnn bank info",
+        "bnn bank verify",
+        "bnn bench",
+    } <= set(VERBS)
     assert all(flags(command) for command in VERBS.values())
