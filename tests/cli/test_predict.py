@@ -54,7 +54,9 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sizes.csv").write_text("a,b,size\n" + "".join(f"{i},{j},{k}\n" for i, j, k in zip(a, b, y, strict=True)))
     (folder / "new.csv").write_text("b,a\n" + "".join(f"{j},{i}\n" for i, j in zip(a[:7], b[:7], strict=True)))
     for name, target in (("trees", "kind"), ("sizes", "size")):
-        words = f"fit --data {name}.csv:{target} --data-root {folder} --model mlp:4 --method prior --num-samples 5 --seed 1"
+        words = (
+            f"fit --data {name}.csv:{target} --data-root {folder} --model mlp:4 --method prior --num-samples 5 --seed 1"
+        )
         assert cli.run([*words.split(), "--out", str(folder / name)]) == 0
     return folder
 
