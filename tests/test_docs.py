@@ -210,5 +210,14 @@ def test_configuration_names_flags_of_fit() -> None:
 
 
 def test_every_verb_is_found() -> None:
-    assert {"bnn fit", "bnn train", "bnn evaluate", "bnn bank info", "bnn bank verify", "bnn bench"} <= set(VERBS)
+    assert {
+        "bnn fit",
+        "bnn train",
+        "bnn evaluate",
+        "bnn calibrate",
+        "bnn predict",
+        "bnn bank info",
+        "bnn bank verify",
+        "bnn bench",
+    } <= set(VERBS)
     assert all(flags(command) for command in VERBS.values())

@@ -427,9 +427,11 @@ def _is_left_over(name: str, there: Sequence[str]) -> bool:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a file is a bank's, or one that training or a killed writer leaves beside it."""
+    """Whether a file is a bank's, or one that training, a calibration or a killed writer leaves beside it."""
     patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME, fmt.LOCK_NAME)
-    known = ("bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv")
+    known = (
+        "bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv", "calibration.json",
+    )  # fmt: skip
     begins = (".tmp-", "events.out.tfevents.")
     return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)
 

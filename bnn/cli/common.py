@@ -255,15 +255,13 @@ def _load_base(path: Path, bank: Bank, state: dict[str, Any]) -> None:
         state[name].copy_(tensor)
 
 
-def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None, trust: bool) -> DataSet:
-    """The data that a bank was fitted to, or others, standardised as those were.
+def record_of(bank: Bank) -> dict[str, Any]:
+    """What a bank keeps of the data that it was fitted to.
 
     Raises:
-        BankMismatch: the bank names no data, or rows have another shape.
-        DataError: the data cannot be read, or the bank has seen their test rows.
+        BankMismatch: it names no data.
+        BankCorrupt: the record is not whole.
     """
-    from bnn.data import load_data
-
     record = bank.info.get("data")
     if record is None:
         raise BankMismatch(
@@ -276,6 +274,33 @@ def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None
         raise BankCorrupt(
             f"{bank.path}/bank.json", want="a full record of the data", got=repr(record), fix="restore the file"
         )
+    return dict(record)
+
+
+def class_shares(bank: Bank) -> tuple[list[float], list[float]]:
+    """Shares of the classes in training and in the data, as the bank keeps them."""
+    record = bank.info.get("sampling") or {}
+    if "class_shares" not in record or record.get("posterior") != "balanced":
+        raise BankMismatch(
+            f"{bank.path} --prior-shift",
+            want="a bank fitted with --balance of one skew, without importance",
+            got=f"a {record.get('posterior', 'natural')} posterior"
+            + (", whose shares changed over epochs" if record.get("posterior") == "balanced" else ""),
+            fix="leave --prior-shift out",
+        )
+    return record["class_shares"], record["natural_shares"]
+
+
+def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None, trust: bool) -> DataSet:
+    """The data that a bank was fitted to, or others, standardised as those were.
+
+    Raises:
+        BankMismatch: the bank names no data, or rows have another shape.
+        DataError: the data cannot be read, or the bank has seen their test rows.
+    """
+    from bnn.data import load_data
+
+    record = record_of(bank)
     spec = data or record["spec"]
     require_trust(spec, said=data, trust=trust, place=f"{bank.path} data", flag="--data")
     found = load_data(

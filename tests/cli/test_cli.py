@@ -566,7 +566,7 @@ FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"{FIT} --data digitz", "data: want digits, digits-shuffled, diabetes, FILE.csv:TARGET"),
+        (f"{FIT} --data digitz", "data: want digits, digits-shuffled, diabetes, digits-KIND-SEVERITY"),
         (f"{FIT} --data diabetes --method nutz", "--method: want one of prior, mean-field, low-rank, full-rank, flow, map, guide, laplace"),
         (f"{FIT} --data diabetes --model resnet", "model: want mlp:WIDTHS[,ACTIVATION]"),
         (f"{FIT} --data diabetes --bayesian head.*", "bayesian: want patterns that match a parameter, got 'head.*'"),
