@@ -18,6 +18,7 @@ class TargetRows(NamedTuple):
     aleatoric: Tensor  # [V, B, C] expected noise variance
     epistemic: Tensor  # [V, B, C] variance of the samples' means
     log_prob: Tensor  # [V, B] of the mixture at the target, in nats
+    expected_log_prob: Tensor  # [V, B] of the samples at the target, for the Gibbs loss
     pit: Tensor  # [V, B, C] P(Y <= y)
     pit_below: Tensor  # [V, B, C] P(Y < y)
     weight: Tensor  # [V] of the samples
@@ -41,7 +42,7 @@ class TargetSums:
         self._first, self._second, self._noise, self._pit = (y.new_zeros(size, *y.shape) for _ in range(4))
         self._infinite = False  # noise of Student's t with few degrees of freedom, which has no variance
         self._below: Tensor | None = None  # where it differs: for counts
-        self._log_prob = y.new_full((size, len(y)), -torch.inf)
+        self._gibbs, self._log_prob = y.new_zeros(size, len(y)), y.new_full((size, len(y)), -torch.inf)
 
     def add(self, indices: Tensor, part: Mixture) -> None:
         """What samples [K] say: a mixture of K, whose own weights are not looked at."""
@@ -63,6 +64,7 @@ class TargetSums:
                 self._below = torch.zeros_like(self._pit)
             self._below.index_add_(0, present, _summed(weights, part.cdfs(self.y - 1)))
         log_probs = part.log_probs(self.y)  # [K, B]
+        self._gibbs.index_add_(0, present, _summed(weights, log_probs))
         for place, row in zip(present.tolist(), weights, strict=True):
             mine = row > 0
             if mine.any():
@@ -83,6 +85,7 @@ class TargetSums:
         self._noise += other._noise
         self._infinite |= other._infinite
         self._pit += other._pit
+        self._gibbs += other._gibbs
         self._log_prob = torch.logaddexp(self._log_prob, other._log_prob)
         if other._below is not None:
             self._below = other._below.clone() if self._below is None else self._below + other._below
@@ -102,6 +105,7 @@ class TargetSums:
             torch.full_like(first, torch.inf) if self._infinite else average(self._noise),
             (average(self._second) - first.square()).clamp_min(0),
             self.views.of_logs(self._log_prob) - total.log()[:, None],
+            self.views.of(self._gibbs) / total[:, None],
             pit,
             pit if self._below is None else average(self._below),
             weight,

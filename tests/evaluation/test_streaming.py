@@ -258,6 +258,7 @@ def check_targets(found: TargetRows, plan: Views, kind: str, num_samples: int) -
             "aleatoric": (found.aleatoric, np.einsum("s,snc->nc", held, variances)),
             "epistemic": (found.epistemic, np.einsum("s,snc->nc", held, (means - mean) ** 2)),
             "log_prob": (found.log_prob, scipy.special.logsumexp(log_prob, axis=0, b=held[:, None])),
+            "gibbs": (found.expected_log_prob, held @ log_prob),
             "pit": (found.pit, np.einsum("s,snc->nc", held, of_sample.cdf(y))),
             "pit_below": (found.pit_below, np.einsum("s,snc->nc", held, below)),
         }
