@@ -13,6 +13,7 @@ from bnn.errors import DataError
 from bnn.likelihoods import normal_log_prob, poisson_log_prob, student_t_log_prob
 from bnn.metrics import mixture_cdf, mixture_log_prob
 
+VALUES = 2**20  # numbers held at once while several quantiles are sought
 STEPS, CLOSE = 200, 1e-13  # of Newton's method at most, and the step, in standard deviations, that ends it
 
 
@@ -226,26 +227,49 @@ def quantiles(mixture: Mixture, levels: Sequence[float]) -> Tensor:
     spread = (mixture.aleatoric + mixture.epistemic).sqrt()
     spread = torch.where(spread.isfinite(), spread, most - least)
     found = []
-    for level in levels:
-        below, above = least, most
-        start = mixture.mean + spread * torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
-        place = start.clamp(least, most)
-        missed = torch.full_like(place, torch.inf)
-        for _ in range(STEPS):
-            value = mixture.cdf(place) - level
-            below, above = torch.where(value < 0, place, below), torch.where(value < 0, above, place)
-            step = place - value / mixture.density(place)
-            # Where a step leaves the bracket, or the last one did not halve what is missing, the bracket is halved.
-            fine = (step >= below) & (step <= above) & (2.0 * value.abs() <= missed)
-            moved = torch.where(fine, step, 0.5 * (below + above))
-            moved = torch.where(value == 0, place, moved)
-            missed = torch.where(fine, value.abs(), torch.inf)
-            near = (moved - place).abs() <= CLOSE * spread
-            place = moved
-            if near.all():
-                break
-        found.append(place)
-    return torch.stack(found)
+    for some in torch.tensor(levels, dtype=torch.float64).split(max(1, VALUES // mixture.centres.numel())):
+        level = some[:, None, None].expand(-1, *least.shape).flatten(0, 1)  # [l B, C]
+        start = (mixture.mean + spread * torch.special.ndtri(some)[:, None, None]).clamp(least, most).flatten(0, 1)
+        ends = (least.repeat(len(some), 1), most.repeat(len(some), 1))
+        place = _solved(tiled(mixture, len(some)), level, start, ends, CLOSE * spread.repeat(len(some), 1))
+        found.append(place.view(len(some), *least.shape))
+    return torch.cat(found)
+
+
+def tiled(mixture: Mixture, times: int) -> Mixture:
+    """The same mixture for its rows, again and again: [S, times B, C]."""
+    changed = {
+        name: value.repeat(1, times, 1)
+        for name, value in mixture._asdict().items()
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] > 1
+    }
+    if mixture.centres.shape[1] == 1:  # one row, which broadcasts in scales and not in means
+        first = mixture._fields[0]
+        changed[first] = getattr(mixture, first).repeat(1, times, 1)
+    again: Mixture = mixture._replace(**changed)
+    return again
+
+
+def _solved(
+    mixture: NormalMixture | StudentTMixture, level: Tensor, place: Tensor, ends: tuple[Tensor, Tensor], close: Tensor
+) -> Tensor:
+    """Where the distribution function reaches a level, all [B, C], from a first guess between two ends."""
+    below, above = ends
+    missed = torch.full_like(place, torch.inf)
+    for _ in range(STEPS):
+        value = mixture.cdf(place) - level
+        below, above = torch.where(value < 0, place, below), torch.where(value < 0, above, place)
+        step = place - value / mixture.density(place)
+        # Where a step leaves the bracket, or the last one did not halve what is missing, the bracket is halved.
+        fine = (step >= below) & (step <= above) & (2.0 * value.abs() <= missed)
+        moved = torch.where(fine, step, 0.5 * (below + above))
+        moved = torch.where(value == 0, place, moved)
+        missed = torch.where(fine, value.abs(), torch.inf)
+        near = ((moved - place).abs() <= close).all()
+        place = moved
+        if near:
+            break
+    return place
 
 
 def _bracket(mixture: NormalMixture | StudentTMixture, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -171,8 +171,8 @@ def save_reports(reports: dict[str, Report], folder: str | Path) -> None:
     facts = {name: _plain(report.to_dict()) for name, report in reports.items()}
     files = {
         f"{name.replace('/', '-')}-{kind}.svg": picture
-        for name, report in facts.items()
-        for kind, picture in pictures.draw(report).items()
+        for name, drawn in pictures.draw_all(facts).items()
+        for kind, picture in drawn.items()
     }
     whole = {"format": FORMAT, "version": VERSION, "reports": facts}
     files["report.json"] = json.dumps(whole, indent=2, allow_nan=False) + "\n"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bnn
-from bnn.evaluation import Figure, Report, evaluate, pictures, save_reports
+from bnn.evaluation import Figure, Report, evaluate, page, pictures, save_reports
 from bnn.likelihoods import Categorical, Gaussian
 from bnn.seeding import generator
 
@@ -80,7 +80,7 @@ def test_a_missing_error_has_a_note() -> None:
 def test_the_folder_holds_report_page_and_pictures_and_nothing_else(report: Report, tmp_path: Path) -> None:
     folder = tmp_path / "not" / "yet"
     report.save(folder)
-    drawn = pictures.draw(strict_json(folder / "report.json")["bank"])
+    drawn = pictures.draw_all(strict_json(folder / "report.json"))["bank"]
     assert drawn
     assert {path.name for path in folder.iterdir()} == {
         "report.json", "report.html", *(f"bank-{name}.svg" for name in drawn)
@@ -99,6 +99,13 @@ def test_json_holds_every_figure_as_it_is(report: Report, tmp_path: Path) -> Non
     assert found["seconds"] == report.seconds
     assert found["rows_per_second"] == ROWS / report.seconds
     assert found["headline"] == report.headline
+
+
+def test_the_page_is_drawn_from_the_json(report: Report, tmp_path: Path) -> None:
+    report.save(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html == page.render(strict_json(tmp_path / "report.json"))
+    assert all(f"<code>{name}</code>" in html for name in report.metrics)
 
 
 def test_saving_again_replaces_and_leaves_other_files(tmp_path: Path) -> None:
@@ -123,9 +130,9 @@ def test_several_banks_stand_side_by_side(tmp_path: Path) -> None:
     }
     names = {path.name for path in tmp_path.iterdir()}
     assert {"hmc <8>-reliability.svg", "runs-map-reliability.svg"} <= names
-    page = (tmp_path / "report.html").read_text()
-    assert "hmc &lt;8&gt;" in page
-    assert "<8>" not in page
+    html = (tmp_path / "report.html").read_text()
+    assert "hmc &lt;8&gt;" in html
+    assert "<8>" not in html
 
 
 def test_facts_about_the_run_go_into_the_json(tmp_path: Path) -> None:
