@@ -14,7 +14,8 @@ from bnn.likelihoods import normal_log_prob, poisson_log_prob, student_t_log_pro
 from bnn.metrics import mixture_cdf, mixture_log_prob
 
 VALUES = 2**20  # numbers held at once while several quantiles are sought
-STEPS, CLOSE = 200, 1e-13  # of Newton's method at most, and the step, in standard deviations, that ends it
+STEPS = 200  # of Newton's method at most
+CLOSE, ROUNDING = 1e-13, 1e-12  # a step in standard deviations, or what is missing of a level, that ends it
 
 
 class NormalMixture(NamedTuple):
@@ -260,12 +261,12 @@ def _solved(
         value = mixture.cdf(place) - level
         below, above = torch.where(value < 0, place, below), torch.where(value < 0, above, place)
         step = place - value / mixture.density(place)
+        there = value.abs() <= ROUNDING  # one step more, and what is missing is rounding
         # Where a step leaves the bracket, or the last one did not halve what is missing, the bracket is halved.
-        fine = (step >= below) & (step <= above) & (2.0 * value.abs() <= missed)
-        moved = torch.where(fine, step, 0.5 * (below + above))
-        moved = torch.where(value == 0, place, moved)
+        fine = (step >= below) & (step <= above) & (there | (2.0 * value.abs() <= missed))
+        moved = torch.where(fine, step, torch.where(there, place, 0.5 * (below + above)))
         missed = torch.where(fine, value.abs(), torch.inf)
-        near = ((moved - place).abs() <= close).all()
+        near = (there | ((moved - place).abs() <= close)).all()
         place = moved
         if near:
             break

@@ -286,7 +286,8 @@ class _Probes:
     def __init__(self, size: int, net: FunctionalModel) -> None:
         most = max(LEAST_PROBES, min(PROBES, JUDGED_VALUES // (16 * len(net.bank))))
         self._wanted = torch.linspace(0, max(size - 1, 0), min(most, max(size, 1)), dtype=torch.float64).round().long()
-        self._seen, self._kept = 0, []
+        self._seen = 0
+        self._kept: list[Any] = []
 
     def add(self, batch: Batch) -> None:
         here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(batch.y))] - self._seen
