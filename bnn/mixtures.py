@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -237,9 +237,12 @@ def quantiles(mixture: Mixture, levels: Sequence[float]) -> Tensor:
     return torch.cat(found)
 
 
-def tiled(mixture: Mixture, times: int) -> Mixture:
+Kind = TypeVar("Kind", bound="Mixture")
+
+
+def tiled(mixture: Kind, times: int) -> Kind:
     """The same mixture for its rows, again and again: [S, times B, C]."""
-    changed = {
+    changed: dict[str, Any] = {
         name: value.repeat(1, times, 1)
         for name, value in mixture._asdict().items()
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] > 1
@@ -247,8 +250,7 @@ def tiled(mixture: Mixture, times: int) -> Mixture:
     if mixture.centres.shape[1] == 1:  # one row, which broadcasts in scales and not in means
         first = mixture._fields[0]
         changed[first] = getattr(mixture, first).repeat(1, times, 1)
-    again: Mixture = mixture._replace(**changed)
-    return again
+    return mixture._replace(**changed)
 
 
 def _solved(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from bnn import metrics
 from bnn.evaluation.class_sums import ClassRows
 from bnn.evaluation.definitions import SCORES
-from bnn.evaluation.ranking import Kept, Outside, by_influence, by_resampling, ranked
+from bnn.evaluation.ranking import Kept, Outside, Ranked, by_influence, by_resampling, ranked
 from bnn.evaluation.report import Report
 from bnn.evaluation.views import Views
 
@@ -282,9 +283,7 @@ def _outside(sides: Sides) -> dict[str, tuple[Tensor, float | None]]:
     ):
         side = is_outside ^ (kind == "aupr_in")  # whose rows are the positives
 
-        def again(weight: Tensor, order=order, figure=figure, side=side) -> Tensor:  # type: ignore[no-untyped-def]
-            first = order.order[:1].expand(len(weight), -1)
-            return figure(Outside.of(weight.gather(1, first), side[first], order.last[:1]))
+        again = partial(_drawn_again, figure, order, side)
 
         values = figure(Outside.of(torch.ones_like(both), side[order.order], order.last))
         error = None
@@ -292,6 +291,12 @@ def _outside(sides: Sides) -> dict[str, tuple[Tensor, float | None]]:
             error = by_resampling(again, sizes) if kind == "fpr95" else by_influence(again, sizes)
         found[kind] = values, error
     return found
+
+
+def _drawn_again(figure: Callable[[Outside], Tensor], order: Ranked, side: Tensor, weight: Tensor) -> Tensor:
+    """A figure of the whole bank under weights [R, N + M] of rows."""
+    first = order.order[:1].expand(len(weight), -1)
+    return figure(Outside.of(weight.gather(1, first), side[first], order.last[:1]))
 
 
 def standard_error(values: Tensor) -> float | None:

@@ -45,8 +45,8 @@ class Outside(NamedTuple):
     def of(weight: Tensor, is_outside: Tensor, last: Tensor) -> Outside:
         """From weights [R, N + M] in the order of the scores, and which rows are from outside."""
         zero = torch.zeros_like(weight)
-        found = (torch.where(side, weight, zero).cumsum(dim=-1) for side in (~is_outside, is_outside))
-        return Outside(*found, last)
+        inside, outside = (torch.where(side, weight, zero).cumsum(dim=-1) for side in (~is_outside, is_outside))
+        return Outside(inside, outside, last)
 
     def auroc(self) -> Tensor:
         """P(score outside > score inside) + P(equal) / 2, [R]."""

@@ -114,4 +114,5 @@ class TargetSums:
 
 def _summed(weights: Tensor, values: Tensor) -> Tensor:
     """[r, K] and [K, ...] -> [r, ...]."""
-    return torch.tensordot(weights, values, dims=1)
+    found: Tensor = torch.tensordot(weights, values, dims=1)
+    return found

@@ -47,7 +47,7 @@ class Views(NamedTuple):
     @property
     def num_views(self) -> int:
         """V."""
-        return self.beginnings.stop
+        return int(self.beginnings.stop)
 
     def sets(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Sums that samples [K] stand in, int64 [r], and their weights in those, float64 [r, K]."""
