@@ -106,7 +106,7 @@ def test_no_block_escapes(page: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "reading-a-report", "applying", "throughput", "pitfalls", "cli",
+        "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "definitions", "reading-a-report", "applying", "throughput", "pitfalls", "cli",
         "priors-and-likelihoods", "own-guide", "diagnostics", "bank-tools",
         *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc", "nuts")),
     ],
