@@ -250,7 +250,7 @@ def tiled(mixture: Kind, times: int) -> Kind:
     if mixture.centres.shape[1] == 1:  # one row, which broadcasts in scales and not in means
         first = mixture._fields[0]
         changed[first] = getattr(mixture, first).repeat(1, times, 1)
-    return mixture._replace(**changed)
+    return mixture._replace(**changed)  # type: ignore[return-value]
 
 
 def _solved(

@@ -114,7 +114,7 @@ class TargetCollector:
             sums = torch.zeros(self.views.num_sums, rows.numel(), dtype=torch.float64)
             sums.index_add_(0, present, weights @ again.cdfs(rows).flatten(1))
             share = self.views.of(sums).view(-1, *some.shape) / total  # [V, l, B, C]
-            step = (share[1:] - share[:1]) / again.density(rows).view(some.shape)  # type: ignore[union-attr]
+            step = (share[1:] - share[:1]) / again.density(rows).view(some.shape)
             moved.append(
                 some - torch.maximum(torch.minimum(step, spread), -spread)
             )  # between modes there is no density
