@@ -83,7 +83,7 @@ def task(name: str, size: int, mnist: Path | None) -> tuple[FunctionalModel, Ten
     model = bnn.BayesianModel(
         module, prior=bnn.priors.FanIn(1.5), likelihood=bnn.likelihoods.Categorical(), num_data=len(y)
     )
-    bank = bnn.fit(model, (x[:1], y[:1]), method=bnn.inference.Prior(), num_samples=DISTINCT, progress=False)
+    bank = bnn.fit(model, (x, y), method=bnn.inference.Prior(), num_samples=DISTINCT, progress=False)
     return FunctionalModel(module, Repeated(bank, size)).settled(), x, y
 
 

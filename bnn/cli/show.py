@@ -114,7 +114,7 @@ def show_reports(
         table.add_row(name.replace("_", " "), *cells)
     if speed:
         table.add_row("rows/s", *(f"{report.rows_per_second:,.0f}" for report in reports.values()))
-    wide = 40 + 40 * len(reports)
+    wide = 40 + 80 * len(reports)  # where nobody reads along, lines are not broken
     Console(soft_wrap=False, highlight=False, width=None if lines.is_terminal else wide).print(table)
     lines.print("value ± standard error over rows (Monte Carlo error over samples)")
 
