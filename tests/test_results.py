@@ -34,7 +34,7 @@ def test_figures_of_the_methods_are_possible() -> None:
     for row in rows:
         mean, place = row["mean"], f"{row['task']}, {row['method']}"
         assert all(math.isfinite(value) for value in mean.values()), place
-        for name in ("accuracy", "ece", "ood_auroc", "coverage_90"):
+        for name in ("accuracy", "ece", "auroc", "coverage_90"):
             assert 0 <= mean.get(name, 0.5) <= 1, place
         prior = next(r["mean"] for r in rows if (r["task"], r["method"]) == (row["task"], "prior"))
         if row["task"] == "digits":

@@ -39,7 +39,8 @@ def evaluate(
         bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
     ] = False,
     unit: Annotated[str, typer.Option(help="Show information in nats or bits.")] = "nats",
-    num_bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,
+    num_bins: Annotated[int, typer.Option(help="Bins of the calibration errors.")] = 15,
+    figures: Annotated[str, typer.Option(help="all, or basic: the main figures alone, without curves.")] = "all",
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
     ] = None,
@@ -59,6 +60,7 @@ def evaluate(
     from bnn.functional import FunctionalModel
 
     choose("--unit", unit, ("nats", "bits"))
+    choose("--figures", figures, evaluation.FIGURES)
     common.check_device(device)
     common.check_folder("--report", report)
     opened = {path: Bank.open(path) for path in bank}
@@ -75,6 +77,7 @@ def evaluate(
             ood=outside,
             prior_shift=common.class_shares(found) if prior_shift else None,
             num_bins=num_bins,
+            figures=figures,  # type: ignore[arg-type]
             loc=dataset.units.loc,
             scale=dataset.units.scale,
         )

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from bnn.bank import Bank
-    from bnn.evaluation import Report
+    from bnn.evaluation import Figure, Report
     from bnn.evaluation.verdict import Diagnosis
 
 
@@ -103,27 +104,36 @@ def _posterior(sampling: Mapping[str, Any]) -> list[str]:
 def show_reports(
     reports: dict[str, Report], *, only: Sequence[str] = (), unit: str = "nats", speed: bool = False
 ) -> None:
-    """One row a bank, one column a figure; information in nats, or in bits."""
+    """The headline of each bank; then one row a figure, one column a bank; information in nats, or in bits."""
+    lines = Console(soft_wrap=True, highlight=False, markup=False)
+    for bank, report in reports.items():
+        lines.print(plain(f"{bank}: {report.headline}"))
     names = list(only) or list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
+    for bank in reports:
+        table.add_column(Text(plain(bank)), justify="left")
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+        cells = [_cell(report.metrics.get(name), unit) for report in reports.values()]
+        table.add_row(name.replace("_", " "), *cells)
     if speed:
-        table.add_column("rows/s", justify="right")
-    for bank, report in reports.items():
-        cells = []
-        for name in names:
-            figure = report.metrics.get(name)
-            divisor = math.log(2.0) if unit == "bits" and is_information(name) else 1.0
-            cells.append("" if figure is None else f"{figure.value / divisor:.4f}")
-        table.add_row(bank, *cells, *([f"{report.rows_per_second:,.0f}"] if speed else []))
-    Console(soft_wrap=False, highlight=False, width=None if Console().is_terminal else 200).print(table)
+        table.add_row("rows/s", *(f"{report.rows_per_second:,.0f}" for report in reports.values()))
+    wide = 40 + 80 * len(reports)  # where nobody reads along, lines are not broken
+    Console(soft_wrap=False, highlight=False, width=None if lines.is_terminal else wide).print(table)
+    lines.print("value ± standard error over rows (Monte Carlo error over samples)")
 
 
-def is_information(name: str) -> bool:
-    """Whether a figure is in nats."""
-    return "entropy" in name or name in ("mutual_information", "nll", "gibbs_nll")
+def _cell(figure: Figure | None, unit: str) -> str:
+    """A figure with its errors; of one without a value, why."""
+    if figure is None:
+        return ""
+    if figure.value is None:
+        return f"none: {plain(figure.note or '')[:60]}"
+    divisor = math.log(2.0) if unit == "bits" and figure.unit == "nats" else 1.0
+    found = f"{figure.value / divisor:.4f}"
+    if figure.standard_error is not None:
+        found += f" ± {figure.standard_error / divisor:.4f}"
+    return found + (f" ({figure.monte_carlo_error / divisor:.4f})" if figure.monte_carlo_error is not None else "")
 
 
 def size(num_bytes: float) -> str:
