@@ -142,7 +142,9 @@ def test_a_partial_bank_is_evaluated_with_the_values_it_was_fitted_beside(
     figures = []
     for how in ("--trust", "--model trained_nets:net"):
         assert bnn(f"evaluate --bank bank {how} --report r")[0] == 0
-        figures.append(json.loads((tmp_path / "r" / "report.json").read_text())["reports"]["bank"]["metrics"]["rmse"]["value"])
+        figures.append(
+            json.loads((tmp_path / "r" / "report.json").read_text())["reports"]["bank"]["metrics"]["rmse"]["value"]
+        )
     sys.modules.pop("trained_nets")
     assert figures[0] == figures[1]
 
@@ -387,7 +389,9 @@ def test_free_parameters_are_trained_and_evaluated_as_the_base(
     found = {}
     for name, base in (("plain", ""), ("folder", "--base trunk"), ("file", "--base trunk/free.safetensors")):
         assert bnn(f"evaluate --bank bank {base} --report {name}")[0] == 0
-        found[name] = json.loads((tmp_path / name / "report.json").read_text())["reports"]["bank"]["metrics"]["nll"]["value"]
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())["reports"]["bank"]["metrics"]["nll"][
+            "value"
+        ]
     assert found["folder"] == found["file"] == pytest.approx(expected, rel=1e-5)
     assert found["folder"] < found["plain"] - 0.1
     assert bnn(f"{words.replace('--free *', '--free 1.bias')} --out bias")[0] == 0
@@ -526,7 +530,9 @@ def test_a_balanced_bank_is_judged_at_natural_shares(bnn: Callable[..., tuple[in
     figures = {}
     for name, flag in (("plain", ""), ("shifted", "--prior-shift")):
         assert bnn(f"evaluate --bank bank {flag} --report {name}")[0] == 0
-        figures[name] = json.loads((tmp_path / name / "report.json").read_text())["reports"]["bank"]["metrics"]["nll"]["value"]
+        figures[name] = json.loads((tmp_path / name / "report.json").read_text())["reports"]["bank"]["metrics"]["nll"][
+            "value"
+        ]
     assert figures["shifted"] == pytest.approx(evaluate(net, data.test, prior_shift=shift).metrics["nll"].value)
     assert figures["plain"] == pytest.approx(evaluate(net, data.test).metrics["nll"].value)
     assert figures["shifted"] < figures["plain"] - 0.05
@@ -560,7 +566,9 @@ def test_units_of_information(bnn: Callable[..., tuple[int, str, str]], tmp_path
         factor = math.log(2) if kept["nats"][name]["unit"] == "nats" else 1.0
         in_bits = [float(number) * factor for number in shown["bits"][name]]
         assert in_bits == pytest.approx([float(number) for number in numbers], abs=2e-4), name
-        assert len(numbers) == 1 + sum(kept["nats"][name][e] is not None for e in ("standard_error", "monte_carlo_error"))
+        assert len(numbers) == 1 + sum(
+            kept["nats"][name][e] is not None for e in ("standard_error", "monte_carlo_error")
+        )
     code, _, err = bnn("evaluate --bank bank --unit hartley")
     assert code == 2
     assert "--unit: want one of nats, bits, got 'hartley'" in err
