@@ -148,12 +148,15 @@ class ClassCollector:
         of_bin = (gap[0] / filled)[place]  # mean gap of the bin of each row
         slope = 2.0 * of_bin * apart - of_bin.square()
         self._add(report, "rmsce", root, _of_root(slope, float(root[0])), bins=self.num_bins)
-        largest = (gap.abs() / bins[0].clamp_min(1)).max(dim=1)
-        worst = int(largest.indices[0])
-        inside = place == worst
-        influence = torch.where(inside, sign[worst] * apart - largest.values[0], torch.zeros_like(apart))
-        influence *= self.count / float(filled[worst])
-        self._add(report, "mce", largest.values, standard_error(influence), bins=self.num_bins)
+        largest = (gap.abs() / bins[0].clamp_min(1)).amax(dim=1)
+        member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
+
+        def again(weight: Tensor) -> Tensor:  # [R, N] -> [R]
+            return ((weight @ (member * apart[:, None])).abs() / (weight @ member).clamp_min(1)).amax(dim=1)
+
+        # Of the largest of several gaps, some of few rows, influences tell too little.
+        error = by_resampling(again, (self.count,)) if self.count > 1 else None
+        self._add(report, "mce", largest, error, bins=self.num_bins)
         self._add_adaptive(report, kept)
         assert self._own is not None
         own = self._own[1] - self._own[0]  # [1 + G, C, M]

@@ -36,7 +36,7 @@ DEFINITIONS: dict[str, Definition] = {
     "brier": Definition("mean of sum_c (p_c - 1[y = c])^2, in [0, 2]", "", False),
     "ece": Definition(f"expected calibration error, equal bins (a, b], the first closed; {_INFLUENCE}", "", False),
     "rmsce": Definition(f"root mean square calibration error, the same bins; {_INFLUENCE}", "", False),
-    "mce": Definition(f"maximum calibration error over filled bins, the same bins; {_INFLUENCE}", "", False),
+    "mce": Definition(f"maximum calibration error over filled bins, the same bins; {_RESAMPLED}", "", False),
     "ace": Definition(f"adaptive calibration error, bins of equally many rows, ties together; {_INFLUENCE}", "", False),
     "classwise_ece": Definition(
         f"mean over classes of the calibration error of their own probability, equal bins; {_INFLUENCE}", "", False
