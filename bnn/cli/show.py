@@ -121,14 +121,22 @@ def show_reports(
     wide = 40 + 80 * len(reports)  # where nobody reads along, lines are not broken
     Console(soft_wrap=False, highlight=False, width=None if lines.is_terminal else wide).print(table)
     lines.print("value ± standard error over rows (Monte Carlo error over samples)")
+    for bank, report in reports.items():
+        reasons: dict[str, list[str]] = {}
+        for name in names:
+            figure = report.metrics.get(name)
+            if figure is not None and figure.value is None:
+                reasons.setdefault(figure.note or "", []).append(name.replace("_", " "))
+        for why, missing in reasons.items():
+            lines.print(plain(f"{bank}: no {', '.join(missing)}: {why}"))
 
 
 def _cell(figure: Figure | None, unit: str) -> str:
-    """A figure with its errors; of one without a value, why."""
+    """A figure with its errors."""
     if figure is None:
         return ""
     if figure.value is None:
-        return f"none: {plain(figure.note or '')[:60]}"
+        return "none"
     divisor = math.log(2.0) if unit == "bits" and figure.unit == "nats" else 1.0
     found = f"{figure.value / divisor:.4f}"
     if figure.standard_error is not None:
