@@ -13,8 +13,9 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from bnn.bank import disk, files
+from bnn.bank import codecs, disk, files
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Codec
 from bnn.bank.shards import check_manifest, read_config, read_manifests
 from bnn.errors import (
     BankCorrupt,
@@ -115,6 +116,7 @@ class BankWriter:
         resume: go on with an unfinished bank of the same configuration; begin one where a writer was killed before
             its first commit.
         overwrite: replace a bank that is there.
+        codec: by which the blocks that are appended were coded; `config` has what `bank.json` says of it under `codec`.
 
     Raises:
         BankExists: the folder is there and neither `resume` nor `overwrite` was said.
@@ -136,15 +138,17 @@ class BankWriter:
         writer: str = "main",
         resume: bool = False,
         overwrite: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         if not fmt.WRITER_NAME.fullmatch(writer):
             raise ConfigError("writer", want="1 to 32 small letters, digits or '_'", got=repr(writer), fix="rename it")
-        self.path, self.layout, self.writer = Path(path), layout, writer
+        self.path, self.writer, self._codec = Path(path), writer, codec
+        self.layout = layout if codec is None else codec.stored
         self._columns = fmt.more_columns(config, "bank.json")
         self._config = {
             "format": fmt.FORMAT,
             "version": fmt.VERSION,
-            "requires": ["columns"] if self._columns else [],
+            "requires": [*(["codec"] if codec else []), *(["columns"] if self._columns else [])],
             "layout": layout.to_config(),
             "fingerprint": layout.fingerprint,
             **config,
@@ -160,7 +164,7 @@ class BankWriter:
         self.complete = False  # whether the part that was resumed had been marked so
         self._started = False
         self._announced = False  # whether its manifest is there
-        self._capacity = rows_per_shard(layout.num_bytes)
+        self._capacity = rows_per_shard(self.layout.num_bytes)
         self._thread: ThreadPoolExecutor | None = None  # that commits full shards
         self._dtypes = fmt.column_dtypes(self._columns)
         self._first_row_at = self._last_commit_at = time.monotonic()
@@ -463,6 +467,8 @@ class BankWriter:
             if self._base:
                 written = files.write_tensors(self.path / "base.safetensors", self._base, {})
                 fact = {"file": "base.safetensors", "bytes": written.bytes, "sha256": written.sha256}
+            if self._codec is not None:
+                self._codec.write(self.path)
             config = fmt.seal({**self._config, "base": fact}, "bank.json")
             raw = fmt.dump_json(config, "bank.json")
             if len(raw) > fmt.MAX_JSON_BYTES:
@@ -692,13 +698,18 @@ def _is_left_over(name: str, there: Sequence[str]) -> bool:
     """Whether a writer that was killed before its first commit leaves such a file: no bank loses anything with it."""
     locked = any(fmt.LOCK_NAME.fullmatch(other) for other in there)
     begun = locked and (name == "curve.csv" or name.startswith("events.out.tfevents."))
-    return begun or name == "base.safetensors" or name.startswith(".tmp-") or bool(fmt.LOCK_NAME.fullmatch(name))
+    return (
+        begun
+        or name in ("base.safetensors", codecs.FILE)
+        or name.startswith(".tmp-")
+        or bool(fmt.LOCK_NAME.fullmatch(name))
+    )
 
 
 def _is_own(name: str) -> bool:
     """Whether a file is a bank's, or one that training or a killed writer leaves beside it."""
     patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME, fmt.LOCK_NAME)
-    known = ("bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv")
+    known = ("bank.json", "base.safetensors", codecs.FILE, "model.safetensors", "free.safetensors", "curve.csv")
     begins = (".tmp-", "events.out.tfevents.")
     return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)
 
