@@ -1,33 +1,28 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, merge, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, thin, cast, merge, export and plan it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, plan
+from bnn.cli import common, plan, reduce
+from bnn.cli.reduce import BankPath, NewBank, bar
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bnn.bank import Bank
-    from bnn.bank.moving import Progress
     from bnn.data import DataSet
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check it, thin, merge or export it, and plan one.",
+    help="Look at a bank, check it, thin, cast, merge or export it, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-BankPath = Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")]
-NewBank = Annotated[Path, typer.Option(help="Folder for the new bank.")]
 
 
 @app.command()
@@ -57,9 +52,9 @@ def verify(
         opened = Bank.open(bank, verify="never")
         problems = opened.check_headers() + wrong_sizes(bank)
         if full and not problems:
-            with _bar("verify", "B") as progress:
+            with bar("verify", "B") as progress:
                 problems = verify_files(bank, progress)
-            with _bar("values", "sample") as progress:
+            with bar("values", "sample") as progress:
                 problems += opened.check_values(progress)
         problems += lost_shards(bank)
         unnamed = unnamed_shards(bank)
@@ -89,7 +84,7 @@ def repair(
     from bnn import bank as banks
     from bnn.cli.show import plain
 
-    with _bar("repair", "B") as progress:
+    with bar("repair", "B") as progress:
         found = banks.repair(bank, out, resumable=resumable, overwrite=overwrite, progress=progress)
     for file in found.files:
         if file.fate != "kept":
@@ -139,23 +134,8 @@ def diagnose(
     return 0 if found.trusted else 1
 
 
-@app.command()
-def thin(
-    bank: BankPath,
-    every: Annotated[int, typer.Option(help="Keep every n-th draw of each chain.")],
-    out: NewBank,
-    overwrite: common.Overwrite = False,
-    debug: common.Debug = False,
-) -> None:
-    """Keep every n-th draw of each chain in a new bank; of an ensemble every n-th sample."""
-    del debug
-    from bnn import bank as banks
-    from bnn.cli.show import show_bank
-
-    opened = banks.Bank.open(bank)
-    with _bar("thin", "sample") as progress:
-        found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)
-    show_bank(found)
+app.command("thin")(reduce.thin)
+app.command("cast")(reduce.cast)
 
 
 @app.command()
@@ -171,7 +151,7 @@ def merge(
     from bnn.cli.show import show_bank
 
     opened = [banks.Bank.open(path) for path in bank]
-    with _bar("merge", "sample") as progress:
+    with bar("merge", "sample") as progress:
         found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
     show_bank(found)
 
@@ -220,30 +200,16 @@ def export(
         banks.write_state_dict(opened, out, opened[index], overwrite=overwrite)
     elif mean:
         check_target(out, overwrite=overwrite)  # before a large bank is read
-        with _bar("mean", "sample") as progress:
+        with bar("mean", "sample") as progress:
             found = banks.mean(opened, progress=progress)
         banks.write_state_dict(opened, out, found, overwrite=overwrite)
     else:
-        with _bar("export", "B") as progress:
+        with bar("export", "B") as progress:
             banks.write_chains(opened, out, params=params or (), overwrite=overwrite, progress=progress)
     typer.echo(f"{out}: {size(out.stat().st_size)}")
 
 
 app.command("plan")(plan.plan)
-
-
-@contextmanager
-def _bar(title: str, unit: str) -> Iterator[Progress]:
-    """A bar on stderr, where that is a terminal, for what tells how much is done."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit=unit, unit_scale=unit == "B", delay=1.0, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def diagnosis_of(bank: Bank, rebuilt: tuple[nn.Module, DataSet] | None) -> Diagnosis:
