@@ -306,13 +306,15 @@ def test_no_exchange_makes_a_choice_better(seed: int) -> None:
 
 
 def test_a_choice_is_near_the_best_of_all() -> None:
-    ratios = []
+    """Among the best twentieth of all 495 choices each time, and now and then the best itself."""
+    ranks = []
     for seed in range(10):
         features = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed))
-        every = min(value_of(features, choice) for choice in itertools.combinations(range(12), 4))
-        ratios.append(value_of(features, reduction.chosen_of(features, 4)) / every)
-    assert min(ratios) > 0.999
-    assert sum(ratio < 1.001 for ratio in ratios) >= 5  # the best of 495 choices, in half of the cases or more
+        found = value_of(features, reduction.chosen_of(features, 4))
+        every = [value_of(features, choice) for choice in itertools.combinations(range(12), 4)]
+        ranks.append(sum(value < found * (1 - 1e-5) for value in every))
+    assert max(ranks) < 495 / 20, ranks
+    assert min(ranks) == 0
 
 
 @pytest.mark.parametrize("task", ["classes", "targets"])

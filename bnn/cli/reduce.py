@@ -63,7 +63,14 @@ def cast(
         net, x = _probe(opened, probe, model=model, root=data_root, trust=trust)
     with bar("cast", "sample") as progress:
         found = reduction.cast(
-            opened, out, codec=codec, net=net, x=x, max_kl=max_kl, overwrite=overwrite, progress=progress
+            opened,
+            out,
+            codec=codec,  # type: ignore[arg-type]  # chosen above
+            net=net,
+            x=x,
+            max_kl=max_kl,
+            overwrite=overwrite,
+            progress=progress,
         )
     show_bank(found)
 
