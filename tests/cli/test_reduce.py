@@ -90,7 +90,10 @@ def test_cast_above_the_bound_leaves_nothing(bnn: Call, tmp_path: Path) -> None:
     [
         ("bank cast kinds --codec zip --out new", "--codec: want one of bf16, fp16, int8, got 'zip'"),
         ("bank cast kinds --codec int8 --max-kl 1 --out new", "max_kl: want a probe set"),
-        ("bank cast kinds --codec int8 --probe digits --out new", "data: want rows of 2 values, as the bank was fitted to"),
+        (
+            "bank cast kinds --codec int8 --probe digits --out new",
+            "data: want rows of 2 values, as the bank was fitted to",
+        ),
         ("bank cast none --codec int8 --out new", "none: want a bank"),
         ("bank thin kinds --out new", "bank thin: want --every or --best, got neither"),
         ("bank thin kinds --every 2 --best 3 --out new", "bank thin: want --every or --best, got both"),
