@@ -5,7 +5,8 @@
 DIR lies on the disk that is measured; what is written there is removed. Decoding is compared with reading the same
 float32 rows from the disk, their pages given back before (`posix_fadvise`), and with `memcpy` of as many bytes; ways take
 turns, and a figure is the median of the turns. Coded rows are in the page cache, as they are after the first pass over a bank that is a
-quarter of the size; rows named "cold" are read from the disk too. Sizes and predictions are those of HMC on digits.
+quarter of the size; rows named "cold" are read from the disk too. Sizes and predictions are those of HMC on digits, and hang on no clock: `--parts` runs
+one of the two and joins what the JSON file has.
 """
 
 from __future__ import annotations
@@ -215,16 +216,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=400, help="of HMC on digits")
+    parser.add_argument("--parts", nargs="+", choices=("speeds", "predictions"), default=("speeds", "predictions"))
     options = parser.parse_args()
+    found: dict[str, Any] = {"machine": machine()}
+    if options.json is not None and options.json.exists():
+        found = {**json.loads(options.json.read_text()), **found}
     with tempfile.TemporaryDirectory(dir=options.out) as name:
-        rows = [
-            row
-            for width, size in ((90, 8192), (812, 256), (3300, 16))
-            for row in speeds(Path(name), width, size, options.repeats)
-        ]
-        found = predictions(Path(name), options.samples, (10, 25, 50, 100))
+        if "speeds" in options.parts:
+            found["rows"] = []
+            for width, size in ((90, 8192), (812, 256), (3300, 16)):
+                found["rows"] += speeds(Path(name), width, size, options.repeats)
+        if "predictions" in options.parts:
+            found["digits"] = predictions(Path(name), options.samples, (10, 20, 40, 80))
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows, "digits": found}, indent=2) + "\n")
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

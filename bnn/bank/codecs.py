@@ -32,7 +32,9 @@ FILE = "codec.safetensors"
 STEPS = 127  # of int8 on either side of the mean
 HALF_EXPONENT = 15  # float16 holds numbers below 2^16
 MOST_APART = 1e38  # from the mean: differences up to here, and their scales, are numbers of float32
-TILE = 2**16  # values decoded at once, whose float32 stay in the cache between one operation and the next
+# Values decoded at once: their float32 stay in the cache between one operation and the next, and from 2^15 on torch would
+# share each operation among threads, which costs more than it brings where these have other work.
+TILE = 32_000
 
 
 class Coding(NamedTuple):
