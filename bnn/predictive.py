@@ -237,6 +237,23 @@ def class_logits(
             yield indices, logits if asked.shift is None else _class_log_probs(found, asked)
 
 
+def by_sample(net: FunctionalModel, x: Any, *, likelihood: Likelihood | None = None) -> tuple[Tensor, Tensor | None]:
+    """What each sample says of one batch, float32: class probabilities [S, B, C] and None, or of a regression the mean of
+    each target and the variance of its noise, [S, B, C] both, in the units that the module was fitted in."""
+    asked = _asked(net, likelihood, None, 0.0, 1.0, (), False, None)
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    with torch.no_grad():
+        for _, block, found in _outputs(net, x, spread=False):
+            if asked.likelihood.task == "classification":
+                means.append(_class_log_probs(found, asked).exp().float().cpu())
+                continue
+            mean, variance = _moments(*_columns(found, block, asked), asked.likelihood)
+            means.append(mean.float())
+            variances.append((variance.expand_as(mean) * _widened(asked.likelihood)).float())
+    return torch.cat(means), torch.cat(variances) if variances else None
+
+
 def _asked(
     net: FunctionalModel,
     likelihood: Likelihood | None,
@@ -316,8 +333,7 @@ def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive
     for indices, block, found in _outputs(net, x, spread=asked.tolerance is not None):
         places, noise = _columns(found, block, asked)
         log_weight = spread.log_weight[indices]
-        means = places.exp() if isinstance(asked.likelihood, Poisson) else places
-        variances = means if isinstance(asked.likelihood, Poisson) else noise.square()
+        means, variances = _moments(places, noise, asked.likelihood)
         noise_variance = noise_variance + (log_weight.exp()[:, None, None] * variances).sum(dim=0)
         spread.add(indices, means)
         kept += [(places, noise, log_weight)] if asked.quantiles else []
@@ -326,9 +342,7 @@ def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive
             break
     mean = spread.mean()
     levels = {level: quantile(_mixture(kept, asked.likelihood), level) for level in asked.quantiles}
-    aleatoric = (noise_variance / spread.total).expand_as(mean).clone()
-    if isinstance(asked.likelihood, StudentT):  # whose variance is more than its scale squared, or infinite
-        aleatoric *= asked.likelihood.df / (asked.likelihood.df - 2.0) if asked.likelihood.df > 2.0 else torch.inf
+    aleatoric = (noise_variance / spread.total).expand_as(mean) * _widened(asked.likelihood)
     rows = torch.full((len(mean),), spread.count)
     return TargetPredictive(
         mean, aleatoric, spread.variance(), rows, spread.standard_error(), levels, torch.cat(raw) if raw else None
@@ -377,6 +391,21 @@ def joined(parts: Sequence[Mixture], log_weight: Tensor) -> Mixture:
     if isinstance(first, StudentTMixture):
         return StudentTMixture(torch.cat([part.locs for part in parts]), scales, log_weight, first.df)  # type: ignore[union-attr]
     return NormalMixture(torch.cat([part.means for part in parts]), scales, log_weight)  # type: ignore[union-attr]
+
+
+def _moments(places: Tensor, noise: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    """Mean and squared noise of the targets under each sample, from what `_columns` gives."""
+    if isinstance(likelihood, Poisson):
+        means = places.exp()
+        return means, means
+    return places, noise.square()
+
+
+def _widened(likelihood: Likelihood) -> float:
+    """What the noise variance is of the squared scale: of Student-t's noise more, or infinite."""
+    if not isinstance(likelihood, StudentT):
+        return 1.0
+    return likelihood.df / (likelihood.df - 2.0) if likelihood.df > 2.0 else torch.inf
 
 
 def _mixture(kept: list[tuple[Tensor, Tensor, Tensor]], likelihood: Likelihood) -> Mixture:

@@ -1,10 +1,10 @@
-"""Rows moved from banks to a new one: every n-th draw of the chains, or the samples of several banks."""
+"""Rows moved from banks to a new one: every n-th draw of the chains, chosen ones, coded ones, or those of several banks."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Codec
 from bnn.bank.reader import Bank
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankError, BankMismatch, ConfigError
@@ -33,6 +34,7 @@ OWN_KEYS = (
     "fingerprint",
     "base",
     "checksum",
+    "codec",
     "complete",
     "diagnostics",
     "resumable",
@@ -73,11 +75,46 @@ def thin(bank: Bank, out: str | Path, *, every: int, overwrite: bool = False, pr
         raise ConfigError("bank", want="at least one sample", got="none", fix="thin a bank that holds some")
     places = _places(bank.chain.numpy(), bank.draw.numpy())  # [S]
     kept = torch.from_numpy(places % every == 0)  # [S]
-    config = _kept_info(bank) | {"thinned": {"every": every, "of": bank.digest}}
-    writer = _writer(out, [bank], config, overwrite=overwrite)
-    return _pour(
-        writer, [bank], lambda _, first, block: _rows(block, kept[first : first + block.num_samples]), progress
-    )
+    return keep(bank, out, kept, {"every": every, "of": bank.digest}, overwrite=overwrite, progress=progress)
+
+
+def keep(
+    bank: Bank,
+    out: str | Path,
+    kept: Tensor,
+    record: Mapping[str, Any],
+    *,
+    alike: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bank:
+    """A new bank with the samples that `kept` [S] says, in their order; `record` is its `thinned`.
+
+    With `alike` they count alike in it, whatever their weights were.
+    """
+    writer = _writer(out, [bank], _kept_info(bank) | {"thinned": dict(record)}, overwrite=overwrite)
+
+    def chosen(number: int, first: int, block: Block) -> Block:
+        del number
+        rows = _rows(block, kept[first : first + block.num_samples])
+        return rows._replace(log_weight=torch.zeros_like(rows.log_weight)) if alike else rows
+
+    return _pour(writer, [bank], chosen, progress)
+
+
+def recode(
+    bank: Bank,
+    out: str | Path,
+    codec: Codec,
+    record: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bank:
+    """A new bank with the same rows, coded; columns stay as they are, and `record` is in its `codec`."""
+    config = _kept_info(bank) | {"codec": {**codec.fact(), **record}}
+    writer = _writer(out, [bank], config, overwrite=overwrite, codec=codec)
+    return _pour(writer, [bank], lambda _, first, block: block._replace(params=codec.encode(block.params)), progress)
 
 
 def merge(
@@ -278,7 +315,10 @@ def _base_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[
 
 
 def _kept_info(bank: Bank) -> dict[str, Any]:
-    return {key: value for key, value in bank.info.items() if key not in OWN_KEYS}
+    """What a new bank says as the old one did; of a coded one, also that its samples went through a codec."""
+    codec = bank.info.get("codec")
+    decoded = {} if codec is None else {"decoded": {"codec": codec["name"], "of": codec.get("of")}}
+    return {key: value for key, value in bank.info.items() if key not in OWN_KEYS} | decoded
 
 
 def _merged_info(banks: Sequence[Bank], kept: list[str], shares: Sequence[float] | None) -> dict[str, Any]:
@@ -318,13 +358,20 @@ def _name(bank: Bank, number: int) -> str:
     return f"bank {number}" if bank.path is None else str(bank.path)
 
 
-def _writer(out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, overwrite: bool) -> BankWriter:
+def _writer(
+    out: str | Path,
+    banks: Sequence[Bank],
+    config: dict[str, Any],
+    *,
+    overwrite: bool,
+    codec: Codec | None = None,
+) -> BankWriter:
     """The writer of a new bank, which is none of those that are read."""
     for bank in banks:
         if bank.path is not None:
             check_apart(Path(out), bank.path)
     base = {} if config.get("lost") else banks[0].base()  # lost: the new bank has none either, and says so
-    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite)
+    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite, codec=codec)
 
 
 def _pour(

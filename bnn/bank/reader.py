@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bnn.bank import files
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Codec, Coding
 from bnn.bank.shards import (
     Described,
     MappedShard,
@@ -41,7 +42,7 @@ RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before th
 class Bank(Sequence[Params]):
     """A fixed, ordered set of samples; open one with `Bank.open`, make one with `Bank.from_state_dicts`.
 
-    `len(bank)` is S, `bank[i]` the params of sample i (views, no copy), `bank.block(indices)` K of
+    `len(bank)` is S, `bank[i]` the params of sample i (views, no copy, unless they are coded), `bank.block(indices)` K of
     them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
     `log_joint` and `log_weight` are columns [S], `columns` those of the method beside. Chains of different
     writers are different chains: those of each further writer are numbered on from the last one's.
@@ -64,8 +65,11 @@ class Bank(Sequence[Params]):
         verify: Verify = "first-use",
         digest: str | None = None,
         base: Params | None = None,
+        coding: Coding | None = None,
     ) -> None:
         self.layout, self.info, self.path = layout, dict(info), path
+        self.stored = layout if coding is None else coding.stored  # the layout of the shards
+        self._coding = coding
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
         self._snapshot: Snapshot | None = None  # of a bank on disk, by which it knows itself again
         self._more = fmt.more_columns(self.info, "bank.json")
@@ -105,10 +109,11 @@ class Bank(Sequence[Params]):
         manifests = read_manifests(folder, described)
         if snapshot is not None:
             manifests = as_of(snapshot, manifests, identity, folder)
-        row_bytes = layout.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
-        base = config.get("base")
-        if base is not None and files.regular_size(folder / base["file"]) != base["bytes"]:
-            raise fmt.corrupt(str(folder / base["file"]), f"{base['bytes']} bytes", "another size, or no regular file")
+        row_bytes = described.stored.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
+        for fact in described.beside:
+            if files.regular_size(folder / fact["file"]) != fact["bytes"]:
+                got = "another size, or no regular file"
+                raise fmt.corrupt(str(folder / fact["file"]), f"{fact['bytes']} bytes", got)
         shards = []
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
@@ -129,6 +134,7 @@ class Bank(Sequence[Params]):
                     fix="restore the file from a copy, or make the bank again",
                 )
         facts = [layout.fingerprint, *(f["sha256"] for m in manifests for f in m["shards"])]
+        facts += [] if described.coding is None else [described.coding.sha256]
         info = {
             **config,
             "complete": bool(manifests) and all(m["complete"] for m in manifests),
@@ -140,7 +146,8 @@ class Bank(Sequence[Params]):
             raise BankMismatch(
                 str(folder), want="the rows that were opened", got="others", fix="open it anew with Bank.open"
             )
-        bank = Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
+        coding = described.coding
+        bank = Bank(shards, layout, info, path=folder, verify=verify, digest=digest, coding=coding)
         marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
         bank._snapshot = Snapshot(identity, marks, digest)
         if verify == "full":
@@ -257,8 +264,8 @@ class Bank(Sequence[Params]):
         if opened is None:
             opened = self._opened[place] = self._rows(place)
         params = dict(opened[row]) if isinstance(opened, list) else {name: t[row] for name, t in opened.items()}
-        self._count(place, self.layout.num_bytes)
-        return params
+        self._count(place, self.stored.num_bytes)
+        return params if self._coding is None else self._codec.decode(params)
 
     def block(self, indices: Sequence[int] | slice | Tensor) -> Block:
         """K samples stacked, in the order of `indices`: views where they are neighbours in one shard, or every n-th of it.
@@ -283,7 +290,7 @@ class Bank(Sequence[Params]):
             even = step > 0 and bool((np.diff(local) == step).all())
             pick = slice(int(local[0]), int(local[-1]) + 1, step) if even else torch.from_numpy(local)
             tensors = {name: self._tensor(int(places[0]), name)[pick] for name in names}
-            self._count(int(places[0]), self.layout.num_bytes * len(rows))
+            self._count(int(places[0]), self.stored.num_bytes * len(rows))
         else:
             tensors = self._gather(rows, places, names)
         chain = tensors["@chain"]
@@ -310,21 +317,29 @@ class Bank(Sequence[Params]):
             return None
         names = (*self.layout.names, *self._columns)
         tensors = {name: self._tensor(place, name)[first : last + 1 : step] for name in names}
-        self._count(place, self.layout.num_bytes * count)
+        self._count(place, self.stored.num_bytes * count)
         chain = tensors["@chain"]
         return self._block_of(tensors, chain if self._num_writers == 1 else chain + self._first_chains[place])
 
     def _block_of(self, tensors: dict[str, Tensor], chain: Tensor) -> Block:
         params = {name: tensors[name] for name in self.layout.names}
+        if self._coding is not None:
+            params = self._codec.decode(params)
         more = {name: tensors[f"@{name}"] for name in self._more}
         return Block(params, chain, tensors["@draw"], tensors["@log_joint"], tensors["@log_weight"], more)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
-        """The bank from first to last in blocks of at most `size`, with their first index; never a copy."""
+        """The bank from first to last in blocks of at most `size`, with their first index; a copy only where they are coded."""
         for place, shard in enumerate(self._shards):
             first = int(self._firsts[place])
             for start in range(0, shard.rows, size):
                 yield first + start, self.block(slice(first + start, first + min(start + size, shard.rows)))
+
+    @cached_property
+    def _codec(self) -> Codec:
+        assert self._coding is not None
+        assert self.path is not None
+        return self._coding.read(self.path)
 
     @cached_property
     def chain(self) -> Tensor:
@@ -396,7 +411,9 @@ class Bank(Sequence[Params]):
                 got="none: base.safetensors was lost before this bank was repaired",
                 fix="give them again: --base, or bnn.FunctionalModel with a module that has them",
             )
-        return {} if self.path is None else Described(self.info, self.layout, self._more).base(self.path)
+        if self.path is None:
+            return {}
+        return Described(self.info, self.layout, self._more, self._coding).base(self.path)
 
     def check_headers(self) -> list[str]:
         """Compare the header of every shard with manifest and layout; one line a shard that differs."""
@@ -474,7 +491,7 @@ class Bank(Sequence[Params]):
 
     def _gather(self, rows: np.ndarray, places: np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:
         """Rows from several shards: one indexed copy a shard and entry."""
-        shapes = {e.name: (e.dtype, e.shape) for e in self.layout.entries}
+        shapes = {e.name: (e.dtype, e.shape) for e in self.stored.entries}
         shapes |= {name: (dtype, ()) for name, dtype in self._columns.items()}
         tensors = {name: torch.empty(len(rows), *shapes[name][1], dtype=shapes[name][0]) for name in names}
         for place in np.unique(places).tolist():
@@ -482,7 +499,7 @@ class Bank(Sequence[Params]):
             local = torch.from_numpy(rows[here] - self._firsts[place])
             for name in names:
                 tensors[name][torch.from_numpy(here)] = self._tensor(place, name)[local]
-            self._count(place, self.layout.num_bytes * len(here))
+            self._count(place, self.stored.num_bytes * len(here))
         return tensors
 
     def _count(self, place: int, num_bytes: int) -> None:
@@ -490,7 +507,7 @@ class Bank(Sequence[Params]):
         shard = self._shards[place]
         if isinstance(shard, MemoryShard):
             return
-        most = shard.rows * self.layout.num_bytes
+        most = shard.rows * self.stored.num_bytes
         self._touched[place] = min(self._touched.pop(place, 0) + num_bytes + FOLIO_BYTES, most)
         while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
             oldest, _ = self._touched.popitem(last=False)
@@ -499,5 +516,5 @@ class Bank(Sequence[Params]):
 
 def _is_resumable(config: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a fit can go on behind the rows of every writer: a state follows them, or there are none yet."""
-    is_copy = any(key in config for key in ("thinned", "merged", "lost"))
+    is_copy = any(key in config for key in ("thinned", "merged", "lost", "codec"))
     return not is_copy and all(m["state"] is not None or not m["rows"] for m in manifests)

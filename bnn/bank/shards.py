@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Coding, coding_of
 from bnn.errors import BankError, BankLimit, BankMismatch, BankNotFound
 from bnn.layout import Layout
 
@@ -49,6 +50,7 @@ class Described(NamedTuple):
     config: dict[str, Any]
     layout: Layout
     columns: tuple[str, ...]
+    coding: Coding | None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,9 +62,19 @@ class Described(NamedTuple):
         """The checksum of `bank.json`, by which its files know it; None in version 1."""
         return self.config.get("checksum")
 
+    @property
+    def stored(self) -> Layout:
+        """The layout of the shards: in other dtypes where samples are coded."""
+        return self.layout if self.coding is None else self.coding.stored
+
+    @property
+    def beside(self) -> list[dict[str, Any]]:
+        """What `bank.json` says of the files that a bank has once."""
+        return [fact for fact in (self.config.get("base"), self.config.get("codec")) if fact is not None]
+
     def origin(self, writer: str) -> Origin:
         """What the shards of a writer must say of themselves."""
-        return Origin(self.layout, self.columns, writer, self.identity)
+        return Origin(self.stored, self.columns, writer, self.identity)
 
     def base(self, folder: Path) -> dict[str, Tensor]:
         """Parameters outside the sample and buffers.
@@ -119,7 +131,8 @@ def read_config(folder: Path) -> Described:
         or type(base.get("bytes")) is not int
     ):
         raise fmt.corrupt(str(path), "base.safetensors and its sha256 as 'base'", repr(base)[:100])
-    described = Described(config, layout, fmt.more_columns(config, str(path)))
+    coding = coding_of(config, layout, str(path))
+    described = Described(config, layout, fmt.more_columns(config, str(path)), coding)
     if len(set(described.names)) < len(described.names):
         raise fmt.corrupt(str(path), "entries that are no columns", repr(described.names)[:200])
     return described
@@ -145,7 +158,7 @@ def _layout_of(config: Any, place: str) -> Layout:
 class Origin(NamedTuple):
     """What the shards of one writer must say of themselves."""
 
-    layout: Layout
+    layout: Layout  # as it is stored
     columns: tuple[str, ...]
     writer: str
     bank: str | None  # the checksum of bank.json; None in banks of version 1, whose shards do not name it
@@ -372,10 +385,9 @@ def lost_shards(folder: Path) -> list[str]:
 
 
 def wrong_sizes(folder: Path) -> list[str]:
-    """One line for each base or state that has not the size that `bank.json` or its manifest says."""
+    """One line for each base, codec or state that has not the size that `bank.json` or its manifest says."""
     described = read_config(folder)
-    base = described.config.get("base")
-    problems = _of_other_size(folder, base) if base else []
+    problems = [line for fact in described.beside for line in _of_other_size(folder, fact)]
     for manifest in read_manifests(folder, described):
         state = manifest["state"]
         while state is not None and (found := _of_other_size(folder, state)):
@@ -402,7 +414,6 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
         progress: told after each step how many bytes are read, and how many there are.
     """
     described = read_config(folder)
-    base = described.config.get("base")
     manifests = read_manifests(folder, described)
     done, total = 0, sum(fact["bytes"] for manifest in manifests for fact in manifest["shards"])
 
@@ -412,7 +423,7 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
         if progress is not None:
             progress(min(done, total), total)
 
-    problems = _differing(folder, [base] if base else [], told)
+    problems = _differing(folder, described.beside, told)
     for manifest in manifests:
         problems += _differing(folder, manifest["shards"], told)
         state, found = manifest["state"], list[str]()

@@ -1,4 +1,4 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, merge, stack, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, thin, cast, merge, stack, export and plan it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, loo, plan
+from bnn.cli import common, loo, plan, reduce
+from bnn.cli.reduce import BankPath, NewBank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,13 +19,10 @@ if TYPE_CHECKING:
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check and judge it, thin, merge, stack or export it, and plan one.",
+    help="Look at a bank, check and judge it, thin, cast, merge, stack or export it, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-BankPath = Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")]
-NewBank = Annotated[Path, typer.Option(help="Folder for the new bank.")]
 
 
 @app.command()
@@ -136,23 +134,8 @@ def diagnose(
     return 0 if found.trusted else 1
 
 
-@app.command()
-def thin(
-    bank: BankPath,
-    every: Annotated[int, typer.Option(help="Keep every n-th draw of each chain.")],
-    out: NewBank,
-    overwrite: common.Overwrite = False,
-    debug: common.Debug = False,
-) -> None:
-    """Keep every n-th draw of each chain in a new bank; of an ensemble every n-th sample."""
-    del debug
-    from bnn import bank as banks
-    from bnn.cli.show import show_bank
-
-    opened = banks.Bank.open(bank)
-    with common.bar("thin", "sample") as progress:
-        found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)
-    show_bank(found)
+app.command("thin")(reduce.thin)
+app.command("cast")(reduce.cast)
 
 
 @app.command()

@@ -20,7 +20,7 @@ def show_bank(bank: Bank) -> None:
     """What a bank is, in a few lines."""
     method, data, model, likelihood = (bank.info.get(key) or {} for key in ("method", "data", "model", "likelihood"))
     lines = [
-        f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {size(len(bank) * bank.layout.num_bytes)}",
+        f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {size(len(bank) * bank.stored.num_bytes)}",
         f"method      {method.get('name', 'not recorded')} {_options(method.get('options') or {})}",
         f"model       {model.get('spec', 'not recorded')}",
         f"data        {data['spec'] + ', split ' + str(data.get('split')) if 'spec' in data else 'not recorded'}",
@@ -45,7 +45,14 @@ def _made_of(info: Mapping[str, Any]) -> list[str]:
     """Lines where a bank was made of others, or of what was left of one."""
     lines = []
     thinned, merged, lost = info.get("thinned"), info.get("merged"), info.get("lost")
-    if isinstance(thinned, dict):
+    codec, decoded = info.get("codec"), info.get("decoded")
+    if isinstance(codec, dict):
+        lines += _coded(codec)
+    if isinstance(decoded, dict):
+        lines.append(f"decoded     from {decoded.get('codec')}, of {str(decoded.get('of'))[:12]}")
+    if isinstance(thinned, dict) and "best" in thinned:
+        lines += _best(thinned)
+    elif isinstance(thinned, dict):
         lines.append(f"thinned     every {thinned.get('every')} draws, of {str(thinned.get('of'))[:12]}")
     if isinstance(merged, list):
         parts = [one if isinstance(one, dict) else {} for one in merged]
@@ -58,6 +65,41 @@ def _made_of(info: Mapping[str, Any]) -> list[str]:
     if isinstance(lost, list):
         lines.append(f"lost        {', '.join(str(name) for name in lost[:8])}")
     return lines
+
+
+def _coded(codec: Mapping[str, Any]) -> list[str]:
+    """What a codec did to the samples, and to predictions."""
+    lines = [f"codec       {codec.get('name')}, of {str(codec.get('of'))[:12]}"]
+    errors = {name: value for name, value in (codec.get("errors") or {}).items() if isinstance(value, (int, float))}
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        lines.append(f"error       at most {errors[worst]:.2g} standard deviations, in '{worst}'")
+    predictive = codec.get("predictive") or {}
+    for name in ("kl", "total_variation", "shift"):
+        if isinstance(predictive.get(name), dict):
+            told = f"{_distance(name, predictive[name])}, on {predictive.get('rows')} rows"
+            lines.append(f"{name.replace('_', ' '):11} {told}")
+    return lines
+
+
+def _best(thinned: Mapping[str, Any]) -> list[str]:
+    """What the best few samples are worth, beside others of the same number."""
+    lines = [f"thinned     the best {thinned.get('best')}, of {str(thinned.get('of'))[:12]}"]
+    for name in ("kl", "total_variation", "shift"):
+        ways = thinned.get(name)
+        if isinstance(ways, dict):
+            told = [f"{way} {_distance(name, ways[way])}" for way in ("best", "plain", "random") if way in ways]
+            lines.append(f"{name.replace('_', ' '):11} {'; '.join(told)}")
+    return lines
+
+
+def _distance(name: str, found: Any) -> str:
+    """Mean and largest distance of predictives over rows, with its unit."""
+    mean, largest = (found.get(word) if isinstance(found, dict) else None for word in ("mean", "largest"))
+    if not isinstance(mean, (int, float)) or not isinstance(largest, (int, float)):
+        return "not recorded"
+    unit = {"kl": " nats", "shift": " sd"}.get(name, "")
+    return f"{mean:.2g} (at most {largest:.2g}){unit}"
 
 
 def plain(line: str) -> str:
