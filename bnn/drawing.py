@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +18,16 @@ from bnn.layout import Layout
 from bnn.likelihoods import likelihood_from_config
 from bnn.machine import threads
 from bnn.priors import FanIn, Normal, Unknown
-from bnn.seeding import generator
+from bnn.seeding import derive, generator
 from bnn.space import Space
 from bnn.types import Params
 
 NORMAL_FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "full-rank")
 VIRTUAL_FAMILIES: tuple[str, ...] = ("prior", *NORMAL_FAMILIES)
 VIRTUAL_DRAWS: tuple[str, ...] = ("random", "antithetic")
+
+PIECE = 2**16  # normals made and scaled at once: 256 KiB, about a cache
+LEAST_PIECE = 16  # torch makes normals by sixteens, and fewer in another way: the last piece is longer, not shorter
 
 CORRELATION = {"low-rank": "factor", "full-rank": "lower"}  # what a family has beside loc and scale
 
@@ -66,43 +71,68 @@ class GuideDraws:
     antithetic: bool = False
 
     def one(self, index: int) -> Params:
-        return self.space.values(self.flat([index])[0])
+        row = torch.empty_like(self.tensors["loc"])
+        self._make(row, index)
+        return self.space.values(row)
 
     def several(self, indices: Sequence[int]) -> Params:
         return self.space.values(self.flat(indices))
 
     def flat(self, indices: Sequence[int]) -> Tensor:
         """u of K samples, [K, P]."""
-        loc, scale = self.tensors["loc"], self.tensors["scale"]
+        loc = self.tensors["loc"]
         found = torch.empty(len(indices), len(loc), dtype=loc.dtype)  # [K, P]
+        for row, index in zip(found.unbind(), indices, strict=True):
+            self._make(row, index)
+        return found
+
+    def _make(self, row: Tensor, index: int) -> None:
+        """Put u of a sample into a row [P]."""
+        loc, scale, size = self.tensors["loc"], self.tensors["scale"], len(row)
+        pair, second = divmod(index, 2) if self.antithetic else (index, 0)
+        source = _generator().manual_seed(derive(self.seed, "draw", pair))
         if "factor" in self.tensors or "lower" in self.tensors:
             with threads(1):
-                for row, index in zip(found.unbind(), indices, strict=True):
-                    self._correlated(row, index)
-        else:
-            for row, index in zip(found.unbind(), indices, strict=True):
-                self._fill(row, index)
-        return found.mul_(scale).add_(loc)
+                self._correlated(row, source, bool(second))
+            row.mul_(scale).add_(loc)
+            return
+        if size < PIECE + LEAST_PIECE:
+            _scaled_normals(row, source, bool(second), scale, loc)
+            return
+        cuts = [*range(0, size - LEAST_PIECE, PIECE), size]
+        for start, stop in pairwise(cuts):  # pieces that a cache holds: the normals are those of one call
+            here = slice(start, stop)
+            _scaled_normals(row[here], source, bool(second), scale[here], loc[here])
 
-    def _fill(self, normals: Tensor, index: int) -> None:
-        """Put the normals of a sample into a row [P], or [P + R]."""
-        pair, second = divmod(index, 2) if self.antithetic else (index, 0)
-        normals.normal_(generator=generator(self.seed, "draw", pair))
-        if second:
-            normals.neg_()
-
-    def _correlated(self, row: Tensor, index: int) -> None:
+    def _correlated(self, row: Tensor, source: torch.Generator, negated: bool) -> None:
         """Put z + c of a sample into a row [P]."""
         size = len(row)
+        extra = self.tensors["factor"].shape[1] if "factor" in self.tensors else 0
+        normals = torch.empty(size + extra, dtype=row.dtype).normal_(generator=source)
+        if negated:
+            normals.neg_()
         if "factor" in self.tensors:
-            factor = self.tensors["factor"]
-            normals = torch.empty(size + factor.shape[1], dtype=row.dtype)
-            self._fill(normals, index)
-            torch.add(normals[:size], factor.mv(normals[size:].clone()), out=row)
+            torch.add(normals[:size], self.tensors["factor"].mv(normals[size:].clone()), out=row)
         else:
-            normals = torch.empty(size, dtype=row.dtype)
-            self._fill(normals, index)
             torch.add(normals, self.tensors["lower"].mv(normals), out=row)
+
+
+def _scaled_normals(row: Tensor, source: torch.Generator, negated: bool, scale: Tensor, loc: Tensor) -> None:
+    row.normal_(generator=source)
+    if negated:
+        row.neg_()
+    row.mul_(scale).add_(loc)
+
+
+_own = threading.local()
+
+
+def _generator() -> torch.Generator:
+    """This thread's generator, to be seeded before each use: making one takes as long as some hundred normals."""
+    if not hasattr(_own, "source"):
+        _own.source = torch.Generator()
+    source: torch.Generator = _own.source
+    return source
 
 
 @dataclass(frozen=True)

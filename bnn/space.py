@@ -39,12 +39,12 @@ class Space:
         return params, log_jacobian
 
     def values(self, flat: Tensor) -> Params:
-        """u [P] or [K, P] -> params as banks keep them: each sample has the same bits whatever stands beside it.
+        """Contiguous u [P] or [K, P] -> params as banks keep them: each sample has the same bits whatever stands beside it.
 
         Sums and products of two numbers are rounded in one way only. How an exponential is depends on its place in a
         vector, so that each sample gets a call of its own.
         """
-        params = self.layout.unflatten(flat)
+        params = self.layout.cut(flat)
         for unknown in self.unknowns:
             logs = params[unknown.name]
             several = logs.dim() and len(logs)
@@ -65,7 +65,7 @@ class Space:
         if not self.scaled:
             return []
         found = []
-        pieces = dict(zip(self.layout.names, flat.split([e.numel for e in self.layout.entries], dim=-1), strict=True))
+        pieces = dict(zip(self.layout.names, flat.split(self.layout.sizes, dim=-1), strict=True))
         for entry, place in self.scaled:
             scale = place.scale * params[place.unknown.name]  # type: ignore[union-attr]
             z = pieces[entry.name].reshape((*flat.shape[:-1], *entry.shape))  # rounded once, after scaling

@@ -233,6 +233,23 @@ def test_draws_are_normal_with_the_mean_and_covariance_of_the_guide(family: str)
         assert float(echo.abs().max()) < 4 / (count - lag) ** 0.5
 
 
+@pytest.mark.parametrize("size", [3, 2**16 + 15, 2**16 + 16, 2 * 2**16 + 7, 3 * 2**16, 3 * 2**16 + 17])
+def test_pieces_have_the_normals_of_one_call(size: int) -> None:
+    """Around the ends of pieces that a cache holds; of two samples beside each other."""
+    likelihood = Gaussian(1.0)
+    layout = BayesianModel(nn.Linear(size, 1, bias=False), prior=Normal(), likelihood=likelihood, num_data=1).layout
+    tensors = {
+        "loc": torch.randn(size, generator=generator(8)),
+        "scale": torch.rand(size, generator=generator(9)) + 0.2,
+    }
+    said = {"prior": Normal().to_config(), "likelihood": likelihood.to_config()}
+    found = draws_of(layout, family="mean-field", draws="antithetic", seed=3, tensors=tensors, **said)
+    z = torch.randn(size, generator=generator(3, "draw", 2))
+    pair = found.several([4, 5])["weight"][:, 0]  # [2, P]
+    assert torch.equal(pair[0], z * tensors["scale"] + tensors["loc"])
+    assert torch.equal(pair[1], -z * tensors["scale"] + tensors["loc"])
+
+
 def test_antithetic_draws_are_mirrored_in_pairs() -> None:
     flat, tensors = flat_draws("full-rank", 9, "antithetic")
     off = flat - tensors["loc"]

@@ -272,7 +272,7 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
         return family_loss(family, model, batch, weight, normals, options)
 
     def draw(indices: range) -> Params:
-        return model.space.values(_draw(family, options, model, seed, indices).cpu())  # [K, P]
+        return model.space.values(_draw(family, options, model, seed, indices).cpu().contiguous())  # [K, P]
 
     return Fitted(family.parameters, loss, draw, lambda step: nullcontext())
 
