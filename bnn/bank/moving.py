@@ -38,6 +38,7 @@ OWN_KEYS = (
     "complete",
     "diagnostics",
     "resumable",
+    "virtual",
 )
 
 
@@ -184,6 +185,38 @@ def merge(
         )
 
     return _pour(writer, banks, renumbered, progress)
+
+
+def materialise(bank: Bank, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bank:
+    """The ordinary bank of a virtual one: every sample made once and written, block by block.
+
+    Its shards are, byte for byte, those of the fit without `virtual`; its `bank.json` says what that one's does.
+
+    Args:
+        bank: a virtual bank of S samples, of whatever length it was given.
+        out: folder of the new bank.
+        overwrite: replace a bank at `out`.
+        progress: told after each block how many samples are written, and S.
+
+    Raises:
+        ConfigError: the bank is not virtual, or `out` is the bank itself.
+        BankExists: something is at `out`.
+
+    Examples:
+        >>> import bnn, tempfile, torch
+        >>> model = bnn.BayesianModel(torch.nn.Linear(3, 2), prior=bnn.priors.Normal(),
+        ...                           likelihood=bnn.likelihoods.Categorical(), num_data=4)
+        >>> data = torch.zeros(4, 3), torch.tensor([0, 1, 1, 0])
+        >>> bank = bnn.fit(model, data, method=bnn.inference.Prior(), num_samples=7, virtual=True)
+        >>> torch.equal(materialise(bank, tempfile.mkdtemp())[6]["bias"], bank[6]["bias"])
+        True
+    """
+    if not isinstance(bank.info.get("virtual"), dict):
+        raise ConfigError(
+            str(bank.path or "bank"), want="a virtual bank", got="one that keeps its rows", fix="copy it with thin"
+        )
+    writer = _writer(out, [bank], _kept_info(bank), overwrite=overwrite)
+    return _pour(writer, [bank], lambda _, __, block: block, progress)
 
 
 def check_apart(out: Path, path: Path) -> None:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from bnn.bank.shards import (
     verify_files,
 )
 from bnn.bank.snapshot import Snapshot, as_of
+from bnn.bank.virtual import VirtualBank, is_virtual, open_virtual
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, choose
 from bnn.layout import Layout, layout_of
@@ -82,30 +83,36 @@ class Bank(Sequence[Params]):
     # Ways to make one
 
     @staticmethod
-    def open(path: str | Path, *, verify: Verify = "first-use") -> Bank:
+    def open(path: str | Path, *, verify: Verify = "first-use", allow_other_device: bool = False) -> Bank:
         """Open a bank for reading: no lock is taken, nothing written, and later commits are not seen.
 
         Args:
             path: the folder.
             verify: `"first-use"` compares the crc32 of a tensor when it is first touched, `"full"`
-                the sha256 of every file now, `"never"` nothing but sizes and headers.
+                the sha256 of every file now, `"never"` nothing but sizes and headers. Of a virtual bank the guide's
+                file and sample 0 are compared now, but for `"never"`.
+            allow_other_device: open a virtual bank also on a CPU or with a torch on which its samples were not made;
+                warns (`OtherDevice`) where sample 0 has other bits here.
 
         Raises:
             BankNotFound: no such folder, or no bank in it.
             BankCorrupt: a file is missing, cut or altered.
-            BankMismatch: a file of another bank stands among its own.
+            BankMismatch: a file of another bank stands among its own; a virtual bank was made on another device.
             BankLimit: it would take more memory than its shards account for.
-            BankError: a newer format.
+            BankError: a newer format, or a virtual bank whose fit is not finished.
         """
         choose("verify", verify, ("first-use", "never", "full"))
-        return Bank._open(Path(path), verify, None)
+        return Bank._open(Path(path), verify, None, allow_other_device)
 
     @staticmethod
-    def _open(folder: Path, verify: Verify, snapshot: Snapshot | None) -> Bank:
+    def _open(folder: Path, verify: Verify, snapshot: Snapshot | None, allow_other_device: bool = False) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached."""
         known = files.identity(folder)
         described = read_config(folder)
         config, layout, identity = described.config, described.layout, described.identity
+        if snapshot is None and is_virtual(config):
+            made = open_virtual(folder, described, verify=verify != "never", allow_other_device=allow_other_device)
+            return cast(Bank, made)  # the same interface, and registered below as one
         manifests = read_manifests(folder, described)
         if snapshot is not None:
             manifests = as_of(snapshot, manifests, identity, folder)
@@ -512,6 +519,9 @@ class Bank(Sequence[Params]):
         while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
             oldest, _ = self._touched.popitem(last=False)
             self._shards[oldest].release()  # type: ignore[attr-defined]
+
+
+Bank.register(VirtualBank)  # which shares no code with it, only the interface
 
 
 def _is_resumable(config: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> bool:

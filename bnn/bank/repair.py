@@ -11,6 +11,7 @@ from bnn.bank import format as fmt
 from bnn.bank.moving import check_apart
 from bnn.bank.reader import Bank
 from bnn.bank.shards import Described, open_shard, read_config, read_manifest
+from bnn.bank.virtual import is_virtual
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankError
 from bnn.types import Block, Params, State
@@ -91,6 +92,10 @@ def repair(
     if damaged.identity is None:
         raise BankError(
             str(folder), want="a bank of version 2, whose shards carry checksums", got="version 1", fix="restore a copy"
+        )
+    if is_virtual(damaged.config):
+        raise BankError(
+            str(folder), want="a bank that keeps rows", got="a virtual bank", fix="restore a copy, or fit it again"
         )
     names = files.names(folder)
     patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME)

@@ -109,7 +109,18 @@ def read_config(folder: Path) -> Described:
     layout = _layout_of(config.get("layout"), str(path))
     if layout.fingerprint != config.get("fingerprint"):
         raise fmt.corrupt(str(path), "the fingerprint of its layout", repr(config.get("fingerprint"))[:100])
-    for key in ("method", "model", "data", "prior", "likelihood", "base", "sampling", "provenance", "versions"):
+    for key in (
+        "method",
+        "model",
+        "data",
+        "prior",
+        "likelihood",
+        "base",
+        "sampling",
+        "provenance",
+        "versions",
+        "virtual",
+    ):
         if not isinstance(config.get(key), (dict, type(None))):
             raise fmt.corrupt(str(path), f"an object or null as '{key}'", repr(config[key])[:100])
     for key, inner in (

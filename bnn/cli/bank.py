@@ -1,4 +1,4 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, cast, merge, stack, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, thin, cast, merge, stack, materialise, export and plan it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check and judge it, thin, cast, merge, stack or export it, and plan one.",
+    help="Look at a bank, check and judge it, thin, cast, merge, stack, materialise or export it, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -32,7 +32,7 @@ def info(bank: BankPath, debug: common.Debug = False) -> None:
     from bnn.bank import Bank
     from bnn.cli.show import show_bank
 
-    show_bank(Bank.open(bank))
+    show_bank(Bank.open(bank, verify="never", allow_other_device=True))  # nothing of a virtual bank is made
 
 
 @app.command()
@@ -49,7 +49,7 @@ def verify(
 
     unnamed: list[str] = []
     try:
-        opened = Bank.open(bank, verify="never")
+        opened = Bank.open(bank, verify="never", allow_other_device=True)
         problems = opened.check_headers() + wrong_sizes(bank)
         if full and not problems:
             with common.bar("verify", "B") as progress:
@@ -114,7 +114,7 @@ def diagnose(
     from bnn.cli.show import show_diagnosis
     from bnn.errors import BnnError
 
-    opened = Bank.open(bank)
+    opened = Bank.open(bank, allow_other_device=True)  # no sample of a virtual bank is judged
     rebuilt, missing = None, None
     try:
         module = common.module_of(opened, model=model, trust=trust)
@@ -143,6 +143,7 @@ def merge(
     bank: Annotated[list[Path], typer.Argument(help="Folders of two banks or more.", metavar="BANK BANK...")],
     out: NewBank,
     overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Put the samples of several banks of one module and likelihood into a new one; chains are renumbered."""
@@ -150,9 +151,28 @@ def merge(
     from bnn import bank as banks
     from bnn.cli.show import show_bank
 
-    opened = [banks.Bank.open(path) for path in bank]
+    opened = [banks.Bank.open(path, allow_other_device=allow_other_device) for path in bank]
     with common.bar("merge", "sample") as progress:
         found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def materialise(
+    bank: BankPath,
+    out: NewBank,
+    overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
+    debug: common.Debug = False,
+) -> None:
+    """Make every sample of a virtual bank and write them as an ordinary one, which is the same on every machine."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    with common.bar("materialise", "sample") as progress:
+        found = banks.materialise(opened, out, overwrite=overwrite, progress=progress)
     show_bank(found)
 
 
@@ -174,6 +194,7 @@ def export(
         ),
     ] = None,
     overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Write one sample, the mean or the chains of a bank as a safetensors file for other tools."""
@@ -190,7 +211,7 @@ def export(
         raise ConfigError("bank export", want="--index, --mean or --chains", got=got, fix="say one of them")
     if params and not chains:
         raise ConfigError("--params", want="--chains", got=said[0], fix="leave it out: a state dict is whole")
-    opened = banks.Bank.open(bank)
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
     if index is not None:
         if not 0 <= index < len(opened):
             raise ConfigError(

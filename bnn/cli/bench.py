@@ -115,15 +115,11 @@ def machine() -> dict[str, Any]:
     """What a figure was measured on."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass  # no such file outside Linux: the processor's name is enough
+    from bnn.machine import cpu
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": cpu,
+        "cpu": cpu(),
         "cores": os.cpu_count(),
         "gpu": gpu,
         "torch": torch.__version__,

@@ -59,6 +59,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
+    allow_other_device: common.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
@@ -75,7 +76,7 @@ def evaluate(
     choose("--figures", figures, evaluation.FIGURES)
     common.check_device(device)
     common.check_folder("--report", report)
-    opened = {path: Bank.open(path) for path in bank}
+    opened = {path: Bank.open(path, allow_other_device=allow_other_device) for path in bank}
     reports: dict[str, evaluation.Report] = {}
     for path, found in opened.items():
         module = common.module_of(found, model=model, base=base, trust=trust)

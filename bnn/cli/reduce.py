@@ -43,6 +43,7 @@ def cast(
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
     overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Keep the samples of a bank in fewer bytes in a new one, with the largest errors that this makes."""
@@ -54,7 +55,7 @@ def cast(
     from bnn.errors import choose
 
     choose("--codec", codec, tuple(CODECS))
-    opened = banks.Bank.open(bank)
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
     net, x = None, None
     if probe is not None:
         net, x = _probe(opened, probe, model=model, root=data_root, trust=trust)
@@ -89,6 +90,7 @@ def thin(
     seed: common.Seed = 0,
     trust: common.Trust = False,
     overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Keep every n-th draw of each chain in a new bank (of an ensemble every n-th sample), or the best few samples."""
@@ -103,7 +105,7 @@ def thin(
         raise ConfigError("bank thin", want="--every or --best", got=got, fix="say one of them")
     if probe is not None and best is None:
         raise ConfigError("--probe", want="--best", got="--every", fix="leave it out: draws are counted, not judged")
-    opened = banks.Bank.open(bank)
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
     with common.bar("thin", "sample") as progress:
         if every is not None:
             found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)

@@ -20,7 +20,7 @@ def show_bank(bank: Bank) -> None:
     """What a bank is, in a few lines."""
     method, data, model, likelihood = (bank.info.get(key) or {} for key in ("method", "data", "model", "likelihood"))
     lines = [
-        f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {size(len(bank) * bank.stored.num_bytes)}",
+        f"{bank.path}: {len(bank)} samples of {bank.layout.num_values:,} values, {_takes(bank)}",
         f"method      {method.get('name', 'not recorded')} {_options(method.get('options') or {})}",
         f"model       {model.get('spec', 'not recorded')}",
         f"data        {data['spec'] + ', split ' + str(data.get('split')) if 'spec' in data else 'not recorded'}",
@@ -33,6 +33,16 @@ def show_bank(bank: Bank) -> None:
         if found:
             lines.append(f"{writer:11} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
     Console(soft_wrap=True, highlight=False, markup=False).print("\n".join(map(plain, lines)))
+
+
+def _takes(bank: Bank) -> str:
+    """What the samples of a bank take on disk."""
+    told = size(len(bank) * bank.stored.num_bytes)
+    virtual = bank.info.get("virtual")
+    if not isinstance(virtual, dict) or "made" not in virtual:
+        return told
+    made = virtual["made"]
+    return f"virtual: {told} if they were kept; made on {made['cpu']} ({made['capability']}), torch {made['torch']}"
 
 
 def _complete(info: Mapping[str, Any]) -> str:
