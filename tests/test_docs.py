@@ -107,7 +107,7 @@ def test_no_block_escapes(page: Path) -> None:
     "name",
     [
         "index", "fit-and-train", "sampling", "distil", "imbalanced", "evaluate", "applying", "throughput", "pitfalls", "cli",
-        "priors-and-likelihoods", "own-guide", "diagnostics", "bank-tools",
+        "priors-and-likelihoods", "own-guide", "diagnostics", "bank-tools", "residency",
         *(f"methods/{name}" for name in ("prior", "guides", "laplace", "ensemble", "swag", "ivon", "sgmcmc", "hmc", "nuts")),
     ],
 )  # fmt: skip

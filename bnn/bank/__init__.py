@@ -1,5 +1,6 @@
 """Weight sample banks: a folder of safetensors shards, written atomically, read without copies."""
 
+from bnn.bank.compacting import compact
 from bnn.bank.exporting import mean, write_chains, write_state_dict
 from bnn.bank.moving import merge, thin
 from bnn.bank.planning import BankSize, size_of
@@ -13,6 +14,7 @@ __all__ = [
     "BankSize",
     "BankWriter",
     "Repaired",
+    "compact",
     "lost_shards",
     "mean",
     "merge",

@@ -73,8 +73,8 @@ def thin(bank: Bank, out: str | Path, *, every: int, overwrite: bool = False, pr
         raise ConfigError("bank", want="at least one sample", got="none", fix="thin a bank that holds some")
     places = _places(bank.chain.numpy(), bank.draw.numpy())  # [S]
     kept = torch.from_numpy(places % every == 0)  # [S]
-    config = _kept_info(bank) | {"thinned": {"every": every, "of": bank.digest}}
-    writer = _writer(out, [bank], config, overwrite=overwrite)
+    config = kept_info(bank) | {"thinned": {"every": every, "of": bank.digest}}
+    writer = new_writer(out, [bank], config, overwrite=overwrite)
     return _pour(
         writer, [bank], lambda _, first, block: _rows(block, kept[first : first + block.num_samples]), progress
     )
@@ -121,7 +121,7 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
         chains.append(following)
         following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number)))
-    writer = _writer(out, banks, _merged_info(banks), overwrite=overwrite)
+    writer = new_writer(out, banks, _merged_info(banks), overwrite=overwrite)
 
     def renumbered(number: int, first: int, block: Block) -> Block:
         del first
@@ -243,13 +243,14 @@ def _base_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[
     return None
 
 
-def _kept_info(bank: Bank) -> dict[str, Any]:
+def kept_info(bank: Bank) -> dict[str, Any]:
+    """What a bank that is made of another says as that one did."""
     return {key: value for key, value in bank.info.items() if key not in OWN_KEYS}
 
 
 def _merged_info(banks: Sequence[Bank]) -> dict[str, Any]:
     """What `bank.json` of a merged bank says."""
-    first, *others = [_kept_info(bank) for bank in banks]
+    first, *others = [kept_info(bank) for bank in banks]
     alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
     columns = {"columns": list(banks[0].columns)} if banks[0].columns else {}
     merged = [
@@ -261,6 +262,8 @@ def _merged_info(banks: Sequence[Bank]) -> dict[str, Any]:
         }
         for bank in banks
     ]
+    for key in ("row_order", "compacted"):  # of each bank's own shards
+        alike.pop(key, None)
     # Runs differ in their seed, and so does the module that each began with; what that left outside the sample is alike.
     built = {_built(bank) for bank in banks}
     model = {"model": first["model"]} if len(built) == 1 and None not in built else {}
@@ -280,13 +283,15 @@ def _name(bank: Bank, number: int) -> str:
     return f"bank {number}" if bank.path is None else str(bank.path)
 
 
-def _writer(out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, overwrite: bool) -> BankWriter:
+def new_writer(
+    out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, overwrite: bool, shard_rows: int | None = None
+) -> BankWriter:
     """The writer of a new bank, which is none of those that are read."""
     for bank in banks:
         if bank.path is not None:
             check_apart(Path(out), bank.path)
     base = {} if config.get("lost") else banks[0].base()  # lost: the new bank has none either, and says so
-    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite)
+    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite, shard_rows=shard_rows)
 
 
 def _pour(

@@ -115,6 +115,7 @@ class BankWriter:
         resume: go on with an unfinished bank of the same configuration; begin one where a writer was killed before
             its first commit.
         overwrite: replace a bank that is there.
+        shard_rows: samples of a shard, at most; by default as many as fit into 256 MiB.
 
     Raises:
         BankExists: the folder is there and neither `resume` nor `overwrite` was said.
@@ -136,6 +137,7 @@ class BankWriter:
         writer: str = "main",
         resume: bool = False,
         overwrite: bool = False,
+        shard_rows: int | None = None,
     ) -> None:
         if not fmt.WRITER_NAME.fullmatch(writer):
             raise ConfigError("writer", want="1 to 32 small letters, digits or '_'", got=repr(writer), fix="rename it")
@@ -160,7 +162,7 @@ class BankWriter:
         self.complete = False  # whether the part that was resumed had been marked so
         self._started = False
         self._announced = False  # whether its manifest is there
-        self._capacity = rows_per_shard(layout.num_bytes)
+        self._capacity = rows_per_shard(layout.num_bytes) if shard_rows is None else shard_rows
         self._thread: ThreadPoolExecutor | None = None  # that commits full shards
         self._dtypes = fmt.column_dtypes(self._columns)
         self._first_row_at = self._last_commit_at = time.monotonic()

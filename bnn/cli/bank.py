@@ -1,4 +1,4 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, merge, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, thin, merge, compact, export and plan it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check it, thin, merge or export it, and plan one.",
+    help="Look at a bank, check it, thin, merge, compact or export it, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -173,6 +173,37 @@ def merge(
     opened = [banks.Bank.open(path) for path in bank]
     with _bar("merge", "sample") as progress:
         found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def compact(
+    bank: BankPath,
+    out: NewBank,
+    shard_bytes: Annotated[str, typer.Option(help="Bytes of a shard, at most, such as 64MB.")] = "256MiB",
+    order: Annotated[
+        str, typer.Option(help="striped: every shard a small bank; chain: chain after chain, draws in order.")
+    ] = "striped",
+    seed: common.Seed = 0,
+    overwrite: common.Overwrite = False,
+    debug: common.Debug = False,
+) -> None:
+    """Copy a bank into few shards of one size, its rows spread over them so that any shard stands for the whole."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = banks.Bank.open(bank)
+    with _bar("compact", "sample") as progress:
+        found = banks.compact(
+            opened,
+            out,
+            shard_bytes=shard_bytes,
+            order=order,  # type: ignore[arg-type]  # checked there
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
     show_bank(found)
 
 
