@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnn import diagnostics, errors, inference, likelihoods, metrics, priors, samplers, uncertainty
     from bnn.bank import Bank
+    from bnn.calibrating import calibrate
     from bnn.evaluation import Report, diagnose, evaluate
     from bnn.fitting import fit
     from bnn.functional import FunctionalModel
     from bnn.model import BayesianModel
+    from bnn.posthoc import Calibration
     from bnn.predictive import predict
     from bnn.samplers import PairedLoader, SampleIndexSampler
     from bnn.training import distil, train
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Bank",
     "BayesianModel",
+    "Calibration",
     "FunctionalModel",
     "PairedLoader",
     "Report",
     "SampleIndexSampler",
+    "calibrate",
     "diagnose",
     "diagnostics",
     "distil",
@@ -47,10 +51,12 @@ __all__ = [
 _HOMES = {
     "Bank": "bnn.bank",
     "BayesianModel": "bnn.model",
+    "Calibration": "bnn.posthoc",
     "FunctionalModel": "bnn.functional",
     "PairedLoader": "bnn.samplers",
     "Report": "bnn.evaluation",
     "SampleIndexSampler": "bnn.samplers",
+    "calibrate": "bnn.calibrating",
     "diagnose": "bnn.evaluation",
     "distil": "bnn.training",
     "evaluate": "bnn.evaluation",

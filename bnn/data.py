@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.errors import DataError
-from bnn.formats import BUILT_IN, Raw, read
+from bnn.corruptions import corrupted as corrupted
+from bnn.errors import ConfigError, DataError
+from bnn.formats import Raw, is_built_in, read
 from bnn.likelihoods import Task
 from bnn.seeding import derive
 from bnn.types import Batch
@@ -98,8 +99,8 @@ def load_data(
     """Read a data set, split off its test rows and standardise with its training rows.
 
     Args:
-        spec: `digits`, `digits-shuffled` (their pixels permuted, one order an image), `diabetes`,
-            `FILE.csv:TARGET`, `FILE.npz` (arrays x and y, and x_test and y_test if it brings a test
+        spec: `digits`, `digits-shuffled` (their pixels permuted, one order an image), `digits-KIND-SEVERITY`
+            (see `corrupted`: the rows of `digits`, also in their split), `diabetes`, `FILE.csv:TARGET`, `FILE.npz` (arrays x and y, and x_test and y_test if it brings a test
             set), a UCI folder with `data.txt` and `index_{train,test}_{k}.txt`, a folder of MNIST
             files in IDX format, or `package.module:function`, which returns such arrays as a dict.
         split: k of a UCI folder; the seed of the 20 % test split of data that bring none.
@@ -160,7 +161,7 @@ def load_outside(spec: str, like: DataSet, *, root: str | Path | None = None, sp
     """
     raw = read(spec, split, None, Path(root or "."))
     _check_finite(raw, spec)
-    if spec in BUILT_IN or raw.split is not None:
+    if is_built_in(spec) or raw.split is not None:
         _, rows = raw.split or _seeded_split(len(raw.x), split)
     else:
         rows = np.arange(len(raw.x))
@@ -174,6 +175,38 @@ def load_outside(spec: str, like: DataSet, *, root: str | Path | None = None, sp
         )
     x = (like.inputs(x) if like.inputs else x).to(torch.float32)
     return Batch(x, torch.zeros(len(x), dtype=torch.int64))
+
+
+def held_out(data: DataSet, *, share: float = 0.5, seed: int = 0) -> tuple[Batch, Batch]:
+    """Test rows as those to calibrate on and the rest, on which the calibrated predictive is judged.
+
+    The first round(share N) of the N test rows in an order drawn by `seed`, and those after them.
+
+    Args:
+        data: of `load_data`.
+        share: of the test rows that calibrate, in (0, 1).
+        seed: of their choice.
+
+    Returns:
+        Rows for the calibration, and the rest; both with one row at least.
+
+    Raises:
+        ConfigError: another share.
+        DataError: fewer than two test rows.
+
+    Examples:
+        >>> held, rest = held_out(load_data("diabetes"), share=0.25)
+        >>> len(held.y), len(rest.y)
+        (22, 66)
+    """
+    if not 0.0 < share < 1.0:
+        raise ConfigError("share", want="a number between 0 and 1", got=str(share), fix="0.5 takes half of the rows")
+    x, y, _ = data.test
+    if len(y) < 2:
+        raise DataError("data", want="at least 2 test rows", got=str(len(y)), fix="bring more data")
+    order = torch.from_numpy(np.random.default_rng(derive(seed, "held out")).permutation(len(y)))
+    cut = min(max(1, round(share * len(y))), len(y) - 1)
+    return Batch(x[order[:cut]], y[order[:cut]]), Batch(x[order[cut:]], y[order[cut:]])
 
 
 def _check_fitted(raw: Raw, spec: str, split: int, digest: str, fitted: Mapping[str, Any]) -> None:
@@ -221,7 +254,8 @@ def _check_finite(raw: Raw, spec: str) -> None:
 
 
 def _sha256(raw: Raw) -> str:
-    digest = hashlib.sha256()
-    for array in (raw.x.astype(np.float64), raw.y.astype(np.float64)):
+    """Of the rows as they are, or were before a corruption: a bank that saw digits has seen them blurred too."""
+    digest, x = hashlib.sha256(), raw.x if raw.clean is None else raw.clean
+    for array in (x.astype(np.float64), raw.y.astype(np.float64)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

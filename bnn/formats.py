@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from bnn import corruptions
 from bnn.errors import ConfigError, DataError
 from bnn.likelihoods import Task
 from bnn.modules import call, is_reference
@@ -31,6 +33,7 @@ class Raw(NamedTuple):
     split: tuple[np.ndarray, np.ndarray] | None = None  # training and test rows
     standardise: bool = True  # digits come in one unit already
     columns: list[str] | None = None  # names of the features, where the file has them
+    clean: np.ndarray | None = None  # x before a corruption: by it rows are known again, and split
 
 
 def read(spec: str, split: int, task: Task | None, root: Path, classes: list[str] | None = None) -> Raw:
@@ -42,7 +45,7 @@ def read(spec: str, split: int, task: Task | None, root: Path, classes: list[str
     Raises:
         DataError, ConfigError: as `load_data` says.
     """
-    if spec in BUILT_IN:
+    if is_built_in(spec):
         return _built_in(spec)
     path, _, column = spec.rpartition(":")
     if path.endswith(".csv"):
@@ -57,10 +60,16 @@ def read(spec: str, split: int, task: Task | None, root: Path, classes: list[str
         return _from_arrays(spec, call(spec, "data"))
     raise ConfigError(
         "data",
-        want=f"{', '.join(BUILT_IN)}, FILE.csv:TARGET, FILE.npz, a folder or package.module:function",
+        want=f"{', '.join(BUILT_IN)}, digits-KIND-SEVERITY (KIND {', '.join(corruptions.KINDS)}; SEVERITY 1 to 5), "
+        "FILE.csv:TARGET, FILE.npz, a folder or package.module:function",
         got=repr(spec),
         fix="check the name and the path",
     )
+
+
+def is_built_in(spec: str) -> bool:
+    """Whether a spec names data that need no file."""
+    return spec in BUILT_IN or corruptions.parse(spec) is not None
 
 
 def _built_in(spec: str) -> Raw:
@@ -77,12 +86,15 @@ def _built_in(spec: str) -> Raw:
         bunch = load_diabetes(scaled=False)
         return Raw(bunch.data, bunch.target, "regression")
     bunch = load_digits()
-    x = bunch.data / 16.0  # 17 grey levels -> [0, 1]
+    x, clean = bunch.data / 16.0, None  # 17 grey levels -> [0, 1]
     if spec == "digits-shuffled":
         random = np.random.default_rng(derive(0, "digits-shuffled"))
         x = random.permuted(x, axis=1)
+    x = x.reshape(-1, 1, 8, 8)
+    if (corruption := corruptions.parse(spec)) is not None:
+        x, clean = corruptions.corrupted(torch.from_numpy(x), *corruption).numpy(), x
     names = [str(name) for name in bunch.target_names]
-    return Raw(x.reshape(-1, 1, 8, 8), bunch.target, "classification", names, standardise=False)
+    return Raw(x, bunch.target, "classification", names, standardise=False, clean=clean)
 
 
 def _csv(path: Path, target: str, task: Task | None, known: list[str] | None) -> Raw:

@@ -22,6 +22,7 @@ from bnn.likelihoods import (
     likelihood_from_config,
 )
 from bnn.mixtures import Mixture, NormalMixture, PoissonMixture, StudentTMixture, quantile
+from bnn.posthoc import Calibration, ClassSets, Interval
 from bnn.spread import Spread
 from bnn.types import Block
 from bnn.uncertainty import entropy, prior_shift
@@ -40,6 +41,7 @@ class ClassPredictive(NamedTuple):
     standard_error: Tensor  # [N, C] of the mean, from drawing so many samples; NaN with one
     quantiles: dict[float, Tensor] = {}  # level -> [N, C], of the samples' probabilities  # noqa: RUF012
     outputs: Tensor | None = None  # [S, N, C] of the module
+    calibrated: ClassSets | None = None  # where a calibration was asked for: then `log_probs` are tempered
 
     @property
     def probs(self) -> Tensor:
@@ -58,8 +60,9 @@ class ClassPredictive(NamedTuple):
 
     @property
     def mutual_information(self) -> Tensor:
-        """Epistemic uncertainty [N], total minus expected entropy."""
-        return (self.entropy - self.expected_entropy).clamp_min(0)  # rounding can leave -1e-17
+        """Epistemic uncertainty [N], total minus expected entropy; both of the mixture, before any temperature."""
+        total = self.entropy if self.calibrated is None else self.calibrated.mixture_entropy
+        return (total - self.expected_entropy).clamp_min(0)  # rounding can leave -1e-17
 
 
 class TargetPredictive(NamedTuple):
@@ -72,6 +75,7 @@ class TargetPredictive(NamedTuple):
     standard_error: Tensor  # [N, C] of the mean, from drawing so many samples; NaN with one
     quantiles: dict[float, Tensor]  # level -> [N, C], of the predictive
     outputs: Tensor | None  # [S, N, C] of the module
+    calibrated: Interval | None = None  # where a calibration was asked for
 
     @property
     def variance(self) -> Tensor:
@@ -105,6 +109,7 @@ def predict(
     quantiles: Sequence[float] = (),
     outputs: bool = False,
     tolerance: float | None = None,
+    calibration: Calibration | None = None,
     progress: bool | None = None,
 ) -> Predictive:
     """Predictive distribution under all samples of a bank, or as many as a tolerance asks for.
@@ -132,6 +137,8 @@ def predict(
         quantiles: levels in (0, 1): of the predictive of a regression, and of the samples' class probabilities.
         outputs: whether to keep what the module says under each sample.
         tolerance: standard error of the mean predictive at which to stop; in probability, or units of the target.
+        calibration: of `bnn.calibrate` with the same bank: `calibrated` then holds conformal sets or intervals, and class
+            probabilities are tempered. Expected entropy and mutual information stay those of the mixture.
         progress: show a bar on stderr for a data set or loader; by default where stderr is a terminal.
 
     Returns:
@@ -140,7 +147,8 @@ def predict(
     Raises:
         DataError: a sample gives NaN or Inf; its index is named.
         ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression;
-            other units for counts; levels outside (0, 1); outputs beside a tolerance.
+            other units for counts; levels outside (0, 1); outputs or a calibration beside a tolerance.
+        BankMismatch: a calibration of other samples.
 
     Examples:
         >>> import bnn
@@ -153,6 +161,22 @@ def predict(
     Source: batch means, Flegal and Jones (2010), arXiv:0811.1729.
     """
     asked = _asked(net, likelihood, prior_shift, loc, scale, quantiles, outputs, tolerance)
+    if calibration is None:
+        return _predicted(net, x, asked, progress)
+    if tolerance is not None:
+        raise ConfigError(
+            "calibration", want="all samples, as it was made with", got="a tolerance", fix="leave out one of them"
+        )
+    calibration.check(net.bank, asked.likelihood, prior_shift)
+    found = _predicted(net, x, asked._replace(quantiles=(*asked.quantiles, *calibration.quantiles)), progress)
+    if isinstance(found, ClassPredictive):
+        return calibration.of_classes(found)
+    found = calibration.of_targets(found, asked.scale)
+    return found._replace(quantiles={level: found.quantiles[level] for level in asked.quantiles})
+
+
+def _predicted(net: FunctionalModel, x: Any, asked: _Asked, progress: bool | None) -> Predictive:
+    """The predictive of a batch, or of a data set or loader batch by batch."""
     batch = _of_classes if asked.likelihood.task == "classification" else _of_targets
     if not isinstance(x, (Dataset, DataLoader)):
         return batch(net, x, asked)
@@ -364,7 +388,7 @@ def _joined(parts: Sequence[Any]) -> Predictive:
         values = [getattr(part, name) for part in parts]
         if name == "quantiles":
             joined[name] = {level: torch.cat([one[level] for one in values]) for level in values[0]}
-        elif values[0] is None:
+        elif values[0] is None:  # outputs that nobody asked for; a calibration comes after
             joined[name] = None
         else:
             joined[name] = torch.cat(values, dim=1 if name == "outputs" else 0)

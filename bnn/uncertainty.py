@@ -1,4 +1,7 @@
-"""Uncertainty of predictions and its parts: total = aleatoric + epistemic. Entropies in nats."""
+"""Uncertainty of predictions and its parts: total = aleatoric + epistemic. Entropies in nats.
+
+Every score is larger where less is sure. Half precision is widened to float32 once, at the door.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def entropy(probs: Tensor) -> Tensor:
         >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
         tensor([0.0000, 0.6931])
     """
-    terms: Tensor = torch.special.entr(probs)
+    terms: Tensor = torch.special.entr(_wide(probs))
     return terms.sum(dim=-1)
 
 
@@ -54,8 +57,73 @@ def mutual_information(probs: Tensor) -> Tensor:
 
     Source: Houlsby et al. (2011), arXiv:1112.5745, eq. 2.
     """
+    probs = _wide(probs)
     total = entropy(probs.mean(dim=0))  # [B]
     return (total - expected_entropy(probs)).clamp_min(0)  # rounding can leave -1e-17
+
+
+def variation_ratio(votes: Tensor) -> Tensor:
+    """Share of samples that do not vote for the most frequent class: 1 - max_c v_c / sum_c v_c.
+
+    Args:
+        votes: for each class the number, or the weight, of samples that find it the most probable, [..., C]:
+            samples are counted already, and have no axis of their own.
+
+    Returns:
+        [...], in [0, 1 - 1 / C].
+
+    Raises:
+        DataError: votes that are negative or NaN, or a row without any.
+
+    Examples:
+        >>> variation_ratio(torch.tensor([[7, 3, 0], [4, 6, 0]]))
+        tensor([0.3000, 0.4000], dtype=torch.float64)
+
+    Source: Freeman (1965), Elementary Applied Statistics; Gal (2016), section 3.3.1.
+    """
+    votes = _checked_votes("variation_ratio", votes)
+    return 1.0 - votes.amax(dim=-1) / votes.sum(dim=-1)
+
+
+def disagreement(votes: Tensor, *, squared_weights: float | Tensor | None = None) -> Tensor:
+    """Probability that two different samples vote for different classes.
+
+    1 - sum_c v_c (v_c - 1) / (S (S - 1)) of counts v_c, S their sum
+    1 - (sum_c v_c^2 - q) / (V^2 - q) of weights, V the sum of v_c, and q = sum_s w_s^2 the chance of one sample twice
+
+    Args:
+        votes: for each class the number, or the weight, of samples that find it the most probable, [..., C].
+        squared_weights: q, a number or [...]; needed where votes are weights, as only counts tell it.
+
+    Returns:
+        [...], in [0, 1]; 0 where there is one sample, and so no two.
+
+    Raises:
+        DataError: votes that are negative or NaN, a row without any, or shares of votes without `squared_weights`.
+
+    Examples:
+        >>> disagreement(torch.tensor([[3, 0], [2, 1]]))
+        tensor([0.0000, 0.6667], dtype=torch.float64)
+        >>> disagreement(torch.tensor([[1.0, 0.0], [2 / 3, 1 / 3]]), squared_weights=1 / 3)
+        tensor([0.0000, 0.6667], dtype=torch.float64)
+    """
+    votes = _checked_votes("disagreement", votes)
+    total = votes.sum(dim=-1)
+    if squared_weights is None:
+        if not torch.equal(votes, votes.round()):
+            raise DataError(
+                "disagreement(votes=)",
+                want="counts of samples, or squared_weights= beside their weights",
+                got="votes that are no whole numbers",
+                fix="pass the sum of the samples' squared weights",
+            )
+        same = total  # each sample weighs 1
+    else:
+        same = torch.as_tensor(squared_weights, dtype=torch.float64, device=votes.device)
+    pairs = total.square() - same
+    agree = (votes.square().sum(dim=-1) - same) / pairs
+    one = pairs <= 1e-12 * total.square()  # all weight on one sample, up to rounding
+    return torch.where(one, torch.zeros_like(agree), (1.0 - agree).clamp(0.0, 1.0))
 
 
 def prior_shift(log_probs: Tensor, *, train: Any, natural: Any) -> Tensor:
@@ -116,7 +184,28 @@ def variance(means: Tensor, scales: Tensor) -> Variance:
     Args:
         means: mu [K, B, C].
         scales: sigma, what broadcasts to [K, B, C].
+
+    Returns:
+        The three; of one sample the epistemic part is 0.
     """
+    means, scales = _wide(means), _wide(scales)
     aleatoric = scales.expand_as(means).square().mean(dim=0)
     epistemic = means.var(dim=0, correction=0)
     return Variance(aleatoric + epistemic, aleatoric, epistemic)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _checked_votes(place: str, votes: Tensor) -> Tensor:
+    votes = votes.double()
+    fine = (votes >= 0).all(dim=-1) & (votes.sum(dim=-1) > 0)  # [...]; a NaN compares as False
+    if votes.dim() < 1 or not fine.all():
+        raise DataError(
+            f"{place}(votes=)",
+            want="votes of at least 0, some in each row",
+            got="a row of none" if votes.dim() and bool((votes == 0).all(dim=-1).any()) else "negative ones or NaN",
+            fix="count the samples whose most probable class it is",
+        )
+    return votes

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bnn.data import Standardiser, load_data, load_outside
+from bnn.data import Standardiser, held_out, load_data, load_outside
 from bnn.errors import BnnError, ConfigError, DataError
+from bnn.types import Batch
 
 pytest.importorskip("sklearn", reason="scikit-learn (extra 'demo') is not installed")
 
@@ -220,3 +221,22 @@ def test_a_constant_column_keeps_its_scale() -> None:
 def test_an_unknown_data_set_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="check the name and the path"):
         load_data("cifar")
+
+
+def test_test_rows_are_held_out_by_share_and_seed() -> None:
+    data = load_data("diabetes")  # 88 test rows
+    held, rest = held_out(data, share=0.25, seed=2)
+    assert (len(held.y), len(rest.y)) == (22, 66)
+    rows = torch.cat([held.x, rest.x])
+    order = [int((data.test.x == row).all(dim=1).nonzero()[0]) for row in rows]
+    assert sorted(order) == list(range(88))  # each once
+    assert order != list(range(88))
+    assert torch.equal(data.test.y[order], torch.cat([held.y, rest.y]))
+    again, other = held_out(data, share=0.25, seed=2)[0], held_out(data, share=0.25, seed=3)[0]
+    assert torch.equal(held.x, again.x)
+    assert not torch.equal(held.x, other.x)
+    assert [len(part.y) for part in held_out(data, share=0.001)] == [1, 87]
+    with pytest.raises(ConfigError, match="share: want a number between 0 and 1"):
+        held_out(data, share=1.0)
+    with pytest.raises(DataError, match="at least 2 test rows"):
+        held_out(data._replace(test=Batch(data.test.x[:1], data.test.y[:1])))

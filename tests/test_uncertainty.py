@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bnn.errors import DataError
 from bnn.seeding import generator
-from bnn.uncertainty import entropy, expected_entropy, mutual_information, variance
+from bnn.uncertainty import disagreement, entropy, expected_entropy, mutual_information, variance, variation_ratio
 
 SIZES = [(1, 5, 3), (2, 6, 4), (3, 4, 2), (7, 5, 6), (9, 2, 3)]  # K, B, C: no two alike
 cases = given(size=st.sampled_from(SIZES), seed=st.integers(0, 2**31), spread=st.sampled_from([0.1, 1.0, 8.0]))
@@ -145,3 +146,90 @@ def test_variance_takes_on_the_squared_units_of_the_target() -> None:
     means, scales = random_mixture((4, 6, 3), 8)
     for part, scaled in zip(variance(means, scales), variance(2.5 * means - 40.0, 2.5 * scales), strict=True):
         close(scaled, 2.5**2 * part, atol=1e-10)
+
+
+# Votes
+
+
+def votes_of(size: tuple[int, int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """The class that each sample finds most probable [S, B], and how many find each [B, C]."""
+    choice = random_probs(size, seed).argmax(dim=-1)
+    return choice, torch.nn.functional.one_hot(choice, size[2]).sum(dim=0)
+
+
+@profile
+@given(size=st.sampled_from(SIZES), seed=st.integers(0, 2**31))
+def test_votes_against_counting_samples_and_their_pairs(size: tuple[int, int, int], seed: int) -> None:
+    choice, votes = votes_of(size, seed)
+    winner = scipy.stats.mode(choice.numpy(), axis=0).count
+    close(variation_ratio(votes), 1 - winner / size[0])
+    apart = choice[:, None] != choice[None]  # [S, S, B]: never where both are one sample
+    pairs = max(size[0] * (size[0] - 1), 1)
+    close(disagreement(votes), apart.sum(dim=(0, 1)).double() / pairs)
+    order = torch.randperm(size[2], generator=generator(seed))
+    for score in (variation_ratio, disagreement):
+        close(score(votes[:, order]), score(votes), atol=1e-15)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weighted_votes_are_chances_of_weighted_samples(seed: int) -> None:
+    choice, _ = votes_of((7, 5, 3), seed)
+    weights = torch.rand(7, generator=generator(seed, "weights"), dtype=torch.float64).softmax(dim=0)
+    votes = (weights[:, None, None] * torch.nn.functional.one_hot(choice, 3)).sum(dim=0)
+    close(variation_ratio(votes), 1 - votes.max(dim=1).values)
+    chance = weights[:, None] * weights[None] * (1 - torch.eye(7, dtype=torch.float64))  # of a pair of two samples
+    apart = choice[:, None] != choice[None]
+    expected = (chance[:, :, None] * apart).sum(dim=(0, 1)) / chance.sum()
+    close(disagreement(votes, squared_weights=weights.square().sum()), expected)
+    close(disagreement(9 * votes, squared_weights=81 * float(weights.square().sum())), expected)
+
+
+def test_equal_weights_are_counts() -> None:
+    _, votes = votes_of((7, 5, 3), 3)
+    shares = votes.double() / 7
+    close(variation_ratio(shares), variation_ratio(votes))
+    close(disagreement(shares, squared_weights=1 / 7), disagreement(votes))
+
+
+def test_votes_of_one_sample_and_of_samples_that_agree() -> None:
+    one = torch.tensor([[0, 1, 0], [1, 0, 0]])
+    for votes, squared in ((one, None), (one.double(), 1.0), (5 * one, None), (one.double(), 0.2)):
+        assert torch.equal(variation_ratio(votes), torch.zeros(2, dtype=torch.float64))
+        assert torch.equal(disagreement(votes, squared_weights=squared), torch.zeros(2, dtype=torch.float64))
+    spread = torch.tensor([[2, 2, 2]])
+    close(variation_ratio(spread), np.array([2 / 3]))
+    close(disagreement(spread), np.array([1 - 6 / 30]))
+    assert float(disagreement(torch.tensor([1, 1, 1]))) == 1.0
+
+
+def test_votes_that_are_none_are_refused() -> None:
+    for score in (variation_ratio, disagreement):
+        with pytest.raises(DataError, match="a row of none"):
+            score(torch.tensor([[1, 2], [0, 0]]))
+        with pytest.raises(DataError, match="negative ones or NaN"):
+            score(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+        with pytest.raises(DataError, match="negative ones or NaN"):
+            score(torch.tensor([[1.0, math.nan], [1.0, 1.0]]))
+    with pytest.raises(DataError, match="squared_weights="):
+        disagreement(torch.tensor([[0.25, 0.75]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_once(dtype: torch.dtype) -> None:
+    """Sums of 1,000 terms in half precision would lose most of their digits."""
+    probs = random_probs((3, 4, 1000), 9).to(dtype)
+    wide = probs.float()
+    for score in (entropy, expected_entropy, mutual_information):
+        assert torch.equal(score(probs), score(wide))
+        assert score(probs).dtype == torch.float32
+    means = random_mixture((3, 4, 2), 9)[0].to(dtype)
+    for half, full in zip(variance(means, means.abs()), variance(means.float(), means.float().abs()), strict=True):
+        assert torch.equal(half, full)
+
+
+def test_what_is_added_to_all_logits_of_a_sample_changes_nothing() -> None:
+    logits = torch.randn(4, 6, 3, generator=generator(10), dtype=torch.float64)
+    moved = logits + torch.tensor([-300.0, 0.0, 5.0, 700.0], dtype=torch.float64).view(4, 1, 1)
+    for score in (mutual_information, expected_entropy):
+        close(score(moved.softmax(dim=-1)), score(logits.softmax(dim=-1)))
+        assert bool(torch.isfinite(score((1e4 * moved).softmax(dim=-1))).all())

@@ -25,6 +25,11 @@ def write(descriptor: int, view: memoryview) -> int:
     return os.write(descriptor, view)
 
 
+def write_at(descriptor: int, view: memoryview, offset: int) -> int:
+    """Write some of the bytes at a place of the file; how many is returned."""
+    return os.pwrite(descriptor, view, offset)
+
+
 def bypass_cache(descriptor: int, on: bool) -> bool:
     """Whether what is written from now on goes to the disk without a copy in the page cache, as asked.
 

@@ -10,9 +10,9 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,21 +69,45 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes], *, direct: bo
     Raises:
         BankWriteError: the disk refused; the temporary file is gone.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     digest, size = hashlib.sha256(), 0
+    with _replacing(path) as descriptor:
+        past_cache = direct and disk.bypass_cache(descriptor, True)
+        with ThreadPoolExecutor(1) as beside:  # the sum of a piece is taken while the disk takes it
+            for chunk in chunks:
+                for start in range(0, len(whole := memoryview(chunk)), WRITE_STEP):
+                    view = whole[start : start + WRITE_STEP]
+                    summed = beside.submit(digest.update, view)
+                    size += len(view)
+                    past_cache = _write_all(descriptor, view, past_cache)
+                    if not direct:  # a chunk made as it is asked for is let go before the next
+                        summed.result()
+    return size, digest.hexdigest()
+
+
+def write_places(path: Path, pieces: Iterable[tuple[int, memoryview | bytes]]) -> None:
+    """Write a file whose pieces come in any order, each with its place, as `write_atomic` does: whole or not at all.
+
+    Bytes that no piece covers are zeros.
+
+    Raises:
+        BankWriteError: the disk refused; the temporary file is gone.
+    """
+    with _replacing(path) as descriptor:
+        for offset, piece in pieces:
+            view = memoryview(piece)
+            while view:
+                done = disk.write_at(descriptor, view, offset)
+                view, offset = view[done:], offset + done
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """A descriptor of a new file that takes the name `path`, durably, when all went well; else nothing is left of it."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         descriptor = disk.create(temporary)
         try:
-            past_cache = direct and disk.bypass_cache(descriptor, True)
-            with ThreadPoolExecutor(1) as beside:  # the sum of a piece is taken while the disk takes it
-                for chunk in chunks:
-                    for start in range(0, len(whole := memoryview(chunk)), WRITE_STEP):
-                        view = whole[start : start + WRITE_STEP]
-                        summed = beside.submit(digest.update, view)
-                        size += len(view)
-                        past_cache = _write_all(descriptor, view, past_cache)
-                        if not direct:  # a chunk made as it is asked for is let go before the next
-                            summed.result()
+            yield descriptor
             disk.fsync(descriptor)
         finally:
             disk.close(descriptor)
@@ -95,7 +119,6 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes], *, direct: bo
         if isinstance(error, OSError):
             raise refused(path, error) from error
         raise
-    return size, digest.hexdigest()
 
 
 def _write_all(descriptor: int, view: memoryview, past_cache: bool) -> bool:

@@ -80,7 +80,14 @@ def thin(bank: Bank, out: str | Path, *, every: int, overwrite: bool = False, pr
     )
 
 
-def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bank:
+def merge(
+    banks: Sequence[Bank],
+    out: str | Path,
+    *,
+    shares: Sequence[float] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bank:
     """A new bank with the samples of several, in their order: more chains of one posterior.
 
     Chains of the second bank and later ones are renumbered, `chain + max(chains before) + 1`, so that no two banks
@@ -90,10 +97,15 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
     Log weights have meaning within their bank only, up to a constant. Where those of a bank differ, or are one number
     other than 0, they are shifted so that the bank weighs as much as it has samples: log w_i - log(sum_j w_j / S).
 
+    With `shares` it is a mixture of posteriors rather than one: bank k weighs share_k in total, log w_i + log share_k -
+    log sum_j w_j. Temperatures and columns may then differ, of which those are kept that all banks have; `method` is
+    `stack`, and `"merged"` tells the `share` of each.
+
     Args:
         banks: at least two, of one layout (names, shapes, dtypes, ties), columns, likelihood, temperature and values
             outside the sample. Read block by block.
         out: folder of the new bank.
+        shares: one a bank, at least 0, summing to 1.
         overwrite: replace a bank at `out`.
         progress: told after each block how many samples are read, and how many there are.
 
@@ -101,7 +113,8 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
         The new bank, of as many samples as the others have together.
 
     Raises:
-        ConfigError: fewer than two banks, one without samples, one of them twice, or `out` is one of them.
+        ConfigError: fewer than two banks, one without samples, one of them twice, or `out` is one of them; shares that
+            are no such numbers.
         BankMismatch: the banks are not of one kind; the first difference is named.
         BankError: the weights of a bank are all zero.
         BankExists: something is at `out`.
@@ -115,17 +128,25 @@ def merge(banks: Sequence[Bank], out: str | Path, *, overwrite: bool = False, pr
         [0, 1, 2, 3, 4]
     """
     banks = list(banks)
-    _check_alike(banks)
+    _check_alike(banks, ("likelihood",) if shares is not None else ("columns", "likelihood", "temperature"))
+    total = _total_weights(banks, shares)
     chains, shifts, following = [], [], 0
     for number, bank in enumerate(banks):
         chains.append(following)
         following += int(bank.chain.max()) + 1
-        shifts.append(_weight_shift(bank.log_weight, _name(bank, number)))
-    writer = new_writer(out, banks, _merged_info(banks), overwrite=overwrite)
+        shifts.append(_weight_shift(bank.log_weight, _name(bank, number), total[number]))
+    columns = [name for name in banks[0].columns if all(name in bank.columns for bank in banks)]
+    writer = new_writer(
+        out, banks, _merged_info(banks, columns, None if shares is None else total), overwrite=overwrite
+    )
 
     def renumbered(number: int, first: int, block: Block) -> Block:
         del first
-        return block._replace(chain=block.chain + chains[number], log_weight=block.log_weight + shifts[number])
+        return block._replace(
+            chain=block.chain + chains[number],
+            log_weight=block.log_weight + shifts[number],
+            columns={name: block.columns[name] for name in columns},
+        )
 
     return _pour(writer, banks, renumbered, progress)
 
@@ -175,18 +196,33 @@ def _rows(block: Block, kept: Tensor) -> Block:
     )
 
 
-def _weight_shift(log_weight: Tensor, place: str) -> float:
-    """What makes a bank's weights [S] sum to S; exactly 0 where all are 0."""
-    if not log_weight.any():
+def _total_weights(banks: Sequence[Bank], shares: Sequence[float] | None) -> list[float]:
+    """What the weights of each bank are to sum to: its number of samples, or its share."""
+    if shares is None:
+        return [float(len(bank)) for bank in banks]
+    legal = len(shares) == len(banks) and all(math.isfinite(share) and share >= 0 for share in shares)
+    if not legal or abs(sum(shares) - 1.0) > 1e-6:
+        raise ConfigError(
+            "shares",
+            want=f"{len(banks)} numbers of at least 0 that sum to 1",
+            got=", ".join(f"{share:g}" for share in shares)[:100] or "none",
+            fix="pass one a bank, such as stacking_weights(...).weights",
+        )
+    return [share / sum(shares) for share in shares]
+
+
+def _weight_shift(log_weight: Tensor, place: str, wanted: float) -> float:
+    """What makes a bank's weights [S] sum to `wanted`; exactly 0 where all are 0 and that is S."""
+    if not log_weight.any() and wanted == len(log_weight):
         return 0.0
     total = float(log_weight.logsumexp(dim=0))
     if total == -math.inf:
         raise BankError(place, want="a sample with weight", got="log weights of -inf alone", fix="leave the bank out")
-    return math.log(len(log_weight)) - total
+    return (math.log(wanted) if wanted > 0 else -math.inf) - total
 
 
-def _check_alike(banks: Sequence[Bank]) -> None:
-    """Raise unless there are two banks or more, of one kind and none of them twice."""
+def _check_alike(banks: Sequence[Bank], facts: Sequence[str]) -> None:
+    """Raise unless there are two banks or more, of one kind by their facts, and none of them twice."""
     if len(banks) < 2:
         raise ConfigError("banks", want="at least two", got=str(len(banks)), fix="name the banks to be merged")
     seen: dict[str, str] = {}
@@ -203,7 +239,7 @@ def _check_alike(banks: Sequence[Bank]) -> None:
         seen[bank.digest] = place
     base = banks[0].base()
     for number, bank in enumerate(banks[1:], 1):
-        difference = _difference(banks[0], bank) or _base_difference(base, bank.base())
+        difference = _difference(banks[0], bank, facts) or _base_difference(base, bank.base())
         if difference is not None:
             what, want, got = difference
             raise BankMismatch(
@@ -214,16 +250,16 @@ def _check_alike(banks: Sequence[Bank]) -> None:
             )
 
 
-def _difference(one: Bank, other: Bank) -> tuple[str, str, str] | None:
-    """The first thing in which two banks differ: what, and the two values."""
+def _difference(one: Bank, other: Bank, facts: Sequence[str]) -> tuple[str, str, str] | None:
+    """The first of layout and facts in which two banks differ: what, and the two values."""
     difference = one.layout.difference(other.layout)
     if difference is not None:
         return "the layout", one.layout.fingerprint[:12], difference
     mine, theirs = sorted(one.columns), sorted(other.columns)
-    if mine != theirs:
+    if "columns" in facts and mine != theirs:
         return "columns", ", ".join(mine) or "none", ", ".join(theirs) or "none"
     for key in ("likelihood", "temperature"):
-        if one.info.get(key) != other.info.get(key):
+        if key in facts and one.info.get(key) != other.info.get(key):
             return f"the {key}", str(one.info.get(key)), str(other.info.get(key))
     return None
 
@@ -248,12 +284,13 @@ def kept_info(bank: Bank) -> dict[str, Any]:
     return {key: value for key, value in bank.info.items() if key not in OWN_KEYS}
 
 
-def _merged_info(banks: Sequence[Bank]) -> dict[str, Any]:
+def _merged_info(banks: Sequence[Bank], kept: list[str], shares: Sequence[float] | None) -> dict[str, Any]:
     """What `bank.json` of a merged bank says."""
     first, *others = [kept_info(bank) for bank in banks]
     alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
-    columns = {"columns": list(banks[0].columns)} if banks[0].columns else {}
-    merged = [
+    alike.pop("columns", None)
+    columns = {"columns": kept} if kept else {}
+    merged: list[dict[str, Any]] = [
         {
             "digest": bank.digest,
             "method": bank.info.get("method"),
@@ -264,6 +301,9 @@ def _merged_info(banks: Sequence[Bank]) -> dict[str, Any]:
     ]
     for key in ("row_order", "compacted"):  # of each bank's own shards
         alike.pop(key, None)
+    if shares is not None:
+        alike["method"] = {"name": "stack", "options": {}}
+        merged = [{**fact, "share": share} for fact, share in zip(merged, shares, strict=True)]
     # Runs differ in their seed, and so does the module that each began with; what that left outside the sample is alike.
     built = {_built(bank) for bank in banks}
     model = {"model": first["model"]} if len(built) == 1 and None not in built else {}

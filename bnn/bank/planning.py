@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bnn.bank import format as fmt
-from bnn.bank.writer import MOST_FILES, rows_per_shard, shard_metadata
+from bnn.bank.part import MOST_FILES, shard_metadata
+from bnn.bank.writer import rows_per_shard
 from bnn.errors import ConfigError
 from bnn.layout import Layout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -23,7 +22,6 @@ class Known(NamedTuple):
 
     file: tuple[int, int, int]  # device, inode, time of its last change
     places: Mapping[str, fmt.Place]
-    header: int  # bytes before the tensors
     checked: frozenset[str]  # tensors whose crc32 was compared
 
 
@@ -35,8 +33,8 @@ class ShardFile:
 
     def __init__(self, shard: MappedShard) -> None:
         self.shard, self.rows, self.size = shard, shard.rows, shard.bytes
+        # Replaced as a whole and without a lock, which a fork could find taken for good: at worst a sum is made twice.
         self._known: Known | None = None
-        self._lock = threading.Lock()
 
     def open(self) -> int:
         """A descriptor of the file, which has the size of the manifest.
@@ -99,9 +97,8 @@ class ShardFile:
         for name in names:
             place = known.places[name]
             self.shard.check_crc32(name, zlib.crc32(view[place.begin : place.end]))
-        with self._lock:
-            if self._known is known:
-                self._known = known._replace(checked=known.checked | set(names))
+        if self._known is known:
+            self._known = known._replace(checked=known.checked | set(names))
 
     def column(self, name: str) -> Tensor:
         """One tensor [R, *shape] in memory of its own, read alone."""
@@ -137,8 +134,7 @@ class ShardFile:
         check_shard(shard.path, shard.origin, found, metadata, rows=shard.rows, first_row=shard.first_row)
         if shard.verify and shard.origin.bank is not None:
             shard.check_crc32(fmt.HEADER, zlib.crc32(head))
-        with self._lock:
-            self._known = Known(file, places, len(head), frozenset())
+        self._known = Known(file, places, frozenset())
 
 
 def tensors_of(flat: Tensor, places: Mapping[str, fmt.Place], names: Iterable[str]) -> dict[str, Tensor]:

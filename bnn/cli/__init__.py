@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from bnn.cli import bank, bench, demo, evaluate, fit, train
+from bnn.cli import bank, bench, calibrate, compare, demo, evaluate, fit, predict, train
 from bnn.errors import BankWriteError, BnnError
 
 app = typer.Typer(
@@ -25,6 +25,9 @@ app = typer.Typer(
 app.command("fit")(fit.fit)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("calibrate")(calibrate.calibrate)
+app.command("predict")(predict.predict)
 app.add_typer(bank.app, name="bank")
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)

@@ -1,27 +1,24 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, merge, compact, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, thin, merge, compact, stack, export and plan it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, plan
+from bnn.cli import common, loo, plan
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bnn.bank import Bank
-    from bnn.bank.moving import Progress
     from bnn.data import DataSet
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check it, thin, merge, compact or export it, and plan one.",
+    help="Look at a bank, check and judge it, thin, merge, compact, stack or export it, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -57,9 +54,9 @@ def verify(
         opened = Bank.open(bank, verify="never")
         problems = opened.check_headers() + wrong_sizes(bank)
         if full and not problems:
-            with _bar("verify", "B") as progress:
+            with common.bar("verify", "B") as progress:
                 problems = verify_files(bank, progress)
-            with _bar("values", "sample") as progress:
+            with common.bar("values", "sample") as progress:
                 problems += opened.check_values(progress)
         problems += lost_shards(bank)
         unnamed = unnamed_shards(bank)
@@ -89,7 +86,7 @@ def repair(
     from bnn import bank as banks
     from bnn.cli.show import plain
 
-    with _bar("repair", "B") as progress:
+    with common.bar("repair", "B") as progress:
         found = banks.repair(bank, out, resumable=resumable, overwrite=overwrite, progress=progress)
     for file in found.files:
         if file.fate != "kept":
@@ -153,7 +150,7 @@ def thin(
     from bnn.cli.show import show_bank
 
     opened = banks.Bank.open(bank)
-    with _bar("thin", "sample") as progress:
+    with common.bar("thin", "sample") as progress:
         found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)
     show_bank(found)
 
@@ -171,7 +168,7 @@ def merge(
     from bnn.cli.show import show_bank
 
     opened = [banks.Bank.open(path) for path in bank]
-    with _bar("merge", "sample") as progress:
+    with common.bar("merge", "sample") as progress:
         found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
     show_bank(found)
 
@@ -251,30 +248,18 @@ def export(
         banks.write_state_dict(opened, out, opened[index], overwrite=overwrite)
     elif mean:
         check_target(out, overwrite=overwrite)  # before a large bank is read
-        with _bar("mean", "sample") as progress:
+        with common.bar("mean", "sample") as progress:
             found = banks.mean(opened, progress=progress)
         banks.write_state_dict(opened, out, found, overwrite=overwrite)
     else:
-        with _bar("export", "B") as progress:
+        with common.bar("export", "B") as progress:
             banks.write_chains(opened, out, params=params or (), overwrite=overwrite, progress=progress)
     typer.echo(f"{out}: {size(out.stat().st_size)}")
 
 
 app.command("plan")(plan.plan)
-
-
-@contextmanager
-def _bar(title: str, unit: str) -> Iterator[Progress]:
-    """A bar on stderr, where that is a terminal, for what tells how much is done."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit=unit, unit_scale=unit == "B", delay=1.0, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
+app.command("loo")(loo.loo)
+app.command("stack")(loo.stack)
 
 
 def diagnosis_of(bank: Bank, rebuilt: tuple[nn.Module, DataSet] | None) -> Diagnosis:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bnn.bank import Bank
+    from bnn.bank.moving import Progress
     from bnn.data import DataSet
     from bnn.samplers import EpochSampler
     from bnn.types import Batch
@@ -253,15 +255,13 @@ def _load_base(path: Path, bank: Bank, state: dict[str, Any]) -> None:
         state[name].copy_(tensor)
 
 
-def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None, trust: bool) -> DataSet:
-    """The data that a bank was fitted to, or others, standardised as those were.
+def record_of(bank: Bank) -> dict[str, Any]:
+    """What a bank keeps of the data that it was fitted to.
 
     Raises:
-        BankMismatch: the bank names no data, or rows have another shape.
-        DataError: the data cannot be read, or the bank has seen their test rows.
+        BankMismatch: it names no data.
+        BankCorrupt: the record is not whole.
     """
-    from bnn.data import load_data
-
     record = bank.info.get("data")
     if record is None:
         raise BankMismatch(
@@ -274,6 +274,33 @@ def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None
         raise BankCorrupt(
             f"{bank.path}/bank.json", want="a full record of the data", got=repr(record), fix="restore the file"
         )
+    return dict(record)
+
+
+def class_shares(bank: Bank) -> tuple[list[float], list[float]]:
+    """Shares of the classes in training and in the data, as the bank keeps them."""
+    record = bank.info.get("sampling") or {}
+    if "class_shares" not in record or record.get("posterior") != "balanced":
+        raise BankMismatch(
+            f"{bank.path} --prior-shift",
+            want="a bank fitted with --balance of one skew, without importance",
+            got=f"a {record.get('posterior', 'natural')} posterior"
+            + (", whose shares changed over epochs" if record.get("posterior") == "balanced" else ""),
+            fix="leave --prior-shift out",
+        )
+    return record["class_shares"], record["natural_shares"]
+
+
+def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None, trust: bool) -> DataSet:
+    """The data that a bank was fitted to, or others, standardised as those were.
+
+    Raises:
+        BankMismatch: the bank names no data, or rows have another shape.
+        DataError: the data cannot be read, or the bank has seen their test rows.
+    """
+    from bnn.data import load_data
+
+    record = record_of(bank)
     spec = data or record["spec"]
     require_trust(spec, said=data, trust=trust, place=f"{bank.path} data", flag="--data")
     found = load_data(
@@ -288,6 +315,50 @@ def data_of(bank: Bank, *, data: str | None, root: str | None, split: int | None
             fix="choose data of the same shape",
         )
     return found
+
+
+@contextmanager
+def bar(title: str, unit: str) -> Iterator[Progress]:
+    """A bar on stderr, where that is a terminal, for what tells how much is done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit=unit, unit_scale=unit == "B", delay=1.0, disable=None) as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress
+
+
+def models_of(banks: Sequence[Bank], models: Sequence[str] | None) -> list[str | None]:
+    """Which of the repeated `--model` each bank names; None where it names another.
+
+    Raises:
+        BankMismatch: one that no bank names.
+    """
+    specs = [(bank.info.get("model") or {}).get("spec") for bank in banks]
+    for model in models or ():
+        if model not in specs:
+            named = ", ".join(str(spec) for spec in specs)
+            raise BankMismatch("--model", want=f"one that a bank names: {named}", got=model, fix="leave it out")
+    return [spec if spec in (models or ()) else None for spec in specs]
+
+
+def check_same_data(banks: Sequence[Bank]) -> None:
+    """Raise BankMismatch unless banks were fitted to the same rows, standardised alike."""
+    facts = ("sha256", "split", "task", "inputs", "target", "classes")
+    first = banks[0].info.get("data") or {}
+    for bank in banks[1:]:
+        record = bank.info.get("data") or {}
+        different = [fact for fact in facts if record.get(fact) != first.get(fact)]
+        if different:
+            raise BankMismatch(
+                str(bank.path),
+                want=f"the data of {banks[0].path}, split and standardised alike",
+                got=f"another {', '.join(different)}",
+                fix="choose banks of one data set and split",
+            )
 
 
 def check_device(name: str) -> str:

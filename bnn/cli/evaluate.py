@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bnn.cli import common
-
-if TYPE_CHECKING:
-    from bnn.bank import Bank
 
 
 def evaluate(
@@ -76,7 +73,7 @@ def evaluate(
             net,
             dataset.test,
             ood=outside,
-            prior_shift=_shares(found) if prior_shift else None,
+            prior_shift=common.class_shares(found) if prior_shift else None,
             num_bins=num_bins,
             loc=dataset.units.loc,
             scale=dataset.units.scale,
@@ -86,19 +83,3 @@ def evaluate(
     show_reports(reports, unit=unit)
     if report is not None:
         evaluation.save_reports(reports, report)
-
-
-def _shares(bank: Bank) -> tuple[list[float], list[float]]:
-    """Shares of the classes in training and in the data, as the bank keeps them."""
-    from bnn.errors import BankMismatch
-
-    record = bank.info.get("sampling") or {}
-    if "class_shares" not in record or record.get("posterior") != "balanced":
-        raise BankMismatch(
-            f"{bank.path} --prior-shift",
-            want="a bank fitted with --balance of one skew, without importance",
-            got=f"a {record.get('posterior', 'natural')} posterior"
-            + (", whose shares changed over epochs" if record.get("posterior") == "balanced" else ""),
-            fix="leave --prior-shift out",
-        )
-    return record["class_shares"], record["natural_shares"]

@@ -48,7 +48,11 @@ def _made_of(info: Mapping[str, Any]) -> list[str]:
         lines.append(f"thinned     every {thinned.get('every')} draws, of {str(thinned.get('of'))[:12]}")
     if isinstance(merged, list):
         parts = [one if isinstance(one, dict) else {} for one in merged]
-        told = ", ".join(f"{one.get('samples')} of {str(one.get('digest'))[:12]}" for one in parts[:8])
+        told = ", ".join(
+            f"{one.get('samples')} of {str(one.get('digest'))[:12]}"
+            + (f" weighing {one['share']:.3g}" if isinstance(one.get("share"), float) else "")
+            for one in parts[:8]
+        )
         lines.append(f"merged      {len(parts)} banks: {told}{', ...' if len(parts) > 8 else ''}")
     if isinstance(lost, list):
         lines.append(f"lost        {', '.join(str(name) for name in lost[:8])}")

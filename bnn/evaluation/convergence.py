@@ -34,6 +34,7 @@ INDEPENDENT = (
     "swag",
     "ivon",
 )
+MIXED = "stack"  # a mixture of posteriors, which are not meant to agree
 
 VISIBLE = 1e-3  # of a class probability: outputs that spread by less over all draws change no prediction
 VALUES = 2**23  # float64 numbers held at once, 64 MiB
@@ -199,7 +200,7 @@ def _summary(figures: Tensor, name: Callable[[int], str]) -> Mixing | None:
 
 def _has_chains(bank: Bank, method: str) -> bool:
     """Whether samples are steps of chains: by the method, and of one that is not known by the column of chains."""
-    if method in (*CHAINS, *INDEPENDENT):
+    if method in (*CHAINS, *INDEPENDENT, MIXED):
         return method in CHAINS
     return len(bank.chain.unique()) < len(bank)
 

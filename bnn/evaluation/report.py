@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bnn.bank.files import write_atomic
-from bnn.evaluation import plots
+from bnn.evaluation import page, pictures
 from bnn.likelihoods import Task
 from bnn.metrics import Bins
 
@@ -81,11 +79,7 @@ class Report:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json`, `report.html` and pictures into a folder, made if missing.
-
-        Raises:
-            ConfigError: matplotlib, which draws the pictures, is not installed.
-        """
+        """Write `report.json`, `report.html` and pictures into a folder, made if missing."""
         save_reports({"bank": self}, folder)
 
     def __str__(self) -> str:
@@ -97,54 +91,19 @@ class Report:
 
 
 def save_reports(reports: dict[str, Report], folder: str | Path) -> None:
-    """Write several banks' reports side by side: one `report.json`, one `report.html`, pictures of each.
+    """Write several banks' reports side by side: one `report.json`, one `report.html`, pictures of each as SVG.
 
     Args:
         reports: by name of the bank.
         folder: made if missing; files of these names are replaced.
     """
-    pictures = {
-        f"{name.replace('/', '-')}-{kind}.png": picture
-        for name, report in reports.items()
-        for kind, picture in plots.draw(report).items()
-    }
+    facts = {name: report.to_dict() for name, report in reports.items()}
+    drawn = pictures.draw_all(facts)
+    html = page.render(facts)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {name: report.to_dict() for name, report in reports.items()}
-    for name, picture in pictures.items():
-        write_atomic(folder / name, [picture])
+    for name, found in drawn.items():
+        for kind, picture in found.items():
+            write_atomic(folder / f"{name.replace('/', '-')}-{kind}.svg", [picture.encode()])
     write_atomic(folder / "report.json", [(json.dumps(facts, indent=2, default=str) + "\n").encode()])
-    write_atomic(folder / "report.html", [_page(reports, pictures).encode()])
-
-
-def _page(reports: dict[str, Report], pictures: dict[str, bytes]) -> str:
-    """One self-contained page: a table over banks, definitions, pictures."""
-    names = list(dict.fromkeys(metric for report in reports.values() for metric in report.metrics))
-    definitions = {n: f.definition for report in reports.values() for n, f in report.metrics.items()}
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = ""
-    for bank, report in reports.items():
-        cells = "".join(f"<td>{_cell(report.metrics.get(name))}</td>" for name in names)
-        body += f"<tr><th>{html.escape(bank)}<br><small>{report.num_samples} samples</small></th>{cells}</tr>"
-    listed = "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(definitions[n])}</dd>" for n in names)
-    shown = "".join(
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, png in pictures.items()
-    )
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem}"
-        "table{border-collapse:collapse}th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right}"
-        "tr>th:first-child{text-align:left}figure{display:inline-block;margin:.5rem}img{max-width:24rem}dt{font-weight:600}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>bnn report</title><style>{style}</style>'
-        f"<h1>Predictive uncertainty</h1><table><tr><th></th>{head}</tr>{body}</table>"
-        f"<p>± is one standard error over rows of data.</p><h2>Pictures</h2>{shown}<h2>Definitions</h2><dl>{listed}</dl></html>\n"
-    )
-
-
-def _cell(figure: Figure | None) -> str:
-    if figure is None:
-        return ""
-    return f"{figure.value:.4f}" + ("" if figure.error is None else f"<br><small>± {figure.error:.4f}</small>")
+    write_atomic(folder / "report.html", [html.encode()])

@@ -289,7 +289,7 @@ def test_killed_at_any_file_of_the_first_commit_the_folder_serves_again(tmp_path
         patch.setattr(files.os, "replace", replace)
         with pytest.raises(Killed):
             doomed.commit()
-    for lock in doomed._locks:
+    for lock in doomed._part.locks:
         lock.close()  # as the end of a process does
     again = BankWriter(
         tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, base={"b": torch.ones(2)}, resume=how == "fresh",

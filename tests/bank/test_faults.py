@@ -200,7 +200,7 @@ def release_anyhow(bank_writer: BankWriter) -> None:
     try:
         bank_writer.release()
     except BankError:
-        for lock in bank_writer._locks:
+        for lock in bank_writer._part.locks:
             if lock._descriptor is None:
                 continue
             with suppress(OSError):

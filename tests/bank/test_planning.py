@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnn.bank import BankWriter, files, planning, size_of, writer
+from bnn.bank import BankWriter, files, part, planning, size_of, writer
 from bnn.bank import format as fmt
 from bnn.errors import ConfigError
 from bnn.layout import Entry, Layout, layout_of
@@ -88,8 +88,8 @@ def test_no_samples_are_refused() -> None:
 
 def test_a_plan_of_more_than_any_writer_fills_is_refused_at_once() -> None:
     layout = LAYOUTS["odd"]
-    most = writer.rows_per_shard(layout.num_bytes) * writer.MOST_FILES
-    assert size_of(layout, most).num_shards == writer.MOST_FILES
+    most = writer.rows_per_shard(layout.num_bytes) * part.MOST_FILES
+    assert size_of(layout, most).num_shards == part.MOST_FILES
     for samples in (most + 1, 10**15, 10**18):
         with pytest.raises(ConfigError, match=f"want at most {most}, which fill the 1000000 shards"):
             size_of(layout, samples)
@@ -113,7 +113,7 @@ def size_of_shard(rows: int, first: int, found: dict[tuple[int, int], int] = {})
         layout = LAYOUTS["odd"]
         shapes = {e.name: (e.dtype, (rows, *e.shape)) for e in layout.entries}
         shapes |= {name: (dtype, (rows,)) for name, dtype in fmt.column_dtypes(()).items()}
-        metadata = writer.shard_metadata(layout, "0" * 64, "main", first, rows)
+        metadata = part.shard_metadata(layout, "0" * 64, "main", first, rows)
         _, places = fmt.encode_header(shapes, fmt.seal_tensors(metadata, dict.fromkeys(shapes, 2**32 - 1)))
         found[key] = max(place.end for place in places.values())
     return found[key]

@@ -19,7 +19,7 @@ from bnn.bank import Bank
 from bnn.errors import ConfigError, ModuleError, SlowerWay
 from bnn.functional import FunctionalModel
 from bnn.functional import model as model_module
-from bnn.functional.calibration import Choice, Trial, calibrate, mixes_rows, profiled
+from bnn.functional.calibration import Choice, Trial, calibrate, calibrate_single, mixes_rows, profiled
 from bnn.functional.model import _spread
 from bnn.functional.ways import Way
 from bnn.seeding import generator
@@ -137,6 +137,26 @@ def test_auto_takes_the_least_time_of_what_is_open(monkeypatch: pytest.MonkeyPat
         found = calibrate(runner, params, x, profile, forms=("eager", "traced"), most_samples=1000, rows=None)
         assert str(found.way) == best
         monkeypatch.setattr(runner, "block", block)
+
+
+@pytest.mark.parametrize("hit", ["eager", "traced"])
+def test_a_measurement_that_something_else_hit_does_not_decide(monkeypatch: pytest.MonkeyPatch, hit: str) -> None:
+    """A trace takes 1, Python 1.2; what else runs adds half to the first measurement of one of them."""
+    module, x = mlp(), normal(5, 4)
+    net = FunctionalModel(module, bank_of(module, 3))
+    runner, params, seen = net._whole, net.bank[0], {"eager": 0, "traced": 0}
+    net(x, 0)
+    profile = profiled(lambda: runner.again(params, x), [])
+
+    def clock(run: Any, device: Any) -> float:
+        form = "traced" if getattr(run, "func", None) == runner.single else "eager"
+        seen[form] += 1
+        return {"eager": 1.2, "traced": 1.0}[form] * (1.5 if form == hit and seen[form] == 1 else 1.0)
+
+    monkeypatch.setattr("bnn.functional.calibration.seconds_of", clock)
+    found = calibrate_single(runner, params, x, profile, ("eager", "traced"))
+    assert str(found.way) == "loop, traced"
+    assert seen == {"eager": 2, "traced": 2}
 
 
 def test_a_way_that_gives_other_outputs_is_not_open() -> None:
