@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ MOST_VIEWS = 20_000  # of single samples that a bank keeps: about 10 MB of Pytho
 RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
 
 
+@runtime_checkable
 class Order(Protocol):
     """Which indices come, as a function of positions, and where it stands: a `SampleIndexSampler`."""
 
@@ -516,8 +517,8 @@ class Bank(Sequence[Params]):
     def _pieces(self, order: Order | Iterable[int] | Tensor, start: int | None, window: int) -> Iterator[np.ndarray]:
         """What will be asked for, a window at a time, int64 from 0 on."""
         size = len(self)
-        if isinstance(order, (Tensor, np.ndarray)) or not hasattr(order, "at"):
-            listed = np.asarray(order if isinstance(order, (Tensor, np.ndarray)) else list(order), dtype=np.int64)  # type: ignore[call-overload, arg-type]
+        if not isinstance(order, Order):
+            listed = np.asarray(order if isinstance(order, (Tensor, np.ndarray)) else list(order), dtype=np.int64)
             if listed.size and not (-size <= listed.min() and listed.max() < size):
                 raise IndexError(f"bank indices {listed.min()} to {listed.max()}: want 0 <= index < {size}")
             listed = np.where(listed < 0, listed + size, listed)

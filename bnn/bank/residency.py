@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnn.bank import disk
+from bnn.bank import format as fmt
 from bnn.bank.reading import ShardFile, read_whole, streamable, tensors_of
 from bnn.bank.shards import MappedShard, Shard
 from bnn.bank.slots import CudaMemory, HostMemory, Memory
@@ -158,9 +159,8 @@ class HeldShard:
 
     def _found(self) -> dict[str, Tensor]:
         if self._tensors is None:
-            raw = np.frombuffer(disk.blank_pages(self.file.size), dtype=np.uint8)
-            read_whole(self.file, memoryview(raw))
-            flat = torch.from_numpy(raw)
+            flat = torch.from_numpy(np.frombuffer(disk.blank_pages(self.file.size), dtype=np.uint8))
+            read_whole(self.file, fmt.tensor_bytes(flat))
             tensors = tensors_of(flat, self.file.places, self._names)
             if self._device is not None:
                 columns = [name for name in self._names if name in self._columns]

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from bnn.bank import disk
+from bnn.bank import format as fmt
 from bnn.bank.foresight import Plan, ReadAhead
 from bnn.bank.reading import PIECE_BYTES, ShardFile, tensors_of
 from bnn.bank.slots import Memory
@@ -59,8 +60,8 @@ class _Fill:
 
     def __init__(self, file: ShardFile, buffer: Buffer, target: Tensor, after: list[Any]) -> None:
         self.file, self.buffer, self.target, self.after = file, buffer, target, after
-        self.view = memoryview(target.numpy())
-        self.left = -(-file.size // PIECE_BYTES)
+        self.view = fmt.tensor_bytes(target)
+        self.left: int = -(-file.size // PIECE_BYTES)  # pieces
         self.lock = threading.Lock()
         self.descriptor: int | None = None
         self.error: BaseException | None = None

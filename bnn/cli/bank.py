@@ -191,7 +191,7 @@ def compact(
     from bnn.cli.show import show_bank
 
     opened = banks.Bank.open(bank)
-    with _bar("compact", "sample") as progress:
+    with common.bar("compact", "sample") as progress:
         found = banks.compact(
             opened,
             out,

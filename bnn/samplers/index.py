@@ -212,9 +212,9 @@ class SampleIndexSampler(Sampler[int]):
 
     def _orders(self) -> Callable[[np.uint64, int], np.ndarray] | None:
         """(key of a pass, S) -> its indices; None where no pass differs from another."""
-        if self.strategy == "shuffle" and self.window is None:
-            return _shuffled
         if self.strategy == "shuffle":
+            if self.window is None:
+                return _shuffled
             return partial(_windowed, rows=self._shard_rows(), window=self.window)
         if self.strategy not in ("stratified", "weighted", "antithetic"):
             return None

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bank.test_kinds import SHARD_BYTES, S, bits, block_of, same_blocks, same_params, write
+from bank.test_kinds import SHARD_BYTES, S, bits, block_of, quick, same_blocks, same_params, write
 from torch import nn
 
 import bnn
