@@ -65,8 +65,7 @@ class Kept(NamedTuple):
 
     folder: Path
     size: Size
-    names: list[str]
-    shapes: list[tuple[int, ...]]
+    places: list[tuple[str, int, int, tuple[int, ...]]]  # of each tensor in a flat sample: name, begin, end, shape
     num_values: int
     order: list[int]
 
@@ -112,18 +111,14 @@ def keep(folder: Path, size: Size) -> Kept:
     if table is not None:
         file.close()
     order = torch.randperm(size.samples, generator=source).tolist()
-    shapes = [entry.shape for entry in layout.entries]
-    return Kept(folder, size, list(layout.names), shapes, layout.num_values, order)
+    ends = np.cumsum([entry.numel for entry in layout.entries]).tolist()
+    places = [(e.name, end - e.numel, end, e.shape) for e, end in zip(layout.entries, ends, strict=True)]
+    return Kept(folder, size, places, layout.num_values, order)
 
 
 def split(kept: Kept, row: Tensor) -> dict[str, Tensor]:
     """The tensors of a flat sample, as views."""
-    found, begin = {}, 0
-    for name, shape in zip(kept.names, kept.shapes, strict=True):
-        count = int(np.prod(shape))
-        found[name] = row[begin : begin + count].view(shape)
-        begin += count
-    return found
+    return {name: row[begin:end].view(shape) for name, begin, end, shape in kept.places}
 
 
 Way = Callable[[int], dict[str, Tensor]]
@@ -134,14 +129,14 @@ def ways_of(kept: Kept) -> dict[str, Way]:
     folder = kept.folder
     mapped = Bank.open(folder / "bank")
     list(mapped.blocks(64))
-    matrix = np.load(folder / "rows.npy", mmap_mode="c")
+    matrix = np.asarray(np.load(folder / "rows.npy", mmap_mode="c"))
     held = [{name: tensor.clone() for name, tensor in mapped[index].items()} for index in range(kept.size.samples)]
     whole = torch.from_numpy(np.load(folder / "rows.npy"))
     spare = torch.empty(kept.num_values)
 
     def by_safetensors(index: int) -> dict[str, Tensor]:
         with safe_open(folder / f"{index}.safetensors", framework="pt") as file:
-            return {name: file.get_tensor(name) for name in kept.names}
+            return {name: file.get_tensor(name) for name, *_ in kept.places}
 
     ways: dict[str, Way] = {
         "bnn, mapped": mapped.__getitem__,

@@ -41,7 +41,7 @@ def works(bank: Bank, folder: Path, order: Sequence[int]) -> Iterator[Work]:
     assert bank.path is not None
     flat = bank.layout.flatten(bank.block(slice(None)).params)
     np.save(folder / "rows.npy", flat.numpy())
-    matrix = np.load(folder / "rows.npy", mmap_mode="c")
+    matrix = np.asarray(np.load(folder / "rows.npy", mmap_mode="c"))
     shapes = [(entry.name, entry.shape, entry.numel) for entry in bank.layout.entries]
 
     def touch(params: dict[str, Tensor]) -> float:
