@@ -62,6 +62,16 @@ def measured(groups: np.ndarray, visit: int, repeats: int, seed: int) -> float:
     return float(means.var(axis=0).sum() / (whole.var(axis=0).sum() / visit))
 
 
+def table(run: dict[str, Any]) -> list[str]:
+    """The lines of the page that shows a run."""
+    lines = ["| rows | ρ | m = " + " | m = ".join(map(str, VISITS)) + " |", "|---" * (2 + len(VISITS)) + "|"]
+    for order, words in (("chain", "chain after chain"), ("striped", "striped")):
+        found = {row["draws"]: row for row in run["rows"] if row["order"] == order}
+        cells = [f"{found[visit]['measured']:.2f} ({found[visit]['formula']:.2f})" for visit in VISITS]
+        lines.append(f"| {words} | {found[1]['rho']:.3f} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
