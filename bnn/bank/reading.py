@@ -36,7 +36,7 @@ class ShardFile:
         # Replaced as a whole and without a lock, which a fork could find taken for good: at worst a sum is made twice.
         self._known: Known | None = None
 
-    def open(self) -> int:
+    def descriptor(self) -> int:
         """A descriptor of the file, which has the size of the manifest.
 
         Raises:
@@ -102,7 +102,7 @@ class ShardFile:
 
     def column(self, name: str) -> Tensor:
         """One tensor [R, *shape] in memory of its own, read alone."""
-        descriptor = self.open()
+        descriptor = self.descriptor()
         try:
             known = self._known
             assert known is not None
@@ -153,7 +153,7 @@ def read_whole(file: ShardFile, view: memoryview) -> None:
     Raises:
         BankError: the file is not what the manifest says.
     """
-    descriptor = file.open()
+    descriptor = file.descriptor()
     try:
         for start in range(0, file.size, PIECE_BYTES):
             file.read(descriptor, view[start : min(start + PIECE_BYTES, file.size)], start)

@@ -24,6 +24,7 @@ Residency: TypeAlias = Literal["mapped", "host", "device", "streamed"]
 RESIDENCIES: tuple[str, ...] = ("mapped", "host", "device", "streamed")
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
+PREFIXES = ("", "k", "m", "g", "t")  # each a thousand, or 1024, of the one before
 MOST_STAGING = 4  # pinned buffers: two keep disk and bus busy, more only even out
 
 
@@ -51,7 +52,7 @@ def num_bytes(option: str, size: int | str) -> int:
         found = size
     elif isinstance(size, str) and (match := SIZE.fullmatch(size.strip())):
         number, prefix, binary = match.groups()
-        found = int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix.replace("K", "k") or " "))
+        found = int(float(number) * (1024 if binary else 1000) ** PREFIXES.index(prefix.lower()))
     if found < 1:
         raise ConfigError(
             option,

@@ -71,7 +71,7 @@ class _Fill:
         try:
             with self.lock:
                 if self.descriptor is None and self.error is None:
-                    self.descriptor = self.file.open()
+                    self.descriptor = self.file.descriptor()
             if self.error is None and self.descriptor is not None:
                 piece = self.view[start : min(start + PIECE_BYTES, self.file.size)]
                 self.file.read(self.descriptor, piece, start)
