@@ -128,6 +128,15 @@ def test_the_trial_of_mclmc_is_told_as_it_was() -> None:
         assert f"| {row['set']} | {row['split']} | {row['method']} | {figures}" in page
 
 
+def test_the_page_on_residency_shows_what_row_orders_cost() -> None:
+    run = found("bank_order")
+    lines = runpy.run_path(str(ROOT / "benchmarks" / "bank_order.py"))["table"](run)
+    assert "\n".join(lines) in (ROOT / "docs" / "residency.md").read_text(encoding="utf-8")
+    for row in run["rows"]:
+        assert row["formula"] == pytest.approx(1 + (row["draws"] - 1) * row["rho"])
+        assert row["measured"] == pytest.approx(row["formula"], rel=0.1)
+
+
 def test_the_page_on_applying_shows_the_committed_grid() -> None:
     run = found("apply")
     lines = runpy.run_path(str(ROOT / "benchmarks" / "apply_table.py"))["table"](run)

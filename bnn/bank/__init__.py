@@ -1,5 +1,6 @@
 """Weight sample banks: a folder of safetensors shards, written atomically, read without copies."""
 
+from bnn.bank.compacting import compact
 from bnn.bank.exporting import mean, write_chains, write_state_dict
 from bnn.bank.moving import materialise, merge, thin
 from bnn.bank.planning import BankSize, size_of
@@ -15,6 +16,7 @@ __all__ = [
     "BankWriter",
     "Repaired",
     "VirtualBank",
+    "compact",
     "lost_shards",
     "materialise",
     "mean",

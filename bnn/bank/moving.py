@@ -93,7 +93,7 @@ def keep(
 
     With `alike` they count alike in it, whatever their weights were.
     """
-    writer = _writer(out, [bank], _kept_info(bank) | {"thinned": dict(record)}, overwrite=overwrite)
+    writer = new_writer(out, [bank], kept_info(bank) | {"thinned": dict(record)}, overwrite=overwrite)
 
     def chosen(number: int, first: int, block: Block) -> Block:
         del number
@@ -113,8 +113,8 @@ def recode(
     progress: Progress | None = None,
 ) -> Bank:
     """A new bank with the same rows, coded; columns stay as they are, and `record` is in its `codec`."""
-    config = _kept_info(bank) | {"codec": {**codec.fact(), **record}}
-    writer = _writer(out, [bank], config, overwrite=overwrite, codec=codec)
+    config = kept_info(bank) | {"codec": {**codec.fact(), **record}}
+    writer = new_writer(out, [bank], config, overwrite=overwrite, codec=codec)
     return _pour(writer, [bank], lambda _, first, block: block._replace(params=codec.encode(block.params)), progress)
 
 
@@ -174,7 +174,9 @@ def merge(
         following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number), total[number]))
     columns = [name for name in banks[0].columns if all(name in bank.columns for bank in banks)]
-    writer = _writer(out, banks, _merged_info(banks, columns, None if shares is None else total), overwrite=overwrite)
+    writer = new_writer(
+        out, banks, _merged_info(banks, columns, None if shares is None else total), overwrite=overwrite
+    )
 
     def renumbered(number: int, first: int, block: Block) -> Block:
         del first
@@ -215,7 +217,7 @@ def materialise(bank: Bank, out: str | Path, *, overwrite: bool = False, progres
         raise ConfigError(
             str(bank.path or "bank"), want="a virtual bank", got="one that keeps its rows", fix="copy it with thin"
         )
-    writer = _writer(out, [bank], _kept_info(bank), overwrite=overwrite)
+    writer = new_writer(out, [bank], kept_info(bank), overwrite=overwrite)
     return _pour(writer, [bank], lambda _, __, block: block, progress)
 
 
@@ -347,7 +349,7 @@ def _base_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[
     return None
 
 
-def _kept_info(bank: Bank) -> dict[str, Any]:
+def kept_info(bank: Bank) -> dict[str, Any]:
     """What a new bank says as the old one did; of a coded one, also that its samples went through a codec."""
     codec = bank.info.get("codec")
     decoded = {} if codec is None else {"decoded": {"codec": codec["name"], "of": codec.get("of")}}
@@ -356,7 +358,7 @@ def _kept_info(bank: Bank) -> dict[str, Any]:
 
 def _merged_info(banks: Sequence[Bank], kept: list[str], shares: Sequence[float] | None) -> dict[str, Any]:
     """What `bank.json` of a merged bank says."""
-    first, *others = [_kept_info(bank) for bank in banks]
+    first, *others = [kept_info(bank) for bank in banks]
     alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
     alike.pop("columns", None)
     columns = {"columns": kept} if kept else {}
@@ -369,6 +371,8 @@ def _merged_info(banks: Sequence[Bank], kept: list[str], shares: Sequence[float]
         }
         for bank in banks
     ]
+    for key in ("row_order", "compacted"):  # of each bank's own shards
+        alike.pop(key, None)
     if shares is not None:
         alike["method"] = {"name": "stack", "options": {}}
         merged = [{**fact, "share": share} for fact, share in zip(merged, shares, strict=True)]
@@ -391,20 +395,29 @@ def _name(bank: Bank, number: int) -> str:
     return f"bank {number}" if bank.path is None else str(bank.path)
 
 
-def _writer(
+def new_writer(
     out: str | Path,
     banks: Sequence[Bank],
     config: dict[str, Any],
     *,
     overwrite: bool,
     codec: Codec | None = None,
+    shard_rows: int | None = None,
 ) -> BankWriter:
     """The writer of a new bank, which is none of those that are read."""
     for bank in banks:
         if bank.path is not None:
             check_apart(Path(out), bank.path)
     base = {} if config.get("lost") else banks[0].base()  # lost: the new bank has none either, and says so
-    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite, codec=codec)
+    return BankWriter(
+        out,
+        layout=banks[0].layout,
+        config=config,
+        base=base,
+        overwrite=overwrite,
+        codec=codec,
+        shard_rows=shard_rows,
+    )
 
 
 def _pour(

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -147,6 +147,19 @@ class VirtualBank(Sequence[Params]):
     def columns(self) -> dict[str, Tensor]:
         """None."""
         return {}
+
+    @property
+    def residency(self) -> Literal["host"]:
+        """In memory, as far as samples are there at all."""
+        return "host"
+
+    @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """All samples as of one shard: any of them is as far away as any other."""
+        return (len(self),)
+
+    def follow(self, order: Any, *, start: int | None = None, window: int = 4096) -> None:
+        """Nothing: samples are made when they are asked for."""
 
     @property
     def stored(self) -> Layout:

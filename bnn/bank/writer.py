@@ -93,6 +93,7 @@ class BankWriter:
             its first commit.
         overwrite: replace a bank that is there.
         codec: by which the blocks that are appended were coded; `config` has what `bank.json` says of it under `codec`.
+        shard_rows: samples of a shard, at most; by default as many as fit into 256 MiB.
 
     Raises:
         BankExists: the folder is there and neither `resume` nor `overwrite` was said.
@@ -115,6 +116,7 @@ class BankWriter:
         resume: bool = False,
         overwrite: bool = False,
         codec: Codec | None = None,
+        shard_rows: int | None = None,
     ) -> None:
         self.path, self.writer = Path(path), writer
         self.layout = layout if codec is None else codec.stored  # of the blocks
@@ -122,7 +124,7 @@ class BankWriter:
             self.path, layout, config, base or {}, writer, resume=resume, overwrite=overwrite, codec=codec
         )
         self._ready = _Ready(self._part.shards, 0, self._part.state)
-        self._capacity = rows_per_shard(self.layout.num_bytes)
+        self._capacity = rows_per_shard(self.layout.num_bytes) if shard_rows is None else shard_rows
         self._thread: ThreadPoolExecutor | None = None  # that commits full shards
         self._first_row_at = time.monotonic()
 

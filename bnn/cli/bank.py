@@ -1,4 +1,4 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, cast, merge, stack, materialise, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, and make other banks of banks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check and judge it, thin, cast, merge, stack, materialise or export it, and plan one.",
+    help="Look at a bank, check and judge it, make another one of it or of several, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -173,6 +173,38 @@ def materialise(
     opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
     with common.bar("materialise", "sample") as progress:
         found = banks.materialise(opened, out, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def compact(
+    bank: BankPath,
+    out: NewBank,
+    shard_bytes: Annotated[str, typer.Option(help="Bytes of a shard, at most, such as 64MB.")] = "256MiB",
+    order: Annotated[
+        str, typer.Option(help="striped: every shard a small bank; chain: chain after chain, draws in order.")
+    ] = "striped",
+    seed: common.Seed = 0,
+    overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
+    debug: common.Debug = False,
+) -> None:
+    """Copy a bank into few shards of one size, its rows spread over them so that any shard stands for the whole."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    with common.bar("compact", "sample") as progress:
+        found = banks.compact(
+            opened,
+            out,
+            shard_bytes=shard_bytes,
+            order=order,  # type: ignore[arg-type]  # checked there
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
     show_bank(found)
 
 

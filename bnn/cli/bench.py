@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bnn.bank import Bank
 
-NAMES = ("write", "read", "select", "apply", "train")
+NAMES = ("write", "read", "bank", "select", "apply", "train")
 BLOCK = 25  # samples of a block in select and apply
 SECONDS = 0.5  # of each measurement
 
@@ -62,7 +62,8 @@ class Row(NamedTuple):
 
 def bench(
     name: Annotated[
-        str | None, typer.Argument(help="write, read, select, apply or train; all by default.", show_default=False)
+        str | None,
+        typer.Argument(help="write, read, bank, select, apply or train; all by default.", show_default=False),
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples in the bank.")] = 256,
     width: Annotated[int, typer.Option(help="Hidden width of the MLP 64-WIDTH-WIDTH-10.")] = 128,
@@ -208,6 +209,15 @@ def _read(setting: Setting, device: str) -> Iterator[Row]:
     yield row
 
 
+def _bank(setting: Setting, device: str) -> Iterator[Row]:
+    del device
+    from bnn.cli.bench_bank import works
+
+    for work in works(setting.bank, setting.folder, setting.order):
+        ours, rival = per_second(work.run), per_second(work.rival_run)
+        yield Row("bank", work.ours, work.rival, ours, rival, setting.num_bytes)
+
+
 def _select(setting: Setting, device: str) -> Iterator[Row]:
     del device
     import torch
@@ -329,6 +339,7 @@ def _train(setting: Setting, device: str) -> Iterator[Row]:
 _MEASURES: dict[str, Callable[[Setting, str], Iterator[Row]]] = {
     "write": _write,
     "read": _read,
+    "bank": _bank,
     "select": _select,
     "apply": _apply,
     "train": _train,

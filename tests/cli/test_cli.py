@@ -246,6 +246,14 @@ def test_bench_prints_ratios_and_compares(bnn: Callable[..., tuple[int, str, str
     assert "a file that --json wrote" in err
 
 
+def test_bench_bank_reads_through_every_residency(bnn: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = bnn("bench bank --num-samples 200 --width 16")
+    assert code == 0
+    assert out.count("NumPy memmap") == 2
+    assert "a pass, streamed" in out
+    assert "bare reads" in out
+
+
 def test_bench_apply_agrees_with_its_rivals(bnn: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = bnn("bench apply --num-samples 30 --width 8")
     assert code == 0
@@ -609,7 +617,7 @@ FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
         ("bank info nowhere", "nowhere: want a bank"),
         ("bank verify nowhere", "nowhere: want a bank"),
         ("train --bank nowhere --out s", "nowhere: want a bank"),
-        ("bench fly", "bench: want one of write, read, select, apply, train, got 'fly'"),
+        ("bench fly", "bench: want one of write, read, bank, select, apply, train, got 'fly'"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_leaves_nothing(
