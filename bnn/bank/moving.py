@@ -36,6 +36,7 @@ OWN_KEYS = (
     "complete",
     "diagnostics",
     "resumable",
+    "ranks",
 )
 
 
@@ -130,9 +131,9 @@ def merge(
     banks = list(banks)
     _check_alike(banks, ("likelihood",) if shares is not None else ("columns", "likelihood", "temperature"))
     total = _total_weights(banks, shares)
-    chains, shifts, following = [], [], 0
+    chains, shifts, following, one_run = [], [], 0, _is_one_run(banks)
     for number, bank in enumerate(banks):
-        chains.append(following)
+        chains.append(0 if one_run else following)
         following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number), total[number]))
     columns = [name for name in banks[0].columns if all(name in bank.columns for bank in banks)]
@@ -147,6 +148,14 @@ def merge(
         )
 
     return _pour(writer, banks, renumbered, progress)
+
+
+def _is_one_run(banks: Sequence[Bank]) -> bool:
+    """Whether banks are what the ranks of one run wrote on hosts of their own: their chains are numbered together."""
+    writers = [writer for bank in banks for writer in bank.info.get("diagnostics", {})]
+    runs = {bank.info.get("checksum") for bank in banks if bank.info.get("ranks")}
+    alike = len(runs) == 1 and None not in runs and all(bank.info.get("ranks") for bank in banks)
+    return alike and len(writers) == len(set(writers))
 
 
 def check_apart(out: Path, path: Path) -> None:
