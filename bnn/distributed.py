@@ -169,7 +169,7 @@ class Ranks:
                 if silent:
                     raise RuntimeError(f"no sign of rank {silent[0]} for {self.timeout:g} s")
                 time.sleep(pause)
-                pause = min(2 * pause, self.timeout / 8, 1.0)
+                pause = min(1.3 * pause, self.timeout / 8, 0.25)
                 arrived = self._store.add(place, 0)
 
     def post(self, name: str, text: str) -> None:

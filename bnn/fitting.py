@@ -217,11 +217,17 @@ def _optimised(run: Iterator[tuple[Block, State]]) -> None:
 
 def _facts(model: BayesianModel, data: Data, config: Mapping[str, Any]) -> dict[str, Any]:
     """What must be alike on all ranks: versions, options, module with its values, and all rows of tensors."""
-    values = [*model.module_params().items(), *model.base().items()]
+    parts = {
+        name or "whole": f"{type(part).__name__}({part.extra_repr()})" for name, part in model.module.named_modules()
+    }
+    values = {**model.module_params(), **model.base()}
     return {
-        **{key: value for key, value in config.items() if key != "data"},
-        "module": {"parameters": digest_of([tensor for _, tensor in values], rows=None)},
-        "data": digest_of(data, rows=None),
+        **{key: value for key, value in config.items() if key not in ("data", "provenance")},
+        "module": {
+            "a_part": parts,
+            "values": {name: digest_of([tensor], rows=None) for name, tensor in values.items()},
+        },
+        "data": {"rows": num_rows(data), "digest": digest_of(data, rows=None)},
     }
 
 

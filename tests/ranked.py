@@ -6,8 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +21,12 @@ N, D, HIDDEN, OUT = 37, 3, 4, 2
 WORK = Path(__file__).parent / "distributed" / "work.py"
 
 CHAINS: dict[str, tuple[Method, int]] = {
-    "hmc": (HMC(num_chains=5, num_warmup=60, num_steps=6, init="prior", compile=False), 20),
-    "chees": (HMC(num_chains=5, num_warmup=60, num_steps=8, init="prior", compile=False, trajectory="chees"), 20),
-    "nuts": (NUTS(num_chains=3, num_warmup=20, init="prior", max_tree_depth=4), 9),
+    "hmc": (HMC(num_chains=5, num_warmup=45, num_steps=3, init="prior", compile=False), 20),
+    "chees": (HMC(num_chains=5, num_warmup=45, num_steps=4, init="prior", compile=False, trajectory="chees"), 20),
+    "nuts": (NUTS(num_chains=3, num_warmup=8, init="prior", max_tree_depth=2), 9),
     "sghmc": (SGHMC(num_chains=4, num_warmup=10, climb_steps=20, cycle_steps=None, thin=5, batch_size=10), 16),
     "low-rank mass": (
-        HMC(num_chains=5, num_warmup=60, num_steps=6, init="prior", compile=False, mass="low-rank", rank=3),
+        HMC(num_chains=5, num_warmup=45, num_steps=3, init="prior", compile=False, mass="low-rank", rank=3),
         20,
     ),
 }
@@ -64,8 +64,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(world_size: int, *arguments: str | Path, timeout: float = 120, **environment: str) -> list[Any]:
-    """Run `distributed/work.py` once a rank; the processes as they ended, with `stdout` and `stderr` as text."""
+def launch(
+    world_size: int, *arguments: str | Path, timeout: float = 120, first_only: bool = False, **environment: str
+) -> list[Any]:
+    """Run `distributed/work.py` once a rank; the processes as they ended, with what they said as `out` and `err`.
+
+    With `first_only` the others are killed once rank 0 has ended.
+    """
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -80,13 +85,18 @@ def launch(world_size: int, *arguments: str | Path, timeout: float = 120, **envi
                 text=True,
             )
         )
+    ended: list[Any] = []
     try:
         for process in processes:
-            process.out, process.err = process.communicate(timeout=timeout)  # type: ignore[attr-defined]
+            if ended and first_only:
+                process.kill()
+            out, err = process.communicate(timeout=timeout)
+            ended.append(SimpleNamespace(returncode=process.returncode, out=out, err=err))
     finally:
-        for process in processes:
+        for process in processes[len(ended) :]:
             process.kill()
-    return processes
+            process.communicate()
+    return ended
 
 
 def paths() -> dict[str, str]:
@@ -107,7 +117,3 @@ def _order(chain: Tensor, draw: Tensor) -> Any:
     import numpy as np
 
     return np.lexsort((draw.numpy(), chain.numpy()))
-
-
-def names(groups: Sequence[dict[str, Any]]) -> list[str]:
-    return [name for group in groups for name in group]

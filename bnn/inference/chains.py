@@ -320,7 +320,9 @@ def update_adaptation(
     moments = update_moments(adaptation.moments, after, every)
     if step not in edges:
         return adaptation._replace(moments=moments)
-    whole = moments._replace(**{name: together.pooled(getattr(moments, name)) for name in ("mean", "squares", "recent")})
+    whole = moments._replace(
+        **{name: together.pooled(getattr(moments, name)) for name in ("mean", "squares", "recent")}
+    )
     metric = learn_metric(whole, scale.square(), options.rank if options.mass == "low-rank" else 0)
     return Adaptation(
         first_step_size(learnt.log_step_mean.exp()),

@@ -156,9 +156,7 @@ class HMC:
             return starting.positions(inner, self.init, self.num_chains, seed, chains=chains)
 
         num_draws, target = num_samples // self.num_chains, target_of_model(inner, batch)
-        for draw, following in run_chains(
-            self, target, start, scale, seed, num_draws, state, together=together
-        ):
+        for draw, following in run_chains(self, target, start, scale, seed, num_draws, state, together=together):
             yield _block(chains, model, draw), following
 
 

@@ -146,7 +146,9 @@ def _run(
         warm = step < options.num_warmup
         rounds: list[list[Info]] = []  # trajectories that lead to this draw, over chains
         for _ in range(1 if warm else options.thin):
-            moves = [_draw(options, kernel, chain, seed, number, step) for number, chain in zip(own, chains, strict=True)]
+            moves = [
+                _draw(options, kernel, chain, seed, number, step) for number, chain in zip(own, chains, strict=True)
+            ]
             chains, infos = [chain for chain, _ in moves], [info for _, info in moves]
             if not together.several:  # else nobody knows whether another rank's chains move
                 _require_moving(options, chains, step)
@@ -286,7 +288,14 @@ def _positions(options: NUTS, potential: Potential, seed: int, own: range) -> Te
     if starting.climbs(options.init):
         scale = potential.scale.to(flat.dtype)
         steps = starting.CLIMB_STEPS
-        density = prepare(target_of_model(model, batch), flat, num_gradients=steps, memory=None, compile=False, num_chains=options.num_chains)
+        density = prepare(
+            target_of_model(model, batch),
+            flat,
+            num_gradients=steps,
+            memory=None,
+            compile=False,
+            num_chains=options.num_chains,
+        )
         at = starting.first_climb(flat, scale)
         for step in range(steps):
             at = starting.climb_step(density, at, scale, step)

@@ -18,6 +18,7 @@ from bnn.bank import merge
 from bnn.types import Method
 
 ALL = CHAINS | ROWS | GUIDES
+FEW = ("hmc", "chees", "prior", "ensemble", "mean-field", "map")
 GROWN = ("hmc", "prior", "mean-field")  # resumed with twice the samples
 
 
@@ -30,7 +31,7 @@ def world_size(request: pytest.FixtureRequest) -> int:
 def split(world_size: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Banks of all methods, each made by so many ranks."""
     out = tmp_path_factory.mktemp(f"ranks-{world_size}")
-    ended = launch(world_size, "fits", out)
+    ended = launch(world_size, "fits", out, ",".join(ALL if world_size == 2 else FEW))
     assert [process.returncode for process in ended] == [0] * world_size, "\n".join(p.err for p in ended)
     return out
 
@@ -41,13 +42,20 @@ def whole(method: Method, num_samples: int, seed: int = 3) -> bnn.Bank:
         return bnn.fit(model(), rows(), method=method, num_samples=num_samples, seed=seed)
 
 
-@pytest.mark.parametrize("name", sorted(CHAINS.keys() - {"sghmc"} | ROWS.keys()))
+def pair(name: str, split: Path) -> tuple[bnn.Bank, bnn.Bank]:
+    """A bank of one process, and that of the ranks."""
+    if not (split / name).exists():
+        pytest.skip("three ranks run the methods that two might have right by chance")
+    method, num_samples = ALL[name]
+    return whole(method, num_samples * (1 + (name in GROWN))), bnn.Bank.open(split / name)
+
+
+@pytest.mark.parametrize("name", sorted(CHAINS.keys() | ROWS.keys()))
 def test_rows_are_those_of_one_process(name: str, split: Path) -> None:
     """Uncompiled float64: the same chains, draws and values. Products whose shape hangs on the number of chains may
     round otherwise: those of a low-rank mass, and of gradients of one chain alone.
     """
-    method, num_samples = ALL[name]
-    here, there = whole(method, num_samples * (1 + (name in GROWN))), bnn.Bank.open(split / name)
+    here, there = pair(name, split)
     assert there.info["complete"]
     (places, values), (others, found) = sorted_rows(here), sorted_rows(there)
     assert torch.equal(places, others)
@@ -61,8 +69,7 @@ def test_rows_are_those_of_one_process(name: str, split: Path) -> None:
 @pytest.mark.parametrize("name", sorted(GUIDES))
 def test_guides_take_the_steps_of_one_process(name: str, split: Path) -> None:
     """Gradients are summed over rows in another order: equal to rounding, in one bank that rank 0 wrote."""
-    method, num_samples = ALL[name]
-    here, there = whole(method, num_samples * (1 + (name in GROWN))), bnn.Bank.open(split / name)
+    here, there = pair(name, split)
     assert list(there.info["diagnostics"]) == ["main"]
     assert "ranks" not in there.info
     (places, values), (others, found) = sorted_rows(here), sorted_rows(there)
@@ -72,9 +79,9 @@ def test_guides_take_the_steps_of_one_process(name: str, split: Path) -> None:
 
 
 def test_overwriting_replaces_the_parts_of_all_ranks(split: Path) -> None:
-    """Where "sghmc" was, the last fit put HMC with another seed."""
+    """Where another bank was, the last fit put HMC with another seed."""
     method, num_samples = ALL["hmc"]
-    here, there = whole(method, num_samples, seed=5), bnn.Bank.open(split / "sghmc")
+    here, there = whole(method, num_samples, seed=5), bnn.Bank.open(split / "over")
     (places, values), (others, found) = sorted_rows(here), sorted_rows(there)
     assert torch.equal(places, others)
     assert all(torch.equal(values[key], found[key]) for key in values)
@@ -118,9 +125,9 @@ def test_what_differs_between_ranks_is_named_on_all(tmp_path: Path) -> None:
             ("ConfigError: rank 1: want seed = 0, as on rank 0, got 1",),
             ("method.options.block_size = 8", "got 9"),
             ("num_samples = 4", "got 5"),
-            ("rank 1: want data = ",),
-            ("rank 1: want provenance.module = ",),
-            ("rank 1: want module.parameters = ",),
+            ("rank 1: want data.digest = ",),
+            ("rank 1: want module.a_part.1 = Tanh()", "got ReLU()"),
+            ("rank 1: want module.values.0.weight = ",),
             ("resume = False", "got True"),
             ("one that several ranks can share: prior, mean-field", "SWAG on 2 ranks"),
             ("a guide of Pyro on 2 ranks",),
@@ -170,6 +177,9 @@ def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, diabetes: Path) -> No
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("Signal 9 (SIGKILL)") >= 2 or ended.stderr.count("exitcode: -9") >= 2
     assert ended.stdout.count("verdict") == 1
-    (places, values), (others, found) = sorted_rows(bnn.Bank.open(diabetes)), sorted_rows(bnn.Bank.open(tmp_path / "bank"))
+    (places, values), (others, found) = (
+        sorted_rows(bnn.Bank.open(diabetes)),
+        sorted_rows(bnn.Bank.open(tmp_path / "bank")),
+    )
     assert torch.equal(places, others)
     assert all(torch.equal(values[key], found[key]) for key in values)
