@@ -36,11 +36,15 @@ class Ranks:
         world_size: how many there are.
         store: of torch.distributed, where they meet; None for one rank.
         timeout: seconds without a sign of another rank after which RankLost is raised.
+        group: of torch.distributed, where these are only some of the run's ranks, which then do not `wait`.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, *, store: Any = None, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, *, store: Any = None, timeout: float = TIMEOUT, group: Any = None
+    ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
-        self._store, self._waits = store, 0
+        self._store, self._waits, self._group = store, 0, group
+        self._meshes: dict[int, tuple[Ranks, Ranks]] = {}
 
     @property
     def several(self) -> bool:
@@ -76,12 +80,13 @@ class Ranks:
         distributed = torch.distributed
         with self._told("what every rank has to say"):
             sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.world_size)]
-            distributed.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+            own = torch.tensor([len(tensor)], device=tensor.device)
+            distributed.all_gather(sizes, own, group=self._group)
             counts = [int(size) for size in sizes]
             padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
             padded[: len(tensor)] = tensor
             found = [torch.empty_like(padded) for _ in counts]
-            distributed.all_gather(found, padded)
+            distributed.all_gather(found, padded, group=self._group)
         return [rows[:count] for rows, count in zip(found, counts, strict=True)]
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ class Ranks:
             return tensor
         summed = tensor.clone().contiguous()
         with self._told("a sum over ranks"):
-            torch.distributed.all_reduce(summed)
+            torch.distributed.all_reduce(summed, group=self._group)
         return summed
 
     def broadcast(self, tensor: Tensor | None, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -98,7 +103,7 @@ class Ranks:
         found = torch.empty(shape, dtype=dtype) if tensor is None else tensor.contiguous()
         if self.several:
             with self._told("what rank 0 has to say"):
-                torch.distributed.broadcast(found, 0)
+                torch.distributed.broadcast(found, group=self._group, group_src=0)
         return found
 
     def values(self, value: Any) -> list[Any]:
@@ -107,6 +112,59 @@ class Ranks:
             return [value]
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         return [json.loads(bytes(rows.tolist())) for rows in self.gathered(raw)]
+
+    def states(self, state: Mapping[str, Any] | None) -> list[dict[str, Any] | None]:
+        """The state of each rank, tensors and plain values, on all ranks; tensors come to the CPU."""
+        if not self.several:
+            return [None if state is None else dict(state)]
+        tensors = {n: v.detach().cpu().contiguous() for n, v in (state or {}).items() if isinstance(v, Tensor)}
+        plain = {n: v for n, v in (state or {}).items() if not isinstance(v, Tensor)}
+        told = {n: [list(v.shape), str(v.dtype).removeprefix("torch.")] for n, v in tensors.items()}
+        facts = self.values(None if state is None else {"plain": plain, "tensors": told})
+        flat = [v.flatten().view(torch.uint8) for v in tensors.values() if v.numel()]
+        sent = self.gathered(torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8))
+        found: list[dict[str, Any] | None] = []
+        for fact, raw in zip(facts, sent, strict=True):
+            one, place = None if fact is None else dict(fact["plain"]), 0
+            for name, (shape, dtype) in ({} if fact is None else fact["tensors"]).items():
+                value = torch.empty(shape, dtype=getattr(torch, dtype))
+                if value.numel():
+                    value.flatten().view(torch.uint8).copy_(raw[place : place + value.nbytes])
+                place += value.nbytes
+                assert one is not None
+                one[name] = value
+            found.append(one)
+        return found
+
+    def mesh(self, columns: int) -> tuple[Ranks, Ranks]:
+        """The ranks of this one's column and of its row, where all stand in rows of `columns` in their order.
+
+        Args:
+            columns: how many, of which world_size is a multiple.
+
+        Examples:
+            >>> column, row = Ranks(0, 1).mesh(1)
+            >>> column.world_size, row.world_size
+            (1, 1)
+        """
+        if columns == 1 or not self.several:
+            return self, ALONE
+        if columns not in self._meshes:
+            rows = self.world_size // columns
+            by_row = [[columns * row + column for column in range(columns)] for row in range(rows)]
+            by_column = [[columns * row + column for row in range(rows)] for column in range(columns)]
+            with self._told("groups of ranks"):  # which all ranks make, of whatever ranks
+                row_groups, column_groups = (
+                    [torch.distributed.new_group(ranks, timeout=timedelta(seconds=self.timeout)) for ranks in lines]
+                    for lines in (by_row, by_column)
+                )
+            row, column = divmod(self.rank, columns)
+            store: dict[str, Any] = {"store": self._store, "timeout": self.timeout}
+            self._meshes[columns] = (
+                Ranks(row, rows, group=column_groups[column], **store),
+                Ranks(column, columns, group=row_groups[row], **store),
+            )
+        return self._meshes[columns]
 
     def first_value(self, value: Any) -> Any:
         """What rank 0 says; what the others pass is not looked at."""

@@ -245,18 +245,25 @@ def _optimised(run: Iterator[tuple[Block, State]]) -> None:
 
 def _facts(model: BayesianModel, data: Data, config: Mapping[str, Any]) -> dict[str, Any]:
     """What must be alike on all ranks: versions, options, module with its values, and all rows of tensors."""
-    parts = {
-        name or "whole": f"{type(part).__name__}({part.extra_repr()})" for name, part in model.module.named_modules()
-    }
-    values = {**model.module_params(), **model.base()}
     return {
         **{key: value for key, value in config.items() if key not in ("data", "provenance")},
-        "module": {
-            "a_part": parts,
-            "values": {name: digest_of([tensor], rows=None) for name, tensor in values.items()},
-        },
-        "data": {"rows": num_rows(data), "digest": digest_of(data, rows=None)},
+        "module": module_facts(model.module, {**model.module_params(), **model.base()}),
+        "data": data_facts(data),
     }
+
+
+def module_facts(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What a module consists of, and digests of these values of it."""
+    parts = {name or "whole": f"{type(part).__name__}({part.extra_repr()})" for name, part in module.named_modules()}
+    return {
+        "a_part": parts,
+        "values": {name: digest_of([tensor], rows=None) for name, tensor in values.items()},
+    }
+
+
+def data_facts(data: Data) -> dict[str, Any]:
+    """How many rows there are, and a digest of all of them where they are tensors."""
+    return {"rows": num_rows(data), "digest": digest_of(data, rows=None)}
 
 
 def _check_state(kept: BankWriter, num_samples: int) -> None:
