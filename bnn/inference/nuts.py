@@ -284,7 +284,8 @@ def _start(options: NUTS, kernel: Kernel, seed: int, own: range) -> list[Chain]:
 def _positions(options: NUTS, potential: Potential, seed: int, own: range) -> Tensor:
     """Where these chains start, z [C, P]."""
     model, batch = potential.model, potential.batch
-    flat = starting.positions(model, options.init, options.num_chains, seed, chains=own)  # [C, P]
+    every = starting.positions(model, options.init, options.num_chains, seed)
+    flat = every[own.start : own.stop]  # [C, P]
     if starting.climbs(options.init):
         scale = potential.scale.to(flat.dtype)
         steps = starting.CLIMB_STEPS

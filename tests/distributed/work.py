@@ -148,5 +148,13 @@ def command_line(kills: str, *arguments: str) -> None:
     main(list(arguments))
 
 
+def odd_command(*arguments: str) -> None:
+    """The command line, with data that rank 1 has not."""
+    from bnn.cli import main
+
+    rank = os.environ["RANK"]
+    main(["missing.csv:y" if word == "diabetes" and rank == "1" else word for word in arguments])
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
