@@ -211,8 +211,8 @@ class Ranks:
         if not self.several:
             return
         self._waits += 1
-        place, seen = f"wait/{self._waits}", {}
-        pause, now = 0.01, time.monotonic()
+        place, pause = f"wait/{self._waits}", 0.01
+        seen: dict[int, tuple[bytes, float]] = {}  # signs of each rank, and when the last one was new
         with self._told("every rank at the end of its part"):
             arrived = self._store.add(place, 1)
             while arrived < self.world_size:
@@ -220,7 +220,7 @@ class Ranks:
                     raise RuntimeError("one has ended")
                 for rank in range(self.world_size):
                     beat = self._store.get(f"pulse/{rank}")
-                    if seen.get(rank, (None, 0.0))[0] != beat:
+                    if rank not in seen or seen[rank][0] != beat:
                         seen[rank] = beat, time.monotonic()
                 now = time.monotonic()
                 silent = [rank for rank, (_, at) in seen.items() if now - at > self.timeout]
@@ -355,6 +355,8 @@ def _timeout(given: float | None) -> float:
 def _meet(timeout: float) -> Ranks:
     """The ranks, once all have come."""
     import torch.distributed as distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if distributed.is_initialized():
         raise ConfigError(
@@ -370,9 +372,9 @@ def _meet(timeout: float) -> Ranks:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
+        store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
-        own = distributed.PrefixStore("bnn", store)
+        own = PrefixStore("bnn", store)
         own.set(f"pulse/{rank}", "0")
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from bnn.types import Method
 
 N, D, HIDDEN, OUT = 37, 3, 4, 2
 WORK = Path(__file__).parent / "distributed" / "work.py"
+TALK = WORK.with_name("talk.py")  # which imports no more than it needs
 
 CHAINS: dict[str, tuple[Method, int]] = {
     "hmc": (HMC(num_chains=5, num_warmup=45, num_steps=3, init="prior", compile=False), 20),
@@ -65,9 +66,14 @@ def free_port() -> int:
 
 
 def launch(
-    world_size: int, *arguments: str | Path, timeout: float = 120, first_only: bool = False, **environment: str
+    world_size: int,
+    *arguments: str | Path,
+    timeout: float = 120,
+    first_only: bool = False,
+    script: Path = WORK,
+    **environment: str,
 ) -> list[Any]:
-    """Run `distributed/work.py` once a rank; the processes as they ended, with what they said as `out` and `err`.
+    """Run a script once a rank; the processes as they ended, with what they said as `out` and `err`.
 
     With `first_only` the others are killed once rank 0 has ended.
     """
@@ -78,7 +84,7 @@ def launch(
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         processes.append(
             subprocess.Popen(
-                [sys.executable, str(WORK), *map(str, arguments)],
+                [sys.executable, str(script), *map(str, arguments)],
                 env={**os.environ, **paths(), **meeting, **own, **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

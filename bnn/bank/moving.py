@@ -130,7 +130,7 @@ def merge(
     """A new bank with the samples of several, in their order: more chains of one posterior.
 
     Chains of the second bank and later ones are renumbered, `chain + max(chains before) + 1`, so that no two banks
-    share one. `bank.json` keeps what all say alike, and the first one's `model` where they differ in its seed only;
+    share one; parts of one run that its ranks wrote on hosts of their own keep their numbers. `bank.json` keeps what all say alike, and the first one's `model` where they differ in its seed only;
     `method` is `merge` where methods differ, and `"merged"` lists the digest, method, seed and number of samples of each.
 
     Log weights have meaning within their bank only, up to a constant. Where those of a bank differ, or are one number

@@ -320,9 +320,8 @@ def update_adaptation(
     moments = update_moments(adaptation.moments, after, every)
     if step not in edges:
         return adaptation._replace(moments=moments)
-    whole = moments._replace(
-        **{name: together.pooled(getattr(moments, name)) for name in ("mean", "squares", "recent")}
-    )
+    mean, squares, recent = (together.pooled(each) for each in (moments.mean, moments.squares, moments.recent))
+    whole = moments._replace(mean=mean, squares=squares, recent=recent)
     metric = learn_metric(whole, scale.square(), options.rank if options.mass == "low-rank" else 0)
     return Adaptation(
         first_step_size(learnt.log_step_mean.exp()),

@@ -393,10 +393,11 @@ def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tens
         loss.backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(g.flatten() for g in gradients), loss.detach().to(gradients[0]).reshape(1)])
+    summed: list[Tensor]
     *summed, total = together.total(flat).split([*(p.numel() for p in parameters), 1])
     for parameter, gradient in zip(parameters, summed, strict=True):
         parameter.grad = gradient.view_as(parameter)
-    return total.reshape(())
+    return torch.reshape(total, ())
 
 
 def _warn_if_rising(options: Guide, trend: Tensor) -> None:

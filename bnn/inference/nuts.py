@@ -161,7 +161,7 @@ def _run(
         state |= {"phase": _phase(options, step, total), "info": _info(found, chains)}
         draw = (step - options.num_warmup) // options.thin - 1  # below 0 in warm-up
         yield _block(potential, own, chains, rounds, None if warm else draw), state
-    _warn(totals, own)
+    _warn(totals, first=own.start)
 
 
 def _draw(options: NUTS, kernel: Kernel, chain: Chain, seed: int, number: int, step: int) -> tuple[Chain, Info]:
@@ -239,7 +239,7 @@ def _info(totals: list[Totals], chains: list[Chain]) -> dict[str, float]:
     }
 
 
-def _warn(totals: list[Totals], own: range) -> None:
+def _warn(totals: list[Totals], *, first: int = 0) -> None:
     """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
     each = [one.acceptance / one.trajectories for one in totals]  # [C]
     slow = [
@@ -250,7 +250,9 @@ def _warn(totals: list[Totals], own: range) -> None:
     divergences, trajectories = sum(one.divergences for one in totals), sum(one.trajectories for one in totals)
     if slow or divergences > 0.05 * trajectories:
         mean = sum(each[chain] for chain in slow) / max(len(slow), 1)
-        named = f"acceptance {mean:.2f} in chains {', '.join(str(own[chain]) for chain in slow[:8])}, " if slow else ""
+        named = (
+            f"acceptance {mean:.2f} in chains {', '.join(str(first + chain) for chain in slow[:8])}, " if slow else ""
+        )
         warnings.warn(
             f"NUTS: {named}{divergences} of {trajectories} trajectories diverged: the draws do not represent the "
             "posterior; raise num_warmup, target_accept or the prior's precision",
@@ -284,7 +286,8 @@ def _start(options: NUTS, kernel: Kernel, seed: int, own: range) -> list[Chain]:
 def _positions(options: NUTS, potential: Potential, seed: int, own: range) -> Tensor:
     """Where these chains start, z [C, P]."""
     model, batch = potential.model, potential.batch
-    flat = starting.positions(model, options.init, options.num_chains, seed, chains=own)  # [C, P]
+    every = starting.positions(model, options.init, options.num_chains, seed)
+    flat = every[own.start : own.stop]  # [C, P]
     if starting.climbs(options.init):
         scale = potential.scale.to(flat.dtype)
         steps = starting.CLIMB_STEPS

@@ -168,7 +168,7 @@ def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, diabetes: Path) -> No
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     ended = subprocess.run(
         [*command, *meeting, *arguments],
-        env={**clean, **paths(), "OMP_NUM_THREADS": "1"},
+        env={**clean, **paths(), "OMP_NUM_THREADS": "1", "BNN_RANKS_TIMEOUT": "30"},
         capture_output=True,
         text=True,
         timeout=180,
@@ -183,3 +183,23 @@ def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, diabetes: Path) -> No
     )
     assert torch.equal(places, others)
     assert all(torch.equal(values[key], found[key]) for key in values)
+
+
+def test_rank_0_speaks_for_all(tmp_path: Path) -> None:
+    """Steps far too long: each rank warns of its own chains. Then the bank is there, which all ranks would say."""
+    useless = ["--num-warmup", "1", "--option", "step_size=50.0", "--out", str(tmp_path / "bank")]
+    first, second = launch(2, "command_line", "", "fit", *HMC_OPTIONS, *useless)
+    assert (first.returncode, second.returncode) == (0, 0), first.err
+    assert "warning: HMC: chains 0, 1 accepted" in first.err
+    assert "warning: rank 1: HMC: chains 2, 3 accepted" in first.err
+    assert "verdict" in first.out
+    assert second.out + second.err == ""
+    first, second = launch(2, "command_line", "", "fit", *HMC_OPTIONS, *useless)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.err.strip().startswith(f"{tmp_path}/bank: want a new folder")
+    assert second.err == ""
+    # Something that only one of them meets is said by that one, and the other says why it ends.
+    first, second = launch(2, "odd_command", "fit", *HMC_OPTIONS, "--out", str(tmp_path / "other"))
+    assert (first.returncode, second.returncode) == (3, 2)
+    assert second.err.startswith("rank 1: missing.csv")
+    assert "rank 1 ended: DataError: missing.csv" in first.err

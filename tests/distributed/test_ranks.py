@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ranked import launch
+from ranked import TALK, launch
 
 from bnn import distributed
 from bnn.distributed import Ranks
@@ -28,7 +28,7 @@ def test_parts_cover_everything_once(total: int, world_size: int) -> None:
 
 
 def test_what_is_said_comes_to_all() -> None:
-    ended = launch(3, "collectives")
+    ended = launch(3, "collectives", script=TALK)
     assert [process.returncode for process in ended] == [0, 0, 0], ended[0].err
     told = [json.loads(process.out) for process in ended]
     assert told[0] == told[1] == told[2]
@@ -59,7 +59,7 @@ def test_without_torchrun_nothing_is_imported_or_made() -> None:
 @pytest.mark.parametrize("kind", ["error", "killed", "stopped"])
 def test_a_rank_that_is_lost_ends_the_others_in_time(kind: str) -> None:
     """Rank 0 knows at once where the other's connection closes, and else after the timeout of 3 seconds."""
-    ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", first_only=True)
+    ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", first_only=True, script=TALK)
     waited, _, said = ended[0].out.partition("\n")
     assert said.startswith("RankLost: rank 0 of 2: want ")
     assert "BNN_RANKS_TIMEOUT" in said

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,29 +41,6 @@ def fits(out: str, names: str) -> None:
         over = Path(out) / "over"
         bnn.fit(model, data, method=Prior(), num_samples=9, out=over, seed=3)
         bnn.fit(model, data, method=method, num_samples=num_samples, out=over, seed=5, overwrite=True)
-
-
-def collectives() -> None:
-    """What is said comes to all, whatever its form."""
-    with distributed.joined() as together:
-        rank = together.rank
-        uneven = together.pooled(torch.full((rank, 2), float(rank)))
-        state = {"tensor": torch.arange(3.0) + 1j if rank == 0 else None, "step": 4, "info": {"a": [1.5, None]}}
-        found = together.first_state(state if rank == 0 else None)
-        assert found is not None
-        told = {
-            "pooled": uneven.tolist(),
-            "total": together.total(torch.tensor([rank, 1.0])).tolist(),
-            "values": together.values({"rank": rank, "text": "ü" * rank}),
-            "first": together.first_value([rank, "x"]),
-            "flag": together.first_flag(rank == 0),
-            "nothing": together.first_state(None),
-            "tensor": str(found["tensor"]),
-            "plain": [found["step"], found["info"]],
-        }
-        together.barrier()
-        together.wait()
-    say(json.dumps(told))
 
 
 def refusals(out: str) -> None:
@@ -107,27 +83,6 @@ def refusals(out: str) -> None:
     say(json.dumps(told))
 
 
-def silence(kind: str) -> None:
-    """Rank 1 ends, or stands still, while rank 0 waits for it."""
-    try:
-        with distributed.joined() as together:
-            if together.rank == 1 and kind == "error":
-                raise ValueError("no such file")
-            if together.rank == 1 and kind == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if together.rank == 1:
-                os.kill(os.getpid(), signal.SIGSTOP)
-            started = time.monotonic()
-            try:
-                together.wait() if kind == "stopped" else together.barrier()
-            finally:
-                say(str(time.monotonic() - started))
-    except BnnError as error:
-        say(f"{type(error).__name__}: {error}")
-    except ValueError:
-        pass
-
-
 def command_line(kills: str, *arguments: str) -> None:
     """`python -m bnn`, with a commit at every chance, and rank 1 killed before it takes the given block of each attempt."""
     together.STATE_SECONDS = 0.0
@@ -146,6 +101,14 @@ def command_line(kills: str, *arguments: str) -> None:
     from bnn.cli import main
 
     main(list(arguments))
+
+
+def odd_command(*arguments: str) -> None:
+    """The command line, with data that rank 1 has not."""
+    from bnn.cli import main
+
+    rank = os.environ["RANK"]
+    main(["missing.csv:y" if word == "diabetes" and rank == "1" else word for word in arguments])
 
 
 if __name__ == "__main__":
