@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bnn.distributed import Ranks
 
-VERBS = ("fit",)  # whose work is split over ranks
+VERBS = ("fit", "train", "evaluate", "predict")  # whose work is split over ranks
 ALIKE_SECONDS = 2.0  # in which rank 0 meets an error that all ranks have
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from torch import Tensor
+
 from bnn.distributed import ALONE, Ranks
 from bnn.errors import ConfigError
 from bnn.evaluation.class_sums import ClassSums
@@ -56,10 +58,12 @@ def check_ranks(
     from bnn.fitting import data_facts, module_facts, versions  # of several ranks alone: it costs time to import
     from bnn.together import check_alike
 
+    held, state = {*net.bank.layout.names, *net.bank.layout.aliases}, net.module.state_dict()
+    outside = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in held}
     facts = {
         "versions": versions(),
         "bank": {"digest": net.bank.digest, "samples": len(net.bank)},
-        "module": module_facts(net.module, {**dict(net.module.named_parameters()), **dict(net.module.named_buffers())}),
+        "module": module_facts(net.module, outside),
         "data": {name: None if one is None else data_facts(one) for name, one in data.items()},
         "options": {name: str(value) for name, value in options.items()},
     }
