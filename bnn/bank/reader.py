@@ -7,7 +7,7 @@ import copyreg
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.bank import files
+from bnn.bank import files, remote
 from bnn.bank import format as fmt
 from bnn.bank.shards import (
     Described,
@@ -29,7 +29,7 @@ from bnn.bank.shards import (
 )
 from bnn.bank.snapshot import Snapshot, as_of
 from bnn.bank.writer import BankWriter
-from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, choose
+from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, ConfigError, choose
 from bnn.layout import Layout, layout_of
 from bnn.types import Block, Params, make_block
 
@@ -68,6 +68,7 @@ class Bank(Sequence[Params]):
         self.layout, self.info, self.path = layout, dict(info), path
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
         self._snapshot: Snapshot | None = None  # of a bank on disk, by which it knows itself again
+        self._source: remote.Source | None = None  # of a bank at an address
         self._more = fmt.more_columns(self.info, "bank.json")
         self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
@@ -78,33 +79,62 @@ class Bank(Sequence[Params]):
     # Ways to make one
 
     @staticmethod
-    def open(path: str | Path, *, verify: Verify = "first-use") -> Bank:
+    def open(
+        path: str | Path,
+        *,
+        verify: Verify = "first-use",
+        cache: str | Path | None = None,
+        prefetch: bool = False,
+        offline: bool = False,
+    ) -> Bank:
         """Open a bank for reading: no lock is taken, nothing written, and later commits are not seen.
 
         Args:
-            path: the folder.
+            path: the folder; or an address, such as `https://...` or `s3://...`, that fsspec knows.
             verify: `"first-use"` compares the crc32 of a tensor when it is first touched, `"full"`
                 the sha256 of every file now, `"never"` nothing but sizes and headers.
+            cache: of an address, the folder that keeps copies of its files: shards come when they are first touched, and
+                whatever comes has the sha256 that its manifest says.
+            prefetch: have all shards now.
+            offline: ask nothing of the address: all copies are here.
 
         Raises:
             BankNotFound: no such folder, or no bank in it.
             BankCorrupt: a file is missing, cut or altered.
             BankMismatch: a file of another bank stands among its own.
             BankLimit: it would take more memory than its shards account for.
-            BankError: a newer format.
+            BankError: a newer format, or an address that cannot be read.
+            BankWriteError: the cache folder cannot be written to.
+            ConfigError: an address without a cache folder, or a folder with one.
         """
         choose("verify", verify, ("first-use", "never", "full"))
+        if remote.is_address(path):
+            source = remote.prepare(str(path), cache=cache, offline=offline)
+            return Bank._open(source.folder, verify, None, source, prefetch=prefetch)
+        if cache is not None or prefetch or offline:
+            raise ConfigError(
+                str(path), want="an address, with cache=, prefetch= or offline=", got="a folder", fix="leave them out"
+            )
         return Bank._open(Path(path), verify, None)
 
     @staticmethod
-    def _open(folder: Path, verify: Verify, snapshot: Snapshot | None) -> Bank:
+    def _open(
+        folder: Path,
+        verify: Verify,
+        snapshot: Snapshot | None,
+        source: remote.Source | None = None,
+        *,
+        prefetch: bool = False,
+    ) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached."""
         known = files.identity(folder)
         described = read_config(folder)
         config, layout, identity = described.config, described.layout, described.identity
-        manifests = read_manifests(folder, described)
+        manifests = read_manifests(folder, described, elsewhere=source.num_shards if source else 0)
         if snapshot is not None:
             manifests = as_of(snapshot, manifests, identity, folder)
+        if source is not None:
+            remote.have(source, config, manifests, states=verify == "full", prefetch=prefetch)
         row_bytes = layout.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
         base = config.get("base")
         if base is not None and files.regular_size(folder / base["file"]) != base["bytes"]:
@@ -113,8 +143,13 @@ class Bank(Sequence[Params]):
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
             shards += [MappedShard(folder / fact["file"], fact, origin, verify, known) for fact in manifest["shards"]]
+        if source is not None:
+            for shard, fact in zip(shards, (fact for m in manifests for fact in m["shards"]), strict=True):
+                shard.fetch = partial(source.fetch, fact)
         for shard in shards:
             size = files.regular_size(shard.path)
+            if shard.fetch is not None and size != shard.bytes:
+                size = shard.bytes  # it comes when it is touched
             if size != shard.bytes or size < shard.rows * row_bytes:
                 got = f"{size} bytes" if size is not None else "no regular file"
                 raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
@@ -142,7 +177,7 @@ class Bank(Sequence[Params]):
             )
         bank = Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
         marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
-        bank._snapshot = Snapshot(identity, marks, digest)
+        bank._snapshot, bank._source = Snapshot(identity, marks, digest), source
         if verify == "full":
             problems = bank.check_values()
             if problems:
@@ -435,8 +470,9 @@ class Bank(Sequence[Params]):
         """
         if self.path is None or self._snapshot is None:
             return self
-        newer = Bank._open(self.path, self._verify, None)
-        Bank._open(self.path, "never", self._snapshot)  # whose rows must all be there still
+        source = None if self._source is None else self._source.update()
+        newer = Bank._open(self.path if source is None else source.folder, self._verify, None, source)
+        Bank._open(newer.path or self.path, "never", self._snapshot, source)  # whose rows must all be there still
         return newer
 
     def release(self) -> None:
@@ -450,7 +486,7 @@ class Bank(Sequence[Params]):
     def __reduce__(self) -> tuple[object, ...]:
         # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
-            return Bank._open, (self.path, self._verify, self._snapshot)
+            return Bank._open, (self.path, self._verify, self._snapshot, self._source)
         return copyreg.__newobj__, (type(self),), {**self.__dict__, "_opened": {}}  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
