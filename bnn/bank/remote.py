@@ -194,7 +194,7 @@ def beside(config: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
     Raises:
         BankCorrupt: a name that is none of a file in the bank's folder.
     """
-    facts = [
+    facts: list[Mapping[str, Any]] = [
         value for value in config.values() if isinstance(value, dict) and {"file", "bytes", "sha256"} <= value.keys()
     ]
     for fact in facts:

@@ -1,4 +1,4 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, merge, stack, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, thin, merge, stack, import, export and plan it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, loo, plan
+from bnn.cli import common, importing, loo, plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check and judge it, thin, merge, stack or export it, and plan one.",
+    help="Look at a bank, check and judge it, thin, merge, stack, import or export it, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -28,13 +28,20 @@ NewBank = Annotated[Path, typer.Option(help="Folder for the new bank.")]
 
 
 @app.command()
-def info(bank: BankPath, debug: common.Debug = False) -> None:
+def info(
+    bank: Annotated[str, typer.Argument(help="Folder of the bank, or its address.", metavar="BANK")],
+    cache: common.Cache = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask nothing of the address: all copies are here.")
+    ] = False,
+    debug: common.Debug = False,
+) -> None:
     """Say what a bank is: samples, method, model, data, diagnostics."""
     del debug
     from bnn.bank import Bank
     from bnn.cli.show import show_bank
 
-    show_bank(Bank.open(bank))
+    show_bank(Bank.open(bank, cache=cache, offline=offline))
 
 
 @app.command()
@@ -226,6 +233,7 @@ def export(
     typer.echo(f"{out}: {size(out.stat().st_size)}")
 
 
+app.command("import")(importing.import_)
 app.command("plan")(plan.plan)
 app.command("loo")(loo.loo)
 app.command("stack")(loo.stack)

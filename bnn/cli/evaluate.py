@@ -11,7 +11,7 @@ from bnn.cli import common
 
 
 def evaluate(
-    bank: Annotated[list[Path], typer.Option(help="Folder of a bank; repeatable.")],
+    bank: Annotated[list[str], typer.Option(help="Folder of a bank, or its address; repeatable.")],
     data: Annotated[
         str | None, typer.Option(help="Data; their test rows are used. [default: the bank's]", show_default=False)
     ] = None,
@@ -44,6 +44,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    cache: common.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
     config: common.Config = None,
@@ -53,6 +54,7 @@ def evaluate(
     del config, debug
     from bnn import evaluation
     from bnn.bank import Bank
+    from bnn.bank.remote import is_address
     from bnn.cli.show import show_reports
     from bnn.data import load_outside
     from bnn.errors import choose
@@ -61,14 +63,15 @@ def evaluate(
     choose("--unit", unit, ("nats", "bits"))
     common.check_device(device)
     common.check_folder("--report", report)
-    opened = {path: Bank.open(path) for path in bank}
+    opened = {path: Bank.open(path, cache=cache if is_address(path) else None) for path in bank}
     reports: dict[str, evaluation.Report] = {}
     for path, found in opened.items():
         module = common.module_of(found, model=model, base=base, trust=trust)
         dataset = common.data_of(found, data=data, root=data_root, split=split, trust=trust)
         outside = None if ood is None else load_outside(ood, dataset, root=data_root, split=dataset.record["split"])
         net = FunctionalModel(module, found, device=device).settled()  # a report that can be made again
-        name = path.name if path.name not in reports else str(path).strip("/").replace("/", "-")
+        last = Path(path).name
+        name = last if last not in reports else path.strip("/").replace("/", "-")
         result = evaluation.evaluate(
             net,
             dataset.test,
@@ -78,7 +81,7 @@ def evaluate(
             loc=dataset.units.loc,
             scale=dataset.units.scale,
         )
-        result.about = {"bank": str(path), "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
+        result.about = {"bank": path, "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
         reports[name] = result
     show_reports(reports, unit=unit)
     if report is not None:

@@ -148,7 +148,7 @@ def read_draws(path: str | Path) -> Any:
         except ImportError as error:
             raise ConfigError(str(path), want="ArviZ to read it", got="none", fix="pip install arviz") from error
         try:
-            return arviz.from_netcdf(path)["posterior"]  # type: ignore[no-any-return]
+            return arviz.from_netcdf(path)["posterior"]
         except (OSError, KeyError, ValueError, TypeError) as error:
             got = f"{type(error).__name__}: {error}"[:200]
             raise DataError(str(path), want="a file of ArviZ with a posterior", got=got, fix="save it anew") from error

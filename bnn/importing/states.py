@@ -151,10 +151,10 @@ def _matched(found: Mapping[str, Tensor], names: Names | None, layout: Layout, p
     check_no_others(ordered, layout.names, layout, place)
     lead = 1 if leads == {1} else 0
     for entry in layout.entries:
-        tensor = ordered.get(entry.name)
-        check_entry(entry, None if tensor is None else tuple(tensor.shape[lead:]), place)
-        assert tensor is not None
-        check_real(entry.name, str(tensor.dtype), tensor.is_floating_point(), place)
+        given = ordered.get(entry.name)
+        check_entry(entry, None if given is None else tuple(given.shape[lead:]), place)
+        assert given is not None
+        check_real(entry.name, str(given.dtype), given.is_floating_point(), place)
     sizes = {len(tensor) for tensor in ordered.values()} if lead else set[int]()
     if len(sizes) > 1:
         raise BankMismatch(place, want="as many rows of each", got=f"{sorted(sizes)}", fix="stack params of one run")
