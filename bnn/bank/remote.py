@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
-from bnn.bank.shards import is_sha256, read_config
+from bnn.bank.shards import is_sha256, read_config, read_manifests
 from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, BankNotFound, BankWriteError, ConfigError
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
@@ -155,7 +155,9 @@ def prepare(address: str, *, cache: str | Path | None, offline: bool) -> Source:
         _check_manifest(raw, f"{shown(address)}/{name}", described.identity)
         _check_unchanged(address, folder, name, raw, limit)
         _keep(folder, name, raw, Path(cache))
-    source.fetch_all(beside(described.config, f"{shown(address)}/bank.json"))
+    manifests = read_manifests(folder, described, elsewhere=num_shards)
+    states = [m["state"] for m in manifests if not m["rows"] and m["state"] is not None]  # all that such a bank keeps
+    source.fetch_all([*beside(described.config, f"{shown(address)}/bank.json"), *states])
     _keep(home, "last", folder.name.encode(), Path(cache))
     return source
 

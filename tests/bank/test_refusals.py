@@ -463,7 +463,9 @@ def test_only_one_module_of_the_bank_touches_files() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in banned:
                 owner = ast.unparse(node.func.value)
-                assert owner in ("disk", "Bank", "there") or "_replace" in node.func.attr, f"{path.name}:{node.lineno} {owner}"
+                assert owner in ("disk", "Bank", "there") or "_replace" in node.func.attr, (
+                    f"{path.name}:{node.lineno} {owner}"
+                )
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "open", f"{path.name}:{node.lineno}"
 

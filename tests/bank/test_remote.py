@@ -153,6 +153,17 @@ def test_full_verification_has_every_file_and_its_sha256(tmp_path: Path, site: S
     assert state.read_bytes() == (tmp_path / "bank" / state.name).read_bytes()
 
 
+def test_a_bank_without_rows_brings_its_state(tmp_path: Path, memory: Site) -> None:
+    """It is all that such a bank keeps: of a fit that has just begun, or of samples that are made when asked for."""
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={})
+    bank_writer.append(LAYOUT.no_rows(), {"step": 1, "num_steps": 2, "info": {}, "loc": torch.arange(3.0)})
+    bank_writer.close()
+    memory.upload(tmp_path / "bank")
+    assert len(Bank.open(memory.address, cache=tmp_path / "cache")) == 0
+    (state,) = folder_of(tmp_path / "cache").glob("state-*")
+    assert state.read_bytes() == (tmp_path / "bank" / state.name).read_bytes()
+
+
 def test_a_snapshot_stays_and_refresh_sees_what_was_committed(tmp_path: Path, memory: Site) -> None:
     memory.upload(write(tmp_path / "bank", 25))
     bank = Bank.open(memory.address, cache=tmp_path / "cache")
@@ -407,7 +418,9 @@ def test_a_transfer_that_breaks_off(tmp_path: Path, web: Site, monkeypatch: pyte
         patch.setattr(
             http.server.SimpleHTTPRequestHandler, "copyfile", lambda self, source, out: out.write(source.read(99))
         )
-        with pytest.raises(BankError, match=r"main-000000\.safetensors: want to read it, got ContentLengthError|got ClientPayloadError"):
+        with pytest.raises(
+            BankError, match=r"main-000000\.safetensors: want to read it, got ContentLengthError|got ClientPayloadError"
+        ):
             bank[3]
     assert http.server.SimpleHTTPRequestHandler.copyfile is real
     assert not list(folder_of(tmp_path / "cache").glob("*main-000000*"))

@@ -311,7 +311,9 @@ def test_draws_of_doubles_are_rounded_and_said_so() -> None:
 def test_draws_of_torch_and_pyros_unknowns() -> None:
     """A model's own unknowns are of the sample, under the name that the map gives them."""
     module = network()
-    model = bnn.BayesianModel(module, prior=bnn.priors.Normal(), likelihood=bnn.likelihoods.Gaussian(bnn.priors.LogNormal()), num_data=9)
+    model = bnn.BayesianModel(
+        module, prior=bnn.priors.Normal(), likelihood=bnn.likelihoods.Gaussian(bnn.priors.LogNormal()), num_data=9
+    )
     assert "@likelihood.scale" in model.layout.names
     dicts = state_dicts(6, module)
     arrays: dict[str, Any] = {n: torch.stack([one[n] for one in dicts]).unflatten(0, (3, 2)) for n in dicts[0]}
