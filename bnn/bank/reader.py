@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bnn.bank import files, remote
 from bnn.bank import format as fmt
+from bnn.bank.address import is_address
 from bnn.bank.shards import (
     Described,
     MappedShard,
@@ -108,7 +109,7 @@ class Bank(Sequence[Params]):
             ConfigError: an address without a cache folder, or a folder with one.
         """
         choose("verify", verify, ("first-use", "never", "full"))
-        if remote.is_address(path):
+        if is_address(path):
             source = remote.prepare(str(path), cache=cache, offline=offline)
             return Bank._open(source.folder, verify, None, source, prefetch=prefetch)
         if cache is not None or prefetch or offline:

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +21,11 @@ from tqdm import tqdm
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
+from bnn.bank.address import check_address, listed, pieces, read_small, shown
 from bnn.bank.shards import is_sha256, read_config, read_manifests
-from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, BankNotFound, BankWriteError, ConfigError
+from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, BankWriteError, ConfigError
 
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 BESIDE_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\.safetensors")  # base.safetensors, and what other kinds of banks keep
-MAX_ADDRESS = 2048
-
-
-def is_address(path: object) -> bool:
-    """Whether a path is an address, `scheme://...`, rather than a folder here."""
-    return isinstance(path, str) and ADDRESS.match(path) is not None
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class Source:
             free = disk.free_bytes(self.folder)
             if free < size:
                 raise OSError(errno.ENOSPC, f"{free} bytes free of {size} for {name}")
-            found = files.write_atomic(stage, _pieces(self.address, name, size))
+            found = files.write_atomic(stage, pieces(self.address, name, size))
             if found == (size, fact["sha256"]):
                 disk.replace(stage, path)
                 disk.sync_folder(self.folder)
@@ -99,7 +92,7 @@ class Source:
         described = read_config(self.folder)
         is_other = _identity(described.config) != _identity(_read_config_of(self.address))
         limit = fmt.MAX_MANIFEST_BYTES + fmt.facts_limit(described.names, self.num_shards)
-        if is_other or str(fact["sha256"]).encode() not in _read_small(self.address, _manifest_of(name), limit):
+        if is_other or str(fact["sha256"]).encode() not in read_small(self.address, _manifest_of(name), limit):
             return BankMismatch(
                 f"{shown(self.address)}/{name}", want=f"{want}, as when the bank was opened", got=f"{got}: it was replaced",
                 fix="open the bank anew with Bank.open, and another cache folder",
@@ -130,20 +123,16 @@ def prepare(address: str, *, cache: str | Path | None, offline: bool) -> Source:
             got="none",
             fix="pass cache=FOLDER (--cache FOLDER)",
         )
-    if len(address) > MAX_ADDRESS or re.search(r"[?#\s]", address):
-        raise ConfigError(
-            shown(address), want="an address without query, fragment or blanks", got="one with them",
-            fix="give keys to fsspec by its own configuration",
-        )  # fmt: skip
+    check_address(address)
     home = Path(cache) / hashlib.sha256(address.encode()).hexdigest()[:24]
     if offline:
         return Source(address, Path(cache), _last_opened(home, address), 0, offline)
     config = _read_config_of(address)
-    names, num_shards = _listed(address)
+    names, num_shards = listed(address)
     folder = home / _identity(config)[:24]
     with _refusals_told(Path(cache)):
         disk.make_folders(folder)
-    _keep(folder, "bank.json", _read_small(address, "bank.json", fmt.MAX_JSON_BYTES), Path(cache))
+    _keep(folder, "bank.json", read_small(address, "bank.json", fmt.MAX_JSON_BYTES), Path(cache))
     source = Source(address, Path(cache), folder, num_shards, offline)
     described = read_config(folder)
     limit = fmt.MAX_MANIFEST_BYTES + fmt.facts_limit(described.names, num_shards)
@@ -151,7 +140,7 @@ def prepare(address: str, *, cache: str | Path | None, offline: bool) -> Source:
     if gone:
         raise _replaced(address, gone[0], folder)
     for name in names:
-        raw = _read_small(address, name, limit)
+        raw = read_small(address, name, limit)
         _check_manifest(raw, f"{shown(address)}/{name}", described.identity)
         _check_unchanged(address, folder, name, raw, limit)
         _keep(folder, name, raw, Path(cache))
@@ -206,81 +195,11 @@ def beside(config: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
     return facts
 
 
-def shown(address: str) -> str:
-    """An address as it may stand in a message: without name and password, query and fragment."""
-    scheme, _, rest = address.partition("://")
-    rest = re.split(r"[?#]", rest)[0]
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"[:MAX_ADDRESS]
-
-
-# At the address
-
-
-def _connect(address: str) -> tuple[Any, str, dict[str, Any]]:
-    """fsspec's file system of an address, the path in it, and options to read a file from first byte to last."""
-    scheme = address.partition("://")[0].lower()
-    try:
-        from fsspec.core import url_to_fs
-
-        there, root = url_to_fs(address)
-    except ImportError as error:
-        raise ConfigError(
-            shown(address), want=f"fsspec, and its package for {scheme}://", got=str(error)[:200],
-            fix="pip install 'bnn-toolkit[remote]'; s3:// wants s3fs, gs:// gcsfs",
-        ) from error  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(
-            shown(address), want="a scheme that fsspec knows", got=str(error)[:200], fix="check the address"
-        ) from error
-    # A file in one request, since not every server gives parts of one.
-    return there, root.rstrip("/"), {"block_size": 0} if scheme in ("http", "https") else {}
-
-
-def _pieces(address: str, name: str, limit: int) -> Iterator[bytes]:
-    """The bytes of a file at the address in steps; of one longer than `limit` no more than a step beyond.
-
-    Raises:
-        BankError: it is not there, or cannot be read. Never OSError, which would be taken for the cache's disk.
-    """
-    there, root, options = _connect(address)
-    place, total = f"{shown(address)}/{name}", 0
-    try:
-        with there.open(f"{root}/{name}", "rb", **options) as file:
-            while total <= limit and (piece := file.read(files.READ_STEP)):
-                total += len(piece)
-                yield piece
-    except BankError:
-        raise
-    except Exception as error:  # every file system has errors of its own
-        cause = error.__cause__ or error  # fsspec calls a server that cannot be reached a file that is not found
-        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
-            raise BankCorrupt(
-                place, want="the file", got="nothing there", fix="check the address; or restore the file there"
-            ) from error
-        raise BankError(
-            place, want="to read it", got=_told(cause, address), fix="check network and permission, try again"
-        ) from error
-
-
-def _told(error: BaseException, address: str) -> str:
-    """An error of a file system, without what the address keeps secret."""
-    return " ".join(f"{type(error).__name__}: {error}".replace(address, shown(address)).split())[:200]
-
-
-def _read_small(address: str, name: str, limit: int) -> bytes:
-    """A file at the address, of at most `limit` bytes."""
-    raw = b"".join(_pieces(address, name, limit))
-    if len(raw) > limit:
-        raise fmt.too_large(f"{shown(address)}/{name}", f"at most {limit} bytes", "more")
-    return raw
-
-
 def _read_config_of(address: str) -> dict[str, Any]:
     """`bank.json` at the address, as far as its format and checksum go."""
     place = f"{shown(address)}/bank.json"
     try:
-        raw = _read_small(address, "bank.json", fmt.MAX_JSON_BYTES)
+        raw = read_small(address, "bank.json", fmt.MAX_JSON_BYTES)
     except BankCorrupt as error:
         raise BankNotFound(
             shown(address), want="a bank", got="no bank.json there", fix="check the address: it is that of the folder"
@@ -292,42 +211,6 @@ def _read_config_of(address: str) -> dict[str, Any]:
 
 def _identity(config: Mapping[str, Any]) -> str:
     return str(config["checksum"]) if config["version"] > 1 else fmt.checksum(config)  # of version 1 it is not checked
-
-
-def _listed(address: str) -> tuple[list[str], int]:
-    """Names of the manifests at the address, and how many shards stand there.
-
-    A web server may list nothing: then the writer `main` is asked for, as most banks have it, with a warning.
-    """
-    there, root, options = _connect(address)
-    is_web = "block_size" in options
-    try:
-        there.invalidate_cache(root)
-        found = [str(name) for name in there.ls(f"{root}/" if is_web else root, detail=False)]
-    except Exception as error:  # as above
-        if not is_web:
-            raise BankError(
-                shown(address),
-                want="to list it",
-                got=_told(error, address),
-                fix="check network and permission, try again",
-            ) from error
-        found = []
-    names = {name.rstrip("/").rpartition("/")[2] for name in found}
-    manifests = sorted(name for name in names if fmt.MANIFEST_NAME.fullmatch(name))
-    num_shards = sum(fmt.SHARD_NAME.fullmatch(name) is not None for name in names)
-    if len(manifests) > fmt.MAX_WRITERS:
-        raise BankLimit(
-            shown(address), want=f"manifests of at most {fmt.MAX_WRITERS} writers", got=f"{len(manifests)}",
-            fix="fill several banks and merge them",
-        )  # fmt: skip
-    if not manifests and is_web and "bank.json" not in names:
-        warnings.warn(
-            f"{shown(address)}: the server lists no files: rows of the writer 'main' are read, not of others there may be",
-            stacklevel=5,
-        )
-        return ["manifest-main.json"], 1000
-    return manifests, num_shards
 
 
 def _check_manifest(raw: bytes, place: str, identity: str | None) -> None:

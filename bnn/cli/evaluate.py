@@ -54,7 +54,7 @@ def evaluate(
     del config, debug
     from bnn import evaluation
     from bnn.bank import Bank
-    from bnn.bank.remote import is_address
+    from bnn.bank.address import is_address
     from bnn.cli.show import show_reports
     from bnn.data import load_outside
     from bnn.errors import choose

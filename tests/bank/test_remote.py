@@ -20,7 +20,8 @@ import torch
 from bank.test_bank import LAYOUT, check, rows
 from forging import edit_fact, edit_json
 
-from bnn.bank import Bank, BankWriter, disk, remote, verify_files, writer
+from bnn.bank import Bank, BankWriter, disk, verify_files, writer
+from bnn.bank.address import is_address
 from bnn.errors import (
     BankCorrupt,
     BankError,
@@ -504,5 +505,5 @@ def test_options_that_do_not_fit(tmp_path: Path, memory: Site, monkeypatch: pyte
 
 
 def test_what_is_an_address() -> None:
-    assert all(map(remote.is_address, ("s3://a/b", "https://a", "memory://x", "github+x://y")))
-    assert not any(map(remote.is_address, ("banks/a", "/a", "a:b", "C:/banks", "./s3://", Path("s3://a/b"))))
+    assert all(map(is_address, ("s3://a/b", "https://a", "memory://x", "github+x://y")))
+    assert not any(map(is_address, ("banks/a", "/a", "a:b", "C:/banks", "./s3://", Path("s3://a/b"))))
