@@ -21,6 +21,7 @@ from bank.test_bank import LAYOUT, check, rows
 from forging import edit_fact, edit_json
 
 from bnn.bank import Bank, BankWriter, disk, verify_files, writer
+from bnn.bank import format as fmt
 from bnn.bank.address import is_address
 from bnn.errors import (
     BankCorrupt,
@@ -379,6 +380,20 @@ def test_files_that_are_too_large_are_not_read_to_their_end(tmp_path: Path, memo
     memory.put(name, b'{"a": "' + b"x" * 20_000_000 + b'"}')
     with pytest.raises(BankLimit, match=rf"/{name}: want at most \d+ bytes, got more"):
         Bank.open(memory.address, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_manifests_of_many_shards_are_taken_before_the_shards_are_here(
+    tmp_path: Path, memory: Site, monkeypatch: pytest.MonkeyPatch, prefetch: bool
+) -> None:
+    """Shards account for the bytes of manifests: those that stand at the address, not those in the cache."""
+    memory.upload(write(tmp_path / "bank", 60))
+    monkeypatch.setattr(fmt, "MAX_MANIFEST_BYTES", 1000)
+    monkeypatch.setattr(fmt, "MAX_MANIFESTS_BYTES", 1000)
+    assert (tmp_path / "bank" / "manifest-main.json").stat().st_size > 2000
+    bank = Bank.open(memory.address, cache=tmp_path / "cache", prefetch=prefetch)
+    check(pickle.loads(pickle.dumps(bank)), 60)
+    check(Bank.open(memory.address, cache=tmp_path / "cache", offline=True), 60)
 
 
 def test_what_is_no_bank(tmp_path: Path, site: Site) -> None:

@@ -691,6 +691,26 @@ def test_states_that_do_not_fit_leave_nothing_behind(tmp_path: Path) -> None:
         from_states(state_dicts(1, module)[0], module)
 
 
+def test_rows_that_were_committed_go_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an import is of use to nobody, and nothing could tell it from a whole one."""
+    from bnn.bank import writer
+
+    monkeypatch.setattr(writer, "ROW_SECONDS", -1.0)  # each row is committed as it comes
+    dicts = state_dicts(4, network())
+    broken("nan", dicts)
+
+    def walk() -> Iterator[dict[str, Tensor]]:
+        for number, one in enumerate(dicts):
+            if number == 2:
+                assert (tmp_path / "bank" / "main-000001.safetensors").exists()
+            yield one
+
+    with pytest.raises(BankError, match="row 2"):
+        from_states(walk(), network(), out=tmp_path / "bank")
+    assert not list(tmp_path.glob("bank/*.safetensors"))
+    assert not (tmp_path / "bank" / "bank.json").exists()
+
+
 def test_bank_json_is_plain(tmp_path: Path) -> None:
     bank = from_states(state_dicts(3, network()), network(), out=tmp_path / "bank")
     told = json.loads((tmp_path / "bank" / "bank.json").read_text())
