@@ -19,7 +19,7 @@ def main() -> None:
         if run(["demo", "--out", f"{folder}/demo"]) != 0:
             sys.exit("the demo failed")
         seconds = time.perf_counter() - start
-        reports = json.loads(Path(folder, "demo", "report.json").read_text())
+        reports = json.loads(Path(folder, "demo", "report.json").read_text())["reports"]
     figures = {
         bank: {name: figure["value"] for name, figure in report["metrics"].items()} for bank, report in reports.items()
     }

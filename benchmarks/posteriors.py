@@ -92,15 +92,15 @@ def judge(task: str, name: str, split: int, folder: Path | None) -> dict[str, fl
     net = bnn.FunctionalModel(model.module, bank)
     units = data.units
     report = bnn.evaluate(net, data.test, ood=outside, loc=units.loc, scale=units.scale, progress=False)
-    names = ("accuracy", "nll", "ece", "ood_auroc") if outside is not None else ("rmse", "nll", "coverage_90")
+    names = ("accuracy", "nll", "ece", "auroc") if outside is not None else ("rmse", "nll", "coverage_90")
     found = {name: report.metrics[name].value for name in names}
     return found | {"seconds": seconds, "bytes": float(num_samples * model.layout.num_bytes)}
 
 
 def table(found: dict[str, Any], task: str) -> list[str]:
     """The rows of a task as a table of docs/choosing.md."""
-    names = ("accuracy", "nll", "ece", "ood_auroc") if task == "digits" else ("rmse", "nll", "coverage_90")
-    heads = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "ood_auroc": "OOD AUROC", "rmse": "RMSE",
+    names = ("accuracy", "nll", "ece", "auroc") if task == "digits" else ("rmse", "nll", "coverage_90")
+    heads = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "auroc": "OOD AUROC", "rmse": "RMSE",
              "coverage_90": "coverage of 90 %"}  # fmt: skip
     lines = [
         f"| method | {' | '.join(heads[name] for name in names)} | seconds | kB |",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnn import diagnostics, errors, importing, inference, likelihoods, metrics, priors, samplers, uncertainty
-    from bnn.bank import Bank
+    from bnn.bank import Bank, materialise
     from bnn.calibrating import calibrate
     from bnn.evaluation import Report, diagnose, evaluate
     from bnn.fitting import fit
@@ -40,6 +40,7 @@ __all__ = [
     "importing",
     "inference",
     "likelihoods",
+    "materialise",
     "metrics",
     "predict",
     "priors",
@@ -62,6 +63,7 @@ _HOMES = {
     "distil": "bnn.training",
     "evaluate": "bnn.evaluation",
     "fit": "bnn.fitting",
+    "materialise": "bnn.bank",
     "predict": "bnn.predictive",
     "train": "bnn.training",
 }

@@ -81,6 +81,10 @@ class NotConverged(UserWarning):
     """A producer stopped before its samples represent the posterior: it says what still moved."""
 
 
+class OtherDevice(UserWarning):
+    """The samples of a virtual bank come out with other bits here than where it was made."""
+
+
 class SlowerWay(UserWarning):
     """What was asked for cannot be had here: samples run in a slower way, or fewer of them at once."""
 

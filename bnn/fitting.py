@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
 from bnn.bank import Bank, BankWriter
+from bnn.bank.virtual import checked_length, in_memory, is_finished
 from bnn.batches import changes, num_rows, reweights, sampled
 from bnn.errors import BankError, BnnError, ConfigError, FitError
 from bnn.model import BayesianModel
@@ -26,6 +27,7 @@ from bnn.progress import with_progress
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
 from bnn.seeding import derive
 from bnn.types import Block, Data, Method, State
+from bnn.virtual import until_fitted, virtual_record
 
 
 def fit(
@@ -41,6 +43,7 @@ def fit(
     writer: str = "main",
     resume: bool = False,
     overwrite: bool = False,
+    virtual: bool = False,
     progress: bool | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> Bank:
@@ -71,13 +74,16 @@ def fit(
         resume: go on with the unfinished bank at `out`; a bank that has more samples than asked for stays as it is,
             with a warning.
         overwrite: replace the bank at `out`.
+        virtual: keep the fitted guide in place of samples, which are made from it and the seed when asked for: a
+            `bnn.bank.VirtualBank`, of any length. Of the methods mean-field, low-rank, full-rank and of normal priors,
+            with draws that are random or antithetic. Resumed with another `num_samples` it has that length.
         progress: show a bar on stderr; by default where stderr is a terminal.
         record: more for `bank.json`: `model` and `data` as the command line keeps them.
 
     Raises:
         BankExists: `out` is there and neither resume nor overwrite was said.
         BankMismatch: the bank to resume was made with other options.
-        ConfigError: `num_samples` or the model's `num_data` is wrong.
+        ConfigError: `num_samples` or the model's `num_data` is wrong; a virtual bank of another method.
         DataError, FitError: as the method says; nothing half-written is left behind.
 
     Examples:
@@ -98,6 +104,13 @@ def fit(
             fix="pass num_data=len(data) to the model",
         )
     config = describe(model, method, seed, record) | {"provenance": provenance(model.module, data)}
+    if virtual:
+        checked_length(num_samples)
+        if writer != "main":
+            raise ConfigError(
+                "writer", want="one for a virtual bank, which has no parts", got=writer, fix="leave it out"
+            )
+        config |= virtual_record(model, method)
     if importance_weights and sampler is None:
         raise ConfigError(
             "importance_weights", want="sampler=, whose chances they make up for", got="none", fix="pass sampler="
@@ -118,6 +131,10 @@ def fit(
     if out is None:
         if writer != "main":
             raise ConfigError("writer", want="out=, the folder that writers share", got="none", fix="pass out=")
+        if virtual:
+            run = until_fitted(model, data, method, num_samples=num_samples, seed=seed, state=None)
+            *_, last = (state for _, state in with_progress(run, method.name, progress))
+            return cast(Bank, in_memory(config, model.layout, last, model.base()))
         run = method.run(model, data, num_samples=num_samples, seed=seed)
         blocks, told = [], {}
         for block, state in with_progress(run, method.name, progress):
@@ -129,6 +146,13 @@ def fit(
     kept = BankWriter(
         out, layout=model.layout, config=config, base=model.base(), writer=writer, resume=resume, overwrite=overwrite
     )
+    if virtual:
+        if kept.complete and is_finished(kept.state) and kept.state["length"] == num_samples:  # type: ignore[index]
+            kept.release()
+        else:
+            run = until_fitted(model, data, method, num_samples=num_samples, seed=seed, state=kept.state)
+            drive(kept, run, title=method.name, progress=progress)
+        return Bank.open(out)
     if kept.num_rows and kept.num_rows < num_samples and kept.state is None:
         kept.release()
         raise BankError(

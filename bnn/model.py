@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bnn import priors
+from bnn import drawing, priors
 from bnn.errors import ConfigError, DataError
 from bnn.functional import Skeleton, device_of
 from bnn.layout import Entry, Layout, as_patterns, layout_of
 from bnn.likelihoods import Likelihood
 from bnn.priors import PositivePrior, Prior
 from bnn.seeding import generator
+from bnn.space import Space
 from bnn.types import Batch, Params
 
 
@@ -80,8 +81,7 @@ class BayesianModel:
         self.unknowns = (*likelihood.unknowns, *priors.unknowns(prior, self._entries))
         extra = (Entry(unknown.name, (), torch.float32) for unknown in self.unknowns)
         self.layout = Layout((*own.entries, *extra), own.aliases)
-        places = [(entry, prior.place(entry)) for entry in self._entries]
-        self._scaled = [(entry, place) for entry, place in places if place.unknown is not None]
+        self.space = Space(self.layout, self._entries, prior, self.unknowns)
         self._skeleton = Skeleton(module, self.layout, detach=True)
 
     @property
@@ -134,34 +134,15 @@ class BayesianModel:
 
     def constrain(self, flat: Tensor) -> tuple[Params, Tensor]:
         """u [P] or [K, P] -> params as banks keep them, and log |d theta / d u|, a scalar or [K]."""
-        params = self.layout.unflatten(flat)
-        log_jacobian = flat.new_zeros(flat.shape[:-1])
-        for unknown in self.unknowns:
-            log_jacobian = log_jacobian + params[unknown.name]
-            params[unknown.name] = params[unknown.name].exp()
-        pieces = dict(zip(self.layout.names, flat.split([e.numel for e in self.layout.entries], dim=-1), strict=True))
-        for entry, place in self._scaled:
-            scale = place.scale * params[place.unknown.name]  # type: ignore[union-attr]
-            log_jacobian = log_jacobian + entry.numel * scale.log()
-            z = pieces[entry.name].reshape((*flat.shape[:-1], *entry.shape))  # rounded once, after scaling
-            params[entry.name] = (place.loc + _beside(scale, entry) * z).to(entry.dtype)
-        return params, log_jacobian
+        return self.space.constrain(flat)
 
     def unconstrain(self, params: Params) -> Tensor:
         """Params -> u, [P] or [K, P]."""
-        changed = {unknown.name: params[unknown.name].log() for unknown in self.unknowns}
-        for entry, place in self._scaled:
-            scale = place.scale * params[place.unknown.name]  # type: ignore[union-attr]
-            changed[entry.name] = (params[entry.name] - place.loc) / _beside(scale, entry)
-        return self.layout.flatten(params | changed)
+        return self.space.unconstrain(params)
 
     def sample_prior(self, seed: int, *keys: int | str) -> Params:
         """One draw of every entry from the prior; the same one for the same seed and keys."""
-        source = generator(seed, *keys)
-        params = priors.sample(self.prior, self._entries, source)
-        for unknown in self.likelihood.unknowns:
-            params[unknown.name] = unknown.prior.sample(source).to(torch.float32)
-        return {name: params[name] for name in self.layout.names}
+        return drawing.draw_prior(self.prior, self.layout, self.likelihood.unknowns, generator(seed, *keys))
 
     def prior_scale(self) -> Tensor:
         """Prior standard deviation of each number of u (the prior's scale where it has none), [P]; 1 for logarithms."""
@@ -203,11 +184,11 @@ class BayesianModel:
 
         Where the scale and all values under it shrink together the log joint grows, of a half-Cauchy scale without bound.
         """
-        if self._scaled:
+        if self.space.scaled:
             raise ConfigError(
                 place,
                 want="a prior with fixed scales: under an unknown one the log joint grows as scale and values shrink",
-                got=f"'{self._scaled[0][1].unknown.name}'",  # type: ignore[union-attr]
+                got=f"'{self.space.scaled[0][1].unknown.name}'",  # type: ignore[union-attr]
                 fix="fix the scale, or choose a method that samples or fits a distribution",
             )
 
@@ -253,8 +234,3 @@ class BayesianModel:
             "num_data": self.num_data,
             "temperature": self.temperature,
         }
-
-
-def _beside(scale: Tensor, entry: Entry) -> Tensor:
-    """A scale (a scalar, or [K]) in a shape that multiplies values [*shape] or [K, *shape] of an entry."""
-    return scale.reshape(scale.shape + (1,) * len(entry.shape))

@@ -196,14 +196,62 @@ def mixture(
     scale: float | Tensor = 1.0,
 ) -> Mixture:
     """The predictive of a regression on one batch with all its samples, [S, B, C], for scores that need them."""
+    parts = list(mixtures(net, x, likelihood=likelihood, loc=loc, scale=scale))
+    return joined([part for _, part in parts], net.bank.log_weight.double())
+
+
+def mixtures(
+    net: FunctionalModel,
+    x: Any,
+    *,
+    likelihood: Likelihood | None = None,
+    loc: float | Tensor = 0.0,
+    scale: float | Tensor = 1.0,
+) -> Iterator[tuple[Tensor, Mixture]]:
+    """The same block by block: bank indices [K], and the mixture of those K samples alone."""
     asked = _asked(net, likelihood, None, loc, scale, (), False, None)
     if asked.likelihood.task == "classification":
         raise ConfigError("likelihood", want="one of targets", got="one of classes", fix="use predict")
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
         for indices, block, found in _outputs(net, x, spread=False):
-            kept.append((*_columns(found, block, asked), net.bank.log_weight[indices].double()))
-    return _mixture(kept, asked.likelihood)
+            yield (
+                indices,
+                _mixture([(*_columns(found, block, asked), net.bank.log_weight[indices].double())], asked.likelihood),
+            )
+
+
+def class_logits(
+    net: FunctionalModel, x: Any, *, likelihood: Likelihood | None = None, prior_shift: tuple[Any, Any] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What all samples say of one batch, block by block: bank indices [K], and logits [K, B, C] of the classes.
+
+    Logits of a `Bernoulli` are those of its two classes; of shifted priors they are corrected, and -Inf where a class
+    has no share. Arguments as of `predict`.
+    """
+    asked = _asked(net, likelihood, prior_shift, 0.0, 1.0, (), False, None)
+    if asked.likelihood.task != "classification":
+        raise ConfigError("likelihood", want="one of classes", got="one of targets", fix="use mixtures")
+    with torch.no_grad():
+        for indices, _, found in _outputs(net, x, spread=False):
+            logits = _class_outputs(found, asked)
+            yield indices, logits if asked.shift is None else _class_log_probs(found, asked)
+
+
+def by_sample(net: FunctionalModel, x: Any, *, likelihood: Likelihood | None = None) -> tuple[Tensor, Tensor | None]:
+    """What each sample says of one batch, float32: class probabilities [S, B, C] and None, or of a regression the mean of
+    each target and the variance of its noise, [S, B, C] both, in the units that the module was fitted in."""
+    asked = _asked(net, likelihood, None, 0.0, 1.0, (), False, None)
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    with torch.no_grad():
+        for _, block, found in _outputs(net, x, spread=False):
+            if asked.likelihood.task == "classification":
+                means.append(_class_log_probs(found, asked).exp().float().cpu())
+                continue
+            mean, variance = _moments(*_columns(found, block, asked), asked.likelihood)
+            means.append(mean.float())
+            variances.append((variance.expand_as(mean) * _widened(asked.likelihood)).float())
+    return torch.cat(means), torch.cat(variances) if variances else None
 
 
 def _asked(
@@ -285,8 +333,7 @@ def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive
     for indices, block, found in _outputs(net, x, spread=asked.tolerance is not None):
         places, noise = _columns(found, block, asked)
         log_weight = spread.log_weight[indices]
-        means = places.exp() if isinstance(asked.likelihood, Poisson) else places
-        variances = means if isinstance(asked.likelihood, Poisson) else noise.square()
+        means, variances = _moments(places, noise, asked.likelihood)
         noise_variance = noise_variance + (log_weight.exp()[:, None, None] * variances).sum(dim=0)
         spread.add(indices, means)
         kept += [(places, noise, log_weight)] if asked.quantiles else []
@@ -295,9 +342,7 @@ def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive
             break
     mean = spread.mean()
     levels = {level: quantile(_mixture(kept, asked.likelihood), level) for level in asked.quantiles}
-    aleatoric = (noise_variance / spread.total).expand_as(mean).clone()
-    if isinstance(asked.likelihood, StudentT):  # whose variance is more than its scale squared, or infinite
-        aleatoric *= asked.likelihood.df / (asked.likelihood.df - 2.0) if asked.likelihood.df > 2.0 else torch.inf
+    aleatoric = (noise_variance / spread.total).expand_as(mean) * _widened(asked.likelihood)
     rows = torch.full((len(mean),), spread.count)
     return TargetPredictive(
         mean, aleatoric, spread.variance(), rows, spread.standard_error(), levels, torch.cat(raw) if raw else None
@@ -305,6 +350,12 @@ def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive
 
 
 def _class_log_probs(outputs: Tensor, asked: _Asked) -> Tensor:
+    each = _class_outputs(outputs, asked).double().log_softmax(dim=-1)  # [K, B, C]
+    return each if asked.shift is None else prior_shift(each, train=asked.shift[0], natural=asked.shift[1])
+
+
+def _class_outputs(outputs: Tensor, asked: _Asked) -> Tensor:
+    """Logits [K, B, C] of the classes."""
     if isinstance(asked.likelihood, Bernoulli):
         outputs = outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs
         if outputs.dim() != 3 or outputs.shape[-1] != 1:
@@ -312,8 +363,7 @@ def _class_log_probs(outputs: Tensor, asked: _Asked) -> Tensor:
         outputs = asked.likelihood.class_logits(outputs)
     if outputs.dim() != 3:
         raise _shape("[B, C], one output a class", outputs)
-    each = outputs.double().log_softmax(dim=-1)  # [K, B, C]
-    return each if asked.shift is None else prior_shift(each, train=asked.shift[0], natural=asked.shift[1])
+    return outputs
 
 
 def _columns(outputs: Tensor, block: Block, asked: _Asked) -> tuple[Tensor, Tensor]:
@@ -329,6 +379,33 @@ def _columns(outputs: Tensor, block: Block, asked: _Asked) -> tuple[Tensor, Tens
     elif isinstance(asked.likelihood, Gaussian | StudentT):
         noise = asked.likelihood.scale_of(block.params).expand(block.num_samples)[:, None, None]  # [K, 1, 1]
     return columns.cpu() * asked.scale + asked.loc, noise.double().cpu() * asked.scale
+
+
+def joined(parts: Sequence[Mixture], log_weight: Tensor) -> Mixture:
+    """Mixtures of blocks of samples as one, under log weights [S] of them all."""
+    log_weight = log_weight.log_softmax(dim=0)
+    first = parts[0]
+    if isinstance(first, PoissonMixture):
+        return PoissonMixture(torch.cat([part.log_rates for part in parts]), log_weight)  # type: ignore[union-attr]
+    scales = torch.cat([part.scales for part in parts])  # type: ignore[union-attr]
+    if isinstance(first, StudentTMixture):
+        return StudentTMixture(torch.cat([part.locs for part in parts]), scales, log_weight, first.df)  # type: ignore[union-attr]
+    return NormalMixture(torch.cat([part.means for part in parts]), scales, log_weight)  # type: ignore[union-attr]
+
+
+def _moments(places: Tensor, noise: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    """Mean and squared noise of the targets under each sample, from what `_columns` gives."""
+    if isinstance(likelihood, Poisson):
+        means = places.exp()
+        return means, means
+    return places, noise.square()
+
+
+def _widened(likelihood: Likelihood) -> float:
+    """What the noise variance is of the squared scale: of Student-t's noise more, or infinite."""
+    if not isinstance(likelihood, StudentT):
+        return 1.0
+    return likelihood.df / (likelihood.df - 2.0) if likelihood.df > 2.0 else torch.inf
 
 
 def _mixture(kept: list[tuple[Tensor, Tensor, Tensor]], likelihood: Likelihood) -> Mixture:
@@ -364,12 +441,17 @@ def _outputs(net: FunctionalModel, x: Any, *, spread: bool) -> Iterator[tuple[Te
                 got=type(outputs).__name__,
                 fix="wrap the module so that it returns its logits or means",
             )
-        if not torch.isfinite(outputs).all():
+        if not _finite(outputs):
             bad = int(indices[int((~torch.isfinite(outputs.flatten(1))).any(dim=1).nonzero()[0])])
             raise DataError(
                 f"sample {bad}", want="finite outputs", got="NaN or Inf", fix="check the inputs, or drop the sample"
             )
         yield indices, block, outputs
+
+
+def _finite(outputs: Tensor) -> bool:
+    """Whether all are: the least and the largest tell, in one pass without an array of flags."""
+    return not outputs.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(outputs))
 
 
 def _shown(loader: DataLoader[Any], progress: bool | None) -> Iterator[Any]:

@@ -127,12 +127,12 @@ class Spread:
         return self.log_weight[torch.cat(self._indices)].log_softmax(dim=0)
 
 
-def groups_of(bank: SampleSource) -> tuple[Tensor, int]:
-    """A number of a run of draws for each sample, int64 [S], and how many runs: each chain is cut into as many."""
+def groups_of(bank: SampleSource, *, num: int = GROUPS) -> tuple[Tensor, int]:
+    """A number of a run of draws for each sample, int64 [S], and how many runs, at least `num`: each chain is cut into as many."""
     chain, draw = bank.chain.numpy(), bank.draw.numpy()
     _, chain = np.unique(chain, return_inverse=True)
     lengths = np.bincount(chain)
-    pieces = max(1, -(-GROUPS // len(lengths)))
+    pieces = max(1, -(-num // len(lengths)))
     order = np.lexsort((draw, chain))
     place = np.empty(len(chain), dtype=np.int64)
     place[order] = np.arange(len(chain)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # in its chain

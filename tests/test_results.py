@@ -34,7 +34,7 @@ def test_figures_of_the_methods_are_possible() -> None:
     for row in rows:
         mean, place = row["mean"], f"{row['task']}, {row['method']}"
         assert all(math.isfinite(value) for value in mean.values()), place
-        for name in ("accuracy", "ece", "ood_auroc", "coverage_90"):
+        for name in ("accuracy", "ece", "auroc", "coverage_90"):
             assert 0 <= mean.get(name, 0.5) <= 1, place
         prior = next(r["mean"] for r in rows if (r["task"], r["method"]) == (row["task"], "prior"))
         if row["task"] == "digits":
@@ -126,6 +126,15 @@ def test_the_trial_of_mclmc_is_told_as_it_was() -> None:
         )
         figures += f"{row['rhat_max']:.2f} | {row['ess_per_second']:.1f}, {row['least_ess_per_second']:.1f} |"
         assert f"| {row['set']} | {row['split']} | {row['method']} | {figures}" in page
+
+
+def test_the_page_on_residency_shows_what_row_orders_cost() -> None:
+    run = found("bank_order")
+    lines = runpy.run_path(str(ROOT / "benchmarks" / "bank_order.py"))["table"](run)
+    assert "\n".join(lines) in (ROOT / "docs" / "residency.md").read_text(encoding="utf-8")
+    for row in run["rows"]:
+        assert row["formula"] == pytest.approx(1 + (row["draws"] - 1) * row["rho"])
+        assert row["measured"] == pytest.approx(row["formula"], rel=0.1)
 
 
 def test_the_page_on_applying_shows_the_committed_grid() -> None:

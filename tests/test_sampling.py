@@ -617,7 +617,7 @@ def test_evaluation_corrects_rows_inside_and_outside() -> None:
     assert report.metrics["accuracy"].value == float((probs.argmax(dim=1) == y).double().mean())
     inner = torch.special.entr(probs).sum(dim=1)
     outer = predict(net, outside, prior_shift=(EQUAL, NATURE)).entropy  # type: ignore[union-attr]
-    assert report.metrics["ood_auroc"].value == pytest.approx(auroc(inner, outer))
+    assert report.metrics["auroc"].value == pytest.approx(auroc(inner, outer))
     assert report.metrics["nll"].value != pytest.approx(evaluate(net, (POINTS, y)).metrics["nll"].value, rel=0.01)
 
 

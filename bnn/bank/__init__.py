@@ -1,11 +1,13 @@
 """Weight sample banks: a folder of safetensors shards, written atomically, read without copies."""
 
+from bnn.bank.compacting import compact
 from bnn.bank.exporting import mean, write_chains, write_state_dict
-from bnn.bank.moving import merge, thin
+from bnn.bank.moving import materialise, merge, thin
 from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
 from bnn.bank.shards import lost_shards, unnamed_shards, verify_files, wrong_sizes
+from bnn.bank.virtual import VirtualBank
 from bnn.bank.writer import BankWriter
 
 __all__ = [
@@ -13,7 +15,10 @@ __all__ = [
     "BankSize",
     "BankWriter",
     "Repaired",
+    "VirtualBank",
+    "compact",
     "lost_shards",
+    "materialise",
     "mean",
     "merge",
     "repair",

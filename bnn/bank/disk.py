@@ -102,6 +102,11 @@ def read(descriptor: int, size: int) -> bytes:
     return os.read(descriptor, size)
 
 
+def read_at(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill some of a view with the bytes from `offset` on; how many is returned, none at the end."""
+    return os.preadv(descriptor, [view], offset)
+
+
 def status(descriptor: int) -> os.stat_result:
     """Size, kind and times of what is open."""
     return os.fstat(descriptor)

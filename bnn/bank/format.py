@@ -18,7 +18,9 @@ from bnn.types import Block
 FORMAT = "bnn-bank"
 VERSION = 2  # written; 1 is read too: it had no checksum of its JSON files, and its shards did not name their bank
 READS = (1, 2)
-FEATURES: frozenset[str] = frozenset({"columns"})  # features beyond the version that this reader knows
+FEATURES: frozenset[str] = frozenset(
+    {"codec", "columns", "virtual"}
+)  # features beyond the version that this reader knows
 
 DATA_ALIGNMENT = 4096  # direct I/O and GPU-direct reads want pages
 TENSOR_ALIGNMENT = 256  # what cuBLAS and vector loads ask of a base pointer

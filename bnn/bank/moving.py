@@ -1,10 +1,10 @@
-"""Rows moved from banks to a new one: every n-th draw of the chains, or the samples of several banks."""
+"""Rows moved from banks to a new one: every n-th draw of the chains, chosen ones, coded ones, or those of several banks."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Codec
 from bnn.bank.reader import Bank
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankError, BankMismatch, ConfigError
@@ -33,9 +34,11 @@ OWN_KEYS = (
     "fingerprint",
     "base",
     "checksum",
+    "codec",
     "complete",
     "diagnostics",
     "resumable",
+    "virtual",
 )
 
 
@@ -73,11 +76,46 @@ def thin(bank: Bank, out: str | Path, *, every: int, overwrite: bool = False, pr
         raise ConfigError("bank", want="at least one sample", got="none", fix="thin a bank that holds some")
     places = _places(bank.chain.numpy(), bank.draw.numpy())  # [S]
     kept = torch.from_numpy(places % every == 0)  # [S]
-    config = _kept_info(bank) | {"thinned": {"every": every, "of": bank.digest}}
-    writer = _writer(out, [bank], config, overwrite=overwrite)
-    return _pour(
-        writer, [bank], lambda _, first, block: _rows(block, kept[first : first + block.num_samples]), progress
-    )
+    return keep(bank, out, kept, {"every": every, "of": bank.digest}, overwrite=overwrite, progress=progress)
+
+
+def keep(
+    bank: Bank,
+    out: str | Path,
+    kept: Tensor,
+    record: Mapping[str, Any],
+    *,
+    alike: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bank:
+    """A new bank with the samples that `kept` [S] says, in their order; `record` is its `thinned`.
+
+    With `alike` they count alike in it, whatever their weights were.
+    """
+    writer = new_writer(out, [bank], kept_info(bank) | {"thinned": dict(record)}, overwrite=overwrite)
+
+    def chosen(number: int, first: int, block: Block) -> Block:
+        del number
+        rows = _rows(block, kept[first : first + block.num_samples])
+        return rows._replace(log_weight=torch.zeros_like(rows.log_weight)) if alike else rows
+
+    return _pour(writer, [bank], chosen, progress)
+
+
+def recode(
+    bank: Bank,
+    out: str | Path,
+    codec: Codec,
+    record: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bank:
+    """A new bank with the same rows, coded; columns stay as they are, and `record` is in its `codec`."""
+    config = kept_info(bank) | {"codec": {**codec.fact(), **record}}
+    writer = new_writer(out, [bank], config, overwrite=overwrite, codec=codec)
+    return _pour(writer, [bank], lambda _, first, block: block._replace(params=codec.encode(block.params)), progress)
 
 
 def merge(
@@ -136,7 +174,9 @@ def merge(
         following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number), total[number]))
     columns = [name for name in banks[0].columns if all(name in bank.columns for bank in banks)]
-    writer = _writer(out, banks, _merged_info(banks, columns, None if shares is None else total), overwrite=overwrite)
+    writer = new_writer(
+        out, banks, _merged_info(banks, columns, None if shares is None else total), overwrite=overwrite
+    )
 
     def renumbered(number: int, first: int, block: Block) -> Block:
         del first
@@ -147,6 +187,38 @@ def merge(
         )
 
     return _pour(writer, banks, renumbered, progress)
+
+
+def materialise(bank: Bank, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bank:
+    """The ordinary bank of a virtual one: every sample made once and written, block by block.
+
+    Its shards are, byte for byte, those of the fit without `virtual`; its `bank.json` says what that one's does.
+
+    Args:
+        bank: a virtual bank of S samples, of whatever length it was given.
+        out: folder of the new bank.
+        overwrite: replace a bank at `out`.
+        progress: told after each block how many samples are written, and S.
+
+    Raises:
+        ConfigError: the bank is not virtual, or `out` is the bank itself.
+        BankExists: something is at `out`.
+
+    Examples:
+        >>> import bnn, tempfile, torch
+        >>> model = bnn.BayesianModel(torch.nn.Linear(3, 2), prior=bnn.priors.Normal(),
+        ...                           likelihood=bnn.likelihoods.Categorical(), num_data=4)
+        >>> data = torch.zeros(4, 3), torch.tensor([0, 1, 1, 0])
+        >>> bank = bnn.fit(model, data, method=bnn.inference.Prior(), num_samples=7, virtual=True)
+        >>> torch.equal(materialise(bank, tempfile.mkdtemp())[6]["bias"], bank[6]["bias"])
+        True
+    """
+    if not isinstance(bank.info.get("virtual"), dict):
+        raise ConfigError(
+            str(bank.path or "bank"), want="a virtual bank", got="one that keeps its rows", fix="copy it with thin"
+        )
+    writer = new_writer(out, [bank], kept_info(bank), overwrite=overwrite)
+    return _pour(writer, [bank], lambda _, __, block: block, progress)
 
 
 def check_apart(out: Path, path: Path) -> None:
@@ -277,13 +349,16 @@ def _base_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[
     return None
 
 
-def _kept_info(bank: Bank) -> dict[str, Any]:
-    return {key: value for key, value in bank.info.items() if key not in OWN_KEYS}
+def kept_info(bank: Bank) -> dict[str, Any]:
+    """What a new bank says as the old one did; of a coded one, also that its samples went through a codec."""
+    codec = bank.info.get("codec")
+    decoded = {} if codec is None else {"decoded": {"codec": codec["name"], "of": codec.get("of")}}
+    return {key: value for key, value in bank.info.items() if key not in OWN_KEYS} | decoded
 
 
 def _merged_info(banks: Sequence[Bank], kept: list[str], shares: Sequence[float] | None) -> dict[str, Any]:
     """What `bank.json` of a merged bank says."""
-    first, *others = [_kept_info(bank) for bank in banks]
+    first, *others = [kept_info(bank) for bank in banks]
     alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
     alike.pop("columns", None)
     columns = {"columns": kept} if kept else {}
@@ -296,6 +371,8 @@ def _merged_info(banks: Sequence[Bank], kept: list[str], shares: Sequence[float]
         }
         for bank in banks
     ]
+    for key in ("row_order", "compacted"):  # of each bank's own shards
+        alike.pop(key, None)
     if shares is not None:
         alike["method"] = {"name": "stack", "options": {}}
         merged = [{**fact, "share": share} for fact, share in zip(merged, shares, strict=True)]
@@ -318,13 +395,29 @@ def _name(bank: Bank, number: int) -> str:
     return f"bank {number}" if bank.path is None else str(bank.path)
 
 
-def _writer(out: str | Path, banks: Sequence[Bank], config: dict[str, Any], *, overwrite: bool) -> BankWriter:
+def new_writer(
+    out: str | Path,
+    banks: Sequence[Bank],
+    config: dict[str, Any],
+    *,
+    overwrite: bool,
+    codec: Codec | None = None,
+    shard_rows: int | None = None,
+) -> BankWriter:
     """The writer of a new bank, which is none of those that are read."""
     for bank in banks:
         if bank.path is not None:
             check_apart(Path(out), bank.path)
     base = {} if config.get("lost") else banks[0].base()  # lost: the new bank has none either, and says so
-    return BankWriter(out, layout=banks[0].layout, config=config, base=base, overwrite=overwrite)
+    return BankWriter(
+        out,
+        layout=banks[0].layout,
+        config=config,
+        base=base,
+        overwrite=overwrite,
+        codec=codec,
+        shard_rows=shard_rows,
+    )
 
 
 def _pour(

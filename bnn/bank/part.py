@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bnn.bank import disk, files
+from bnn.bank import codecs, disk, files
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Codec
 from bnn.bank.shards import check_manifest, read_config, read_manifests
 from bnn.errors import (
     BankCorrupt,
@@ -58,15 +59,16 @@ class Part:
         *,
         resume: bool,
         overwrite: bool,
+        codec: Codec | None = None,
     ) -> None:
         if not fmt.WRITER_NAME.fullmatch(writer):
             raise ConfigError("writer", want="1 to 32 small letters, digits or '_'", got=repr(writer), fix="rename it")
-        self.path, self.layout, self.writer = path, layout, writer
+        self.path, self.layout, self.writer, self._codec = path, layout, writer, codec
         self.columns = fmt.more_columns(config, "bank.json")
         self._config = {
             "format": fmt.FORMAT,
             "version": fmt.VERSION,
-            "requires": ["columns"] if self.columns else [],
+            "requires": [*(["codec"] if codec else []), *(["columns"] if self.columns else [])],
             "layout": layout.to_config(),
             "fingerprint": layout.fingerprint,
             **config,
@@ -261,6 +263,8 @@ class Part:
             if self._base:
                 written = files.write_tensors(self.path / "base.safetensors", self._base, {})
                 fact = {"file": "base.safetensors", "bytes": written.bytes, "sha256": written.sha256}
+            if self._codec is not None:
+                self._codec.write(self.path)
             config = fmt.seal({**self._config, "base": fact}, "bank.json")
             raw = fmt.dump_json(config, "bank.json")
             if len(raw) > fmt.MAX_JSON_BYTES:
@@ -423,14 +427,19 @@ def _is_left_over(name: str, there: Sequence[str]) -> bool:
     """Whether a writer that was killed before its first commit leaves such a file: no bank loses anything with it."""
     locked = any(fmt.LOCK_NAME.fullmatch(other) for other in there)
     begun = locked and (name == "curve.csv" or name.startswith("events.out.tfevents."))
-    return begun or name == "base.safetensors" or name.startswith(".tmp-") or bool(fmt.LOCK_NAME.fullmatch(name))
+    return (
+        begun
+        or name in ("base.safetensors", codecs.FILE)
+        or name.startswith(".tmp-")
+        or bool(fmt.LOCK_NAME.fullmatch(name))
+    )
 
 
 def _is_own(name: str) -> bool:
     """Whether a file is a bank's, or one that training, a calibration or a killed writer leaves beside it."""
     patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME, fmt.LOCK_NAME)
     known = (
-        "bank.json", "base.safetensors", "model.safetensors", "free.safetensors", "curve.csv", "calibration.json",
+        "bank.json", "base.safetensors", codecs.FILE, "model.safetensors", "free.safetensors", "curve.csv", "calibration.json",
     )  # fmt: skip
     begins = (".tmp-", "events.out.tfevents.")
     return name in known or name.startswith(begins) or any(pattern.fullmatch(name) for pattern in patterns)

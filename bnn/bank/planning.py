@@ -55,15 +55,10 @@ def size_of(
     """
     if num_samples < 1:
         raise ConfigError("num_samples", want="at least 1", got=str(num_samples), fix="raise it")
-    dtypes = fmt.column_dtypes(columns)
-    shapes = {entry.name: (entry.dtype, entry.shape) for entry in layout.entries}
-    shapes |= {name: (dtype, ()) for name, dtype in dtypes.items()}
 
     @cache
     def shard_bytes(rows: int, digits: int) -> int:
-        metadata = shard_metadata(layout, "0" * 64, "main", 10 ** (digits - 1), rows)
-        metadata = fmt.seal_tensors(metadata, dict.fromkeys(shapes, 2**32 - 1))  # the longest that they can be
-        return _file_bytes({name: (dtype, (rows, *shape)) for name, (dtype, shape) in shapes.items()}, metadata)
+        return shard_size(layout, rows, 10 ** (digits - 1), columns=columns)
 
     most = rows_per_shard(layout.num_bytes)
     firsts = range(0, num_samples, most)
@@ -81,8 +76,16 @@ def size_of(
         low = max(low, high)
     if base:
         num_bytes += _file_bytes({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in base.items()}, {})
-    row_bytes = layout.num_bytes + sum(dtype.itemsize for dtype in dtypes.values())
+    row_bytes = layout.num_bytes + sum(dtype.itemsize for dtype in fmt.column_dtypes(columns).values())
     return BankSize(num_samples, layout.num_values, row_bytes, most, len(firsts), num_bytes)
+
+
+def shard_size(layout: Layout, rows: int, first_row: int, *, columns: Sequence[str] = ()) -> int:
+    """Bytes of a shard that holds the rows of the writer "main" from `first_row` on, its checksums of ten digits."""
+    shapes = {entry.name: (entry.dtype, (rows, *entry.shape)) for entry in layout.entries}
+    shapes |= {name: (dtype, (rows,)) for name, dtype in fmt.column_dtypes(columns).items()}
+    metadata = shard_metadata(layout, "0" * 64, "main", first_row, rows)
+    return _file_bytes(shapes, fmt.seal_tensors(metadata, dict.fromkeys(shapes, 2**32 - 1)))
 
 
 def _file_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 import copyreg
 import hashlib
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from bnn.bank import files, remote
 from bnn.bank import format as fmt
 from bnn.bank.address import is_address
+from bnn.bank.codecs import Codec, Coding
+from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
 from bnn.bank.shards import (
     Described,
     MappedShard,
@@ -29,6 +32,8 @@ from bnn.bank.shards import (
     verify_files,
 )
 from bnn.bank.snapshot import Snapshot, as_of
+from bnn.bank.streaming import Stream, StreamedShard
+from bnn.bank.virtual import VirtualBank, is_virtual, open_virtual
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, ConfigError, choose
 from bnn.layout import Layout, layout_of
@@ -39,13 +44,30 @@ MOST_VIEWS = 20_000  # of single samples that a bank keeps: about 10 MB of Pytho
 RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
 
 
+@runtime_checkable
+class Order(Protocol):
+    """Which indices come, as a function of positions, and where it stands: a `SampleIndexSampler`."""
+
+    @property
+    def position(self) -> int: ...
+
+    def detached(self) -> Order:
+        """The same without a hold on the bank."""
+        ...
+
+    def at(self, positions: range) -> Tensor: ...
+
+
 class Bank(Sequence[Params]):
     """A fixed, ordered set of samples; open one with `Bank.open`, make one with `Bank.from_state_dicts`.
 
-    `len(bank)` is S, `bank[i]` the params of sample i (views, no copy), `bank.block(indices)` K of
+    `len(bank)` is S, `bank[i]` the params of sample i (views, no copy, unless they are coded), `bank.block(indices)` K of
     them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
     `log_joint` and `log_weight` are columns [S], `columns` those of the method beside. Chains of different
     writers are different chains: those of each further writer are numbered on from the last one's.
+
+    What it hands out stays as it is, whatever is asked for next. Of a bank that is streamed a view keeps the buffer that
+    it looks into, and where too many buffers are kept, copies are handed out.
 
     Examples:
         >>> import bnn, torch
@@ -65,11 +87,16 @@ class Bank(Sequence[Params]):
         verify: Verify = "first-use",
         digest: str | None = None,
         base: Params | None = None,
+        coding: Coding | None = None,
+        stream: Stream | None = None,
     ) -> None:
         self.layout, self.info, self.path = layout, dict(info), path
+        self.stored = layout if coding is None else coding.stored  # the layout of the shards
+        self._coding = coding
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
         self._snapshot: Snapshot | None = None  # of a bank on disk, by which it knows itself again
         self._source: remote.Source | None = None  # of a bank at an address
+        self._placement, self._stream = Placement(), stream
         self._more = fmt.more_columns(self.info, "bank.json")
         self._columns = fmt.column_dtypes(self._more)
         self._firsts = np.cumsum([0, *(shard.rows for shard in shards)])
@@ -84,6 +111,11 @@ class Bank(Sequence[Params]):
         path: str | Path,
         *,
         verify: Verify = "first-use",
+        residency: Residency = "mapped",
+        device: str | torch.device | None = None,
+        host_budget: int | str | None = None,
+        device_budget: int | str | None = None,
+        allow_other_device: bool = False,
         cache: str | Path | None = None,
         prefetch: bool = False,
         offline: bool = False,
@@ -92,8 +124,17 @@ class Bank(Sequence[Params]):
 
         Args:
             path: the folder; or an address, such as `https://...` or `s3://...`, that fsspec knows.
-            verify: `"first-use"` compares the crc32 of a tensor when it is first touched, `"full"`
-                the sha256 of every file now, `"never"` nothing but sizes and headers.
+            verify: `"first-use"` compares the crc32 of a tensor when it is first touched or read, `"full"`
+                the sha256 of every file now, `"never"` nothing but sizes and headers. Of a virtual bank the guide's
+                file and sample 0 are compared now, but for `"never"`.
+            residency: `"mapped"` maps the shards; `"host"` reads the whole bank into memory now, `"device"` onto a device;
+                `"streamed"` keeps some shards in buffers and lets threads read those ahead that are wanted next.
+            device: for `"device"`, CUDA by default, and for `"streamed"`, the memory of this process by default.
+            host_budget: bytes of this process that samples may take, a number or a text such as `"2GB"`: of all buffers of
+                a bank that is streamed, or of the pinned ones on the way to a device.
+            device_budget: bytes of a CUDA device that samples may take.
+            allow_other_device: open a virtual bank also on a CPU or with a torch on which its samples were not made;
+                warns (`OtherDevice`) where sample 0 has other bits here.
             cache: of an address, the folder that keeps copies of its files: shards come when they are first touched, and
                 whatever comes has the sha256 that its manifest says.
             prefetch: have all shards now.
@@ -102,44 +143,60 @@ class Bank(Sequence[Params]):
         Raises:
             BankNotFound: no such folder, or no bank in it.
             BankCorrupt: a file is missing, cut or altered.
-            BankMismatch: a file of another bank stands among its own.
-            BankLimit: it would take more memory than its shards account for.
-            BankError: a newer format, or an address that cannot be read.
+            BankMismatch: a file of another bank stands among its own; a virtual bank was made on another device.
+            BankLimit: it would take more memory than its shards account for, or than a budget allows.
+            BankError: a newer format, a virtual bank whose fit is not finished, or an address that cannot be read.
             BankWriteError: the cache folder cannot be written to.
-            ConfigError: an address without a cache folder, or a folder with one.
+            ConfigError: options that contradict each other, a device that is not there, or an address without a cache folder.
         """
         choose("verify", verify, ("first-use", "never", "full"))
-        if is_address(path):
-            source = remote.prepare(str(path), cache=cache, offline=offline)
-            return Bank._open(source.folder, verify, None, source, prefetch=prefetch)
-        if cache is not None or prefetch or offline:
+        wanted = placement(residency, device, host_budget, device_budget)
+        source = remote.prepare(str(path), cache=cache, offline=offline) if is_address(path) else None
+        if source is None and (cache is not None or prefetch or offline):
             raise ConfigError(
                 str(path), want="an address, with cache=, prefetch= or offline=", got="a folder", fix="leave them out"
             )
-        return Bank._open(Path(path), verify, None)
+        folder = Path(path) if source is None else source.folder
+        bank = Bank._open(folder, verify, None, wanted, allow_other_device, source, prefetch=prefetch)
+        if not isinstance(bank, VirtualBank):
+            load(bank._shards)
+        return bank
 
     @staticmethod
     def _open(
         folder: Path,
         verify: Verify,
         snapshot: Snapshot | None,
+        wanted: Placement = Placement(),  # noqa: B008
+        allow_other_device: bool = False,
         source: remote.Source | None = None,
         *,
         prefetch: bool = False,
     ) -> Bank:
-        """The bank as it is now, or as far as a snapshot of it reached."""
+        """The bank as it is now, or as far as a snapshot of it reached; what is to be held is read when touched."""
         known = files.identity(folder)
         described = read_config(folder)
         config, layout, identity = described.config, described.layout, described.identity
+        if snapshot is None and is_virtual(config):
+            if wanted != Placement():
+                raise ConfigError(
+                    f"{folder}: residency={wanted.residency!r}",
+                    want="'mapped' for a virtual bank, whose samples are made when they are asked for",
+                    got="another",
+                    fix="leave it out, or write the samples with 'bnn bank materialise' first",
+                )
+            made = open_virtual(folder, described, verify=verify != "never", allow_other_device=allow_other_device)
+            return cast(Bank, made)  # the same interface, and registered below as one
         manifests = read_manifests(folder, described, elsewhere=source.num_shards if source else 0)
         if snapshot is not None:
             manifests = as_of(snapshot, manifests, identity, folder)
         if source is not None:
-            remote.have(source, config, manifests, states=verify == "full", prefetch=prefetch)
-        row_bytes = layout.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
-        base = config.get("base")
-        if base is not None and files.regular_size(folder / base["file"]) != base["bytes"]:
-            raise fmt.corrupt(str(folder / base["file"]), f"{base['bytes']} bytes", "another size, or no regular file")
+            remote.have(source, described, manifests, states=verify == "full", prefetch=prefetch)
+        row_bytes = described.stored.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
+        for fact in described.beside:
+            if files.regular_size(folder / fact["file"]) != fact["bytes"]:
+                got = "another size, or no regular file"
+                raise fmt.corrupt(str(folder / fact["file"]), f"{fact['bytes']} bytes", got)
         shards = []
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
@@ -165,6 +222,7 @@ class Bank(Sequence[Params]):
                     fix="restore the file from a copy, or make the bank again",
                 )
         facts = [layout.fingerprint, *(f["sha256"] for m in manifests for f in m["shards"])]
+        facts += [] if described.coding is None else [described.coding.sha256]
         info = {
             **config,
             "complete": bool(manifests) and all(m["complete"] for m in manifests),
@@ -176,7 +234,10 @@ class Bank(Sequence[Params]):
             raise BankMismatch(
                 str(folder), want="the rows that were opened", got="others", fix="open it anew with Bank.open"
             )
-        bank = Bank(shards, layout, info, path=folder, verify=verify, digest=digest)
+        there, stream = placed(shards, described.names, wanted, str(folder))
+        coding = described.coding
+        bank = Bank(there, layout, info, path=folder, verify=verify, digest=digest, coding=coding, stream=stream)
+        bank._placement = wanted
         marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
         bank._snapshot, bank._source = Snapshot(identity, marks, digest), source
         if verify == "full":
@@ -289,12 +350,16 @@ class Bank(Sequence[Params]):
         index = index + size if index < 0 else index
         place = bisect.bisect_right(self._starts, index) - 1
         row = index - self._starts[place]
+        if self._stream is not None:
+            params = {name: tensor[row] for name, tensor in self._take(place, self.layout.names).items()}
+            params = self._handed(place, params, [index])
+            return params if self._coding is None else self._codec.decode(params)
         opened = self._opened.get(place)
         if opened is None:
             opened = self._opened[place] = self._rows(place)
         params = dict(opened[row]) if isinstance(opened, list) else {name: t[row] for name, t in opened.items()}
-        self._count(place, self.layout.num_bytes)
-        return params
+        self._count(place, self.stored.num_bytes)
+        return params if self._coding is None else self._codec.decode(params)
 
     def block(self, indices: Sequence[int] | slice | Tensor) -> Block:
         """K samples stacked, in the order of `indices`: views where they are neighbours in one shard, or every n-th of it.
@@ -318,8 +383,9 @@ class Bank(Sequence[Params]):
             step = int(local[1] - local[0]) if len(local) > 1 else 1
             even = step > 0 and bool((np.diff(local) == step).all())
             pick = slice(int(local[0]), int(local[-1]) + 1, step) if even else torch.from_numpy(local)
-            tensors = {name: self._tensor(int(places[0]), name)[pick] for name in names}
-            self._count(int(places[0]), self.layout.num_bytes * len(rows))
+            tensors = {name: tensor[pick] for name, tensor in self._take(int(places[0]), names).items()}
+            tensors = self._handed(int(places[0]), tensors, rows, are_views=even)
+            self._count(int(places[0]), self.stored.num_bytes * len(rows))
         else:
             tensors = self._gather(rows, places, names)
         chain = tensors["@chain"]
@@ -329,7 +395,7 @@ class Bank(Sequence[Params]):
 
     def _rows(self, place: int) -> Params | list[Params]:
         """The entries of a shard, to be indexed by row; where those are few, a sample a row, with views made once."""
-        tensors = {name: self._tensor(place, name) for name in self.layout.names}
+        tensors = self._take(place, self.layout.names)
         if len(self) * len(tensors) > MOST_VIEWS:
             return tensors
         columns = [tensor.unbind(0) for tensor in tensors.values()]
@@ -345,22 +411,32 @@ class Bank(Sequence[Params]):
         if last >= self._shards[place].rows:
             return None
         names = (*self.layout.names, *self._columns)
-        tensors = {name: self._tensor(place, name)[first : last + 1 : step] for name in names}
-        self._count(place, self.layout.num_bytes * count)
+        tensors = {name: tensor[first : last + 1 : step] for name, tensor in self._take(place, names).items()}
+        if self._stream is not None:
+            tensors = self._handed(place, tensors, range(start, stop, step))
+        self._count(place, self.stored.num_bytes * count)
         chain = tensors["@chain"]
         return self._block_of(tensors, chain if self._num_writers == 1 else chain + self._first_chains[place])
 
     def _block_of(self, tensors: dict[str, Tensor], chain: Tensor) -> Block:
         params = {name: tensors[name] for name in self.layout.names}
+        if self._coding is not None:
+            params = self._codec.decode(params)
         more = {name: tensors[f"@{name}"] for name in self._more}
         return Block(params, chain, tensors["@draw"], tensors["@log_joint"], tensors["@log_weight"], more)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
-        """The bank from first to last in blocks of at most `size`, with their first index; never a copy."""
+        """The bank from first to last in blocks of at most `size`, with their first index; a copy only where they are coded."""
         for place, shard in enumerate(self._shards):
             first = int(self._firsts[place])
             for start in range(0, shard.rows, size):
                 yield first + start, self.block(slice(first + start, first + min(start + size, shard.rows)))
+
+    @cached_property
+    def _codec(self) -> Codec:
+        assert self._coding is not None
+        assert self.path is not None
+        return self._coding.read(self.path)
 
     @cached_property
     def chain(self) -> Tensor:
@@ -373,16 +449,16 @@ class Bank(Sequence[Params]):
 
     @cached_property
     def _num_writers(self) -> int:
-        return len({shard.writer for shard in self._shards if isinstance(shard, MappedShard)})
+        return len({shard.writer for shard in self._shards if shard.writer is not None})
 
     @cached_property
     def _first_chains(self) -> Tensor:
         """What each shard's chains are counted from, int64 [shards]: no two writers share a chain."""
         firsts, first, last, writer = [], 0, -1, None
         for place, shard in enumerate(self._shards):
-            if isinstance(shard, MappedShard) and shard.writer != writer:
+            if shard.writer is not None and shard.writer != writer:
                 first, writer = last + 1, shard.writer
-            last = max(last, first + int(self._tensor(place, "@chain").max()))
+            last = max(last, first + int(self._column_of(place, "@chain").max()))
             firsts.append(first)
         return torch.tensor(firsts)
 
@@ -432,15 +508,18 @@ class Bank(Sequence[Params]):
                 got="none: base.safetensors was lost before this bank was repaired",
                 fix="give them again: --base, or bnn.FunctionalModel with a module that has them",
             )
-        return {} if self.path is None else Described(self.info, self.layout, self._more).base(self.path)
+        if self.path is None:
+            return {}
+        return Described(self.info, self.layout, self._more, self._coding).base(self.path)
 
     def check_headers(self) -> list[str]:
         """Compare the header of every shard with manifest and layout; one line a shard that differs."""
         problems = []
         for shard in self._shards:
-            if isinstance(shard, MappedShard):
+            mapped = shard.file.shard if isinstance(shard, (HeldShard, StreamedShard)) else shard
+            if isinstance(mapped, MappedShard):
                 try:
-                    shard.check_header()
+                    mapped.check_header()
                 except BankError as error:
                     problems.append(str(error))
         return problems
@@ -463,6 +542,52 @@ class Bank(Sequence[Params]):
         self.release()
         return problems
 
+    @property
+    def residency(self) -> Residency:
+        """Where its samples are: `"mapped"`, `"host"`, `"device"` or `"streamed"`; in memory it is `"host"`."""
+        return "host" if self.path is None else self._placement.residency
+
+    @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """Samples of each shard, in their order: what a reader has to read at once."""
+        return tuple(shard.rows for shard in self._shards)
+
+    def follow(
+        self, order: Order | Iterable[int] | Tensor | None, *, start: int | None = None, window: int = 4096
+    ) -> None:
+        """Say which samples will be asked for, in order: a streamed bank reads them ahead, and keeps what is wanted soonest.
+
+        Nothing else changes: any sample may be asked for, also off the order, which is dropped where the reader leaves it
+        for good. Banks that are not streamed need no foresight, and ignore it. `PairedLoader` says it at every epoch, and
+        `FunctionalModel.stream`, which `predict` and `evaluate` use, at every batch.
+
+        Args:
+            order: a `SampleIndexSampler`, from its present position on, or bank indices; None for from first to last.
+            start: position of the sampler to begin at, in place of its present one.
+            window: positions to look ahead, at least 1; those behind them count as never.
+
+        Raises:
+            IndexError: an index outside [-S, S).
+        """
+        if self._stream is None:
+            return
+        if window < 1:
+            raise ConfigError("window", want="at least 1", got=str(window), fix="leave it out")
+        self._stream.ring.follow(None if order is None else self._pieces(order, start, window), window)
+
+    def _pieces(self, order: Order | Iterable[int] | Tensor, start: int | None, window: int) -> Iterator[np.ndarray]:
+        """What will be asked for, a window at a time, int64 from 0 on."""
+        size = len(self)
+        if not isinstance(order, Order):
+            listed = np.asarray(order if isinstance(order, (Tensor, np.ndarray)) else list(order), dtype=np.int64)
+            if listed.size and not (-size <= listed.min() and listed.max() < size):
+                raise IndexError(f"bank indices {listed.min()} to {listed.max()}: want 0 <= index < {size}")
+            listed = np.where(listed < 0, listed + size, listed)
+            return (listed[first : first + window] for first in range(0, len(listed), window))
+        ahead = order.detached()
+        begin = order.position if start is None else start
+        return (ahead.at(range(first, first + window)).numpy() for first in itertools.count(begin, window))
+
     def refresh(self) -> Bank:
         """The bank as it is on disk now, with the rows committed since this one was opened.
 
@@ -472,22 +597,28 @@ class Bank(Sequence[Params]):
         if self.path is None or self._snapshot is None:
             return self
         source = None if self._source is None else self._source.update()
-        newer = Bank._open(self.path if source is None else source.folder, self._verify, None, source)
-        Bank._open(newer.path or self.path, "never", self._snapshot, source)  # whose rows must all be there still
+        folder = self.path if source is None else source.folder
+        newer = Bank._open(folder, self._verify, None, self._placement, source=source)
+        Bank._open(folder, "never", self._snapshot, source=source)  # whose rows must all be there still
         return newer
 
     def release(self) -> None:
-        """Give the maps of the shards and their file descriptors back; they are made again when rows are asked for."""
+        """Give maps and file descriptors back, end the threads of a stream and free its buffers.
+
+        All are made again when rows are asked for. Views that were handed out stay.
+        """
         for shard in self._shards:
             if isinstance(shard, MappedShard):
                 shard.close()
+        if self._stream is not None:
+            self._stream.release()
         self._touched.clear()
         self._opened.clear()
 
     def __reduce__(self) -> tuple[object, ...]:
         # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
-            return Bank._open, (self.path, self._verify, self._snapshot, self._source)
+            return Bank._open, (self.path, self._verify, self._snapshot, self._placement, False, self._source)
         return copyreg.__newobj__, (type(self),), {**self.__dict__, "_opened": {}}  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
@@ -497,44 +628,80 @@ class Bank(Sequence[Params]):
     def _column(self, name: str) -> Tensor:
         column = torch.empty(len(self), dtype=self._columns[name])
         for place, first in enumerate(self._firsts[:-1].tolist()):
-            rows = self._tensor(place, name)
+            rows = self._column_of(place, name)
             column[first : first + len(rows)] = rows
         return column
 
-    def _tensor(self, place: int, name: str) -> Tensor:
-        """All rows of one entry or column of a shard; where no descriptor is left, the other shards give theirs."""
+    def _column_of(self, place: int, name: str) -> Tensor:
+        """A column of a shard [R]; where no descriptor is left, the other shards give theirs."""
         try:
-            return self._shards[place].tensor(name)
+            return self._shards[place].column(name)
         except BankLimit:
             self.release()
-            return self._shards[place].tensor(name)
+            return self._shards[place].column(name)
+
+    def _take(self, place: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """All rows of entries and columns of a shard; where no descriptor is left, the other shards give theirs."""
+        try:
+            return self._shards[place].take(names)
+        except BankLimit:
+            self.release()
+            return self._shards[place].take(names)
+
+    def _handed(
+        self, place: int, tensors: dict[str, Tensor], indices: Sequence[int] | np.ndarray, *, are_views: bool = True
+    ) -> dict[str, Tensor]:
+        """Rows of a shard as a caller may keep them; a stream is told which they were."""
+        shard = self._shards[place]
+        if isinstance(shard, StreamedShard):
+            tensors = shard.handed(tensors) if are_views else tensors
+            shard.note(np.asarray(indices).tolist())
+        return tensors
 
     def _gather(self, rows: np.ndarray, places: np.ndarray, names: Sequence[str]) -> dict[str, Tensor]:
         """Rows from several shards: one indexed copy a shard and entry."""
-        shapes = {e.name: (e.dtype, e.shape) for e in self.layout.entries}
+        shapes = {e.name: (e.dtype, e.shape) for e in self.stored.entries}
         shapes |= {name: (dtype, ()) for name, dtype in self._columns.items()}
-        tensors = {name: torch.empty(len(rows), *shapes[name][1], dtype=shapes[name][0]) for name in names}
+        device = torch.device(self._placement.device or "cpu")
+        tensors = {
+            name: torch.empty(
+                len(rows),
+                *shapes[name][1],
+                dtype=shapes[name][0],
+                device=device if name in self.layout.names else "cpu",
+            )
+            for name in names
+        }
         for place in np.unique(places).tolist():
             here = np.flatnonzero(places == place)
             local = torch.from_numpy(rows[here] - self._firsts[place])
-            for name in names:
-                tensors[name][torch.from_numpy(here)] = self._tensor(place, name)[local]
-            self._count(place, self.layout.num_bytes * len(here))
+            self._copy_rows(place, local, torch.from_numpy(here), tensors)
+            self._count(place, self.stored.num_bytes * len(here))
+        if len(rows):
+            self._handed(int(places[-1]), {}, rows)
         return tensors
+
+    def _copy_rows(self, place: int, local: Tensor, here: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Rows of a shard to their places; no view of the shard is left when the next one is asked for."""
+        for name, tensor in self._take(place, list(tensors)).items():
+            tensors[name][here] = tensor[local]
 
     def _count(self, place: int, num_bytes: int) -> None:
         """Keep the mapped pages of the process bounded: the shards longest untouched give theirs back."""
         shard = self._shards[place]
-        if isinstance(shard, MemoryShard):
+        if not isinstance(shard, MappedShard):
             return
-        most = shard.rows * self.layout.num_bytes
+        most = shard.rows * self.stored.num_bytes
         self._touched[place] = min(self._touched.pop(place, 0) + num_bytes + FOLIO_BYTES, most)
         while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
             oldest, _ = self._touched.popitem(last=False)
-            self._shards[oldest].release()  # type: ignore[attr-defined]
+            self._shards[oldest].release()  # type: ignore[attr-defined]  # none but those that are mapped are counted
+
+
+Bank.register(VirtualBank)  # which shares no code with it, only the interface
 
 
 def _is_resumable(config: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a fit can go on behind the rows of every writer: a state follows them, or there are none yet."""
-    is_copy = any(key in config for key in ("thinned", "merged", "lost"))
+    is_copy = any(key in config for key in ("thinned", "merged", "compacted", "lost", "codec"))
     return not is_copy and all(m["state"] is not None or not m["rows"] for m in manifests)

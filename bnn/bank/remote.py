@@ -22,10 +22,8 @@ from tqdm import tqdm
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
 from bnn.bank.address import check_address, listed, pieces, read_small, shown
-from bnn.bank.shards import is_sha256, read_config, read_manifests
+from bnn.bank.shards import Described, read_config, read_manifests
 from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, BankWriteError, ConfigError
-
-BESIDE_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\.safetensors")  # base.safetensors, and what other kinds of banks keep
 
 
 @dataclass(frozen=True)
@@ -146,14 +144,14 @@ def prepare(address: str, *, cache: str | Path | None, offline: bool) -> Source:
         _keep(folder, name, raw, Path(cache))
     manifests = read_manifests(folder, described, elsewhere=num_shards)
     states = [m["state"] for m in manifests if not m["rows"] and m["state"] is not None]  # all that such a bank keeps
-    source.fetch_all([*beside(described.config, f"{shown(address)}/bank.json"), *states])
+    source.fetch_all([*described.beside, *states])
     _keep(home, "last", folder.name.encode(), Path(cache))
     return source
 
 
 def have(
     source: Source,
-    config: Mapping[str, Any],
+    described: Described,
     manifests: Sequence[Mapping[str, Any]],
     *,
     states: bool,
@@ -164,7 +162,7 @@ def have(
     Raises:
         BankNotFound: offline, and a copy is not here; the file is named.
     """
-    facts = [*beside(config, f"{shown(source.address)}/bank.json"), *(f for m in manifests for f in m["shards"])]
+    facts = [*described.beside, *(f for m in manifests for f in m["shards"])]
     if states:
         facts += [m["state"] for m in manifests if m["state"] is not None]
     absent = source.missing(facts) if source.offline else None
@@ -177,22 +175,6 @@ def have(
         )
     if prefetch or states:
         source.fetch_all(facts)
-
-
-def beside(config: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
-    """The files that `bank.json` names: parameters outside the sample, and what other kinds of banks keep.
-
-    Raises:
-        BankCorrupt: a name that is none of a file in the bank's folder.
-    """
-    facts: list[Mapping[str, Any]] = [
-        value for value in config.values() if isinstance(value, dict) and {"file", "bytes", "sha256"} <= value.keys()
-    ]
-    for fact in facts:
-        named = isinstance(fact["file"], str) and BESIDE_NAME.fullmatch(fact["file"])
-        if not named or type(fact["bytes"]) is not int or not is_sha256(fact["sha256"]):
-            raise fmt.corrupt(place, "files in the bank's folder, with bytes and sha256", repr(fact)[:200])
-    return facts
 
 
 def _read_config_of(address: str) -> dict[str, Any]:

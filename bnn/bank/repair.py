@@ -11,6 +11,7 @@ from bnn.bank import format as fmt
 from bnn.bank.moving import check_apart
 from bnn.bank.reader import Bank
 from bnn.bank.shards import Described, open_shard, read_config, read_manifest
+from bnn.bank.virtual import is_virtual
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankError
 from bnn.types import Block, Params, State
@@ -82,7 +83,7 @@ def repair(
         progress: told after each block how many bytes of shards are looked at and copied, and how many that will be.
 
     Raises:
-        BankCorrupt: `bank.json` is damaged, from which everything else follows.
+        BankCorrupt: `bank.json` is damaged, from which everything else follows, or the means and scales of coded samples.
         BankError: a bank of version 1, whose shards carry no checksums, or not one sound row.
     """
     folder, target = Path(path), Path(out)
@@ -91,6 +92,10 @@ def repair(
     if damaged.identity is None:
         raise BankError(
             str(folder), want="a bank of version 2, whose shards carry checksums", got="version 1", fix="restore a copy"
+        )
+    if is_virtual(damaged.config):
+        raise BankError(
+            str(folder), want="a bank that keeps rows", got="a virtual bank", fix="restore a copy, or fit it again"
         )
     names = files.names(folder)
     patterns = (fmt.SHARD_NAME, fmt.STATE_NAME, fmt.MANIFEST_NAME)
@@ -115,8 +120,10 @@ def repair(
         got = f"none ({reasons}{more})" if told_of else "none, and no shard"
         raise BankError(str(folder), want="one sound row at least", got=got, fix="restore the bank from a copy")
     base = _base(folder, damaged, told_of)
-
+    codec = None if damaged.coding is None else damaged.coding.read(folder)
     config = {key: value for key, value in damaged.config.items() if key not in NOT_CONFIG}
+    if codec is not None:
+        config["codec"] = {**config["codec"], **codec.fact()}
     if base is None:
         config["lost"] = ["base.safetensors"]
     writers_of_new: list[BankWriter] = []
@@ -124,7 +131,13 @@ def repair(
         for part in parts:
             replaces = overwrite and not writers_of_new
             writer = BankWriter(
-                target, layout=damaged.layout, config=config, base=base or {}, writer=part.writer, overwrite=replaces
+                target,
+                layout=damaged.layout,
+                config=config,
+                base=base or {},
+                writer=part.writer,
+                overwrite=replaces,
+                codec=codec,
             )
             writers_of_new.append(writer)
             _copy(folder, damaged, part, writer, told)
@@ -275,13 +288,13 @@ def _sound(path: Path, damaged: Described, writer: str, told: Callable[[int], ob
     _check_sums(path, mapped)
     if rows < 1:
         raise fmt.corrupt(str(path), "one row at least", "none")
-    told(len(mapped.map) - rows * damaged.layout.num_bytes)
+    told(len(mapped.map) - rows * damaged.stored.num_bytes)
     for start in range(0, rows, ROWS_AT_ONCE):
         params = {name: mapped.tensors[name][start : start + ROWS_AT_ONCE] for name in damaged.layout.names}
         fmt.check_rows(params, str(path), start)
         fmt.check_weights(mapped.tensors["@log_weight"][start : start + ROWS_AT_ONCE], str(path))
         mapped.release()
-        told(min(ROWS_AT_ONCE, rows - start) * damaged.layout.num_bytes)
+        told(min(ROWS_AT_ONCE, rows - start) * damaged.stored.num_bytes)
     return _Piece(path.name, first_row, rows, committed)
 
 
@@ -328,6 +341,6 @@ def _copy(folder: Path, damaged: Described, part: _Part, writer: BankWriter, tol
             params = {name: tensors[name] for name in damaged.layout.names}
             writer.append(Block(params, chain, draw, log_joint, log_weight, columns))
             mapped.release()
-            told((here.stop - here.start) * damaged.layout.num_bytes)
+            told((here.stop - here.start) * damaged.stored.num_bytes)
         left -= piece.rows
-    writer.append(damaged.layout.no_rows(), part.state)
+    writer.append(damaged.stored.no_rows(), part.state)

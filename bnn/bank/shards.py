@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Coding, coding_of
 from bnn.errors import BankError, BankLimit, BankMismatch, BankNotFound
 from bnn.layout import Layout
 
 MANIFEST_KEYS = ("writer", "generation", "complete", "rows", "shards", "state", "info")
 
 Verify: TypeAlias = Literal["first-use", "never", "full"]
+TensorFact: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""dtype and shape of a tensor."""
 
 
 class Shard(Protocol):
@@ -27,8 +31,21 @@ class Shard(Protocol):
     @property
     def rows(self) -> int: ...
 
+    @property
+    def writer(self) -> str | None:
+        """Who wrote them; None in memory."""
+        ...
+
     def tensor(self, name: str) -> Tensor:
         """All rows of one entry or column, [R, *shape]."""
+        ...
+
+    def column(self, name: str) -> Tensor:
+        """A column [R] on the CPU, without reading more than that where it can be."""
+        ...
+
+    def take(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """All rows of entries and columns, from one reading of the shard."""
         ...
 
 
@@ -38,9 +55,16 @@ class MemoryShard:
 
     rows: int
     tensors: dict[str, Tensor]
+    writer: str | None = None
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def column(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def take(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.tensors[name] for name in names}
 
 
 class Described(NamedTuple):
@@ -49,6 +73,7 @@ class Described(NamedTuple):
     config: dict[str, Any]
     layout: Layout
     columns: tuple[str, ...]
+    coding: Coding | None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,9 +85,19 @@ class Described(NamedTuple):
         """The checksum of `bank.json`, by which its files know it; None in version 1."""
         return self.config.get("checksum")
 
+    @property
+    def stored(self) -> Layout:
+        """The layout of the shards: in other dtypes where samples are coded."""
+        return self.layout if self.coding is None else self.coding.stored
+
+    @property
+    def beside(self) -> list[dict[str, Any]]:
+        """What `bank.json` says of the files that a bank has once."""
+        return [fact for fact in (self.config.get("base"), self.config.get("codec")) if fact is not None]
+
     def origin(self, writer: str) -> Origin:
         """What the shards of a writer must say of themselves."""
-        return Origin(self.layout, self.columns, writer, self.identity)
+        return Origin(self.stored, self.columns, writer, self.identity)
 
     def base(self, folder: Path) -> dict[str, Tensor]:
         """Parameters outside the sample and buffers.
@@ -97,7 +132,18 @@ def read_config(folder: Path) -> Described:
     layout = _layout_of(config.get("layout"), str(path))
     if layout.fingerprint != config.get("fingerprint"):
         raise fmt.corrupt(str(path), "the fingerprint of its layout", repr(config.get("fingerprint"))[:100])
-    for key in ("method", "model", "data", "prior", "likelihood", "base", "sampling", "provenance", "versions"):
+    for key in (
+        "method",
+        "model",
+        "data",
+        "prior",
+        "likelihood",
+        "base",
+        "sampling",
+        "provenance",
+        "versions",
+        "virtual",
+    ):
         if not isinstance(config.get(key), (dict, type(None))):
             raise fmt.corrupt(str(path), f"an object or null as '{key}'", repr(config[key])[:100])
     for key, inner in (
@@ -119,7 +165,8 @@ def read_config(folder: Path) -> Described:
         or type(base.get("bytes")) is not int
     ):
         raise fmt.corrupt(str(path), "base.safetensors and its sha256 as 'base'", repr(base)[:100])
-    described = Described(config, layout, fmt.more_columns(config, str(path)))
+    coding = coding_of(config, layout, str(path))
+    described = Described(config, layout, fmt.more_columns(config, str(path)), coding)
     if len(set(described.names)) < len(described.names):
         raise fmt.corrupt(str(path), "entries that are no columns", repr(described.names)[:200])
     return described
@@ -145,10 +192,15 @@ def _layout_of(config: Any, place: str) -> Layout:
 class Origin(NamedTuple):
     """What the shards of one writer must say of themselves."""
 
-    layout: Layout
+    layout: Layout  # as it is stored
     columns: tuple[str, ...]
     writer: str
     bank: str | None  # the checksum of bank.json; None in banks of version 1, whose shards do not name it
+
+    def tensors(self, rows: int) -> dict[str, TensorFact]:
+        """What a shard of so many rows holds, apart from pads."""
+        entries = {e.name: (e.dtype, (rows, *e.shape)) for e in self.layout.entries}
+        return entries | {name: (dtype, (rows,)) for name, dtype in fmt.column_dtypes(self.columns).items()}
 
 
 class MappedShard:
@@ -158,25 +210,34 @@ class MappedShard:
         self, path: Path, fact: Mapping[str, Any], origin: Origin, verify: Verify, folder: tuple[int, int] | None
     ) -> None:
         self.path, self.rows, self.bytes, self.first_row = path, fact["rows"], fact["bytes"], fact["first_row"]
-        self.writer, self._folder = origin.writer, folder
-        self._origin, self._crc32 = origin, fact["crc32"]
-        self._verify, self._checked = verify != "never", set[str]()
+        self.writer, self.folder = origin.writer, folder
+        self.origin, self.crc32 = origin, fact["crc32"]
+        self.verify, self._checked = verify != "never", set[str]()
         self._mapped: files.MappedFile | None = None
-        self.fetch: Callable[[], object] | None = (
-            None  # of a bank at an address: has the file here, before it is touched
-        )
+        # Of a bank at an address: has the file here, before it is touched.
+        self.fetch: Callable[[], object] | None = None
 
     def tensor(self, name: str) -> Tensor:
         mapped = self._mapped or self._map()
-        if self._verify and name not in self._checked:
+        if self.verify and name not in self._checked:
             self._check(mapped, name)
         return mapped.tensors[name]
 
+    def column(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    def take(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.tensor(name) for name in names}
+
     def _check(self, mapped: files.MappedFile, name: str) -> None:
-        if mapped.crc32(name) != self._crc32.get(name):
+        self.check_crc32(name, mapped.crc32(name))
+        self._checked.add(name)
+
+    def check_crc32(self, name: str, found: int) -> None:
+        """Raise BankCorrupt unless a tensor, or the header, has the checksum of the manifest."""
+        if found != self.crc32.get(name):
             what = "its header" if name == fmt.HEADER else f"tensor '{name}'"
             raise fmt.corrupt(str(self.path), f"{what} with the crc32 of the manifest", "other bytes")
-        self._checked.add(name)
 
     def check_header(self) -> None:
         """Raise BankCorrupt unless names, shapes and dtypes are those of manifest and layout.
@@ -203,9 +264,9 @@ class MappedShard:
     def _map(self) -> files.MappedFile:
         if self.fetch is not None:
             self.fetch()
-        mapped = open_shard(self.path, self._origin, rows=self.rows, first_row=self.first_row, size=self.bytes)
-        files.check_same(self.path.parent, self._folder)
-        if self._verify and self._origin.bank is not None and fmt.HEADER not in self._checked:
+        mapped = open_shard(self.path, self.origin, rows=self.rows, first_row=self.first_row, size=self.bytes)
+        files.check_same(self.path.parent, self.folder)
+        if self.verify and self.origin.bank is not None and fmt.HEADER not in self._checked:
             self._check(mapped, fmt.HEADER)
         self._mapped = mapped
         return mapped
@@ -218,26 +279,43 @@ def open_shard(path: Path, origin: Origin, *, rows: int, first_row: int, size: i
         BankCorrupt: it is cut or altered, or its tensors are not those of layout and columns.
         BankMismatch: it belongs to another bank, writer or place.
     """
-    layout = origin.layout
-    expected = {e.name: (e.dtype, (rows, *e.shape)) for e in layout.entries}
-    expected |= {name: (dtype, (rows,)) for name, dtype in fmt.column_dtypes(origin.columns).items()}
-    mapped = files.map_tensors(path, size, max_header=fmt.header_limit(expected))
-    said = {"fingerprint": layout.fingerprint, "writer": origin.writer, "first_row": str(first_row), "rows": str(rows)}
+    mapped = files.map_tensors(path, size, max_header=fmt.header_limit(origin.tensors(rows)))
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mapped.tensors.items()}
+    check_shard(path, origin, found, mapped.metadata, rows=rows, first_row=first_row)
+    return mapped
+
+
+def check_shard(
+    path: Path,
+    origin: Origin,
+    found: Mapping[str, TensorFact],
+    metadata: Mapping[str, str],
+    *,
+    rows: int,
+    first_row: int,
+) -> None:
+    """Raise unless the header of a shard, its tensors and metadata, says what it must; see `open_shard`."""
+    said = {
+        "fingerprint": origin.layout.fingerprint,
+        "writer": origin.writer,
+        "first_row": str(first_row),
+        "rows": str(rows),
+    }
     if origin.bank is not None:
         said["bank"] = origin.bank
     for key, want in said.items():
-        got = mapped.metadata.get(key)
+        got = metadata.get(key)
         if got != want:
             raise BankMismatch(
                 str(path), want=f"{key} {want}", got=f"{got}"[:100], fix="put the shard of this name and bank back"
             )
-    found = {n: (t.dtype, tuple(t.shape)) for n, t in mapped.tensors.items() if not n.startswith("@pad.")}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    expected = origin.tensors(rows)
+    named = {name: fact for name, fact in found.items() if not name.startswith("@pad.")}
+    for name in sorted(expected.keys() | named.keys()):
+        if expected.get(name) != named.get(name):
             raise fmt.corrupt(
-                str(path), f"tensor '{name}' as {expected.get(name, 'no tensor')}", f"{found.get(name, 'no tensor')}"
+                str(path), f"tensor '{name}' as {expected.get(name, 'no tensor')}", f"{named.get(name, 'no tensor')}"
             )
-    return mapped
 
 
 def read_manifests(folder: Path, described: Described, *, elsewhere: int = 0) -> list[dict[str, Any]]:
@@ -378,10 +456,9 @@ def lost_shards(folder: Path) -> list[str]:
 
 
 def wrong_sizes(folder: Path) -> list[str]:
-    """One line for each base or state that has not the size that `bank.json` or its manifest says."""
+    """One line for each base, codec or state that has not the size that `bank.json` or its manifest says."""
     described = read_config(folder)
-    base = described.config.get("base")
-    problems = _of_other_size(folder, base) if base else []
+    problems = [line for fact in described.beside for line in _of_other_size(folder, fact)]
     for manifest in read_manifests(folder, described):
         state = manifest["state"]
         while state is not None and (found := _of_other_size(folder, state)):
@@ -408,7 +485,6 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
         progress: told after each step how many bytes are read, and how many there are.
     """
     described = read_config(folder)
-    base = described.config.get("base")
     manifests = read_manifests(folder, described)
     done, total = 0, sum(fact["bytes"] for manifest in manifests for fact in manifest["shards"])
 
@@ -418,7 +494,7 @@ def verify_files(folder: Path, progress: Callable[[int, int], object] | None = N
         if progress is not None:
             progress(min(done, total), total)
 
-    problems = _differing(folder, [base] if base else [], told)
+    problems = _differing(folder, described.beside, told)
     for manifest in manifests:
         problems += _differing(folder, manifest["shards"], told)
         state, found = manifest["state"], list[str]()

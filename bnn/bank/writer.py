@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnn.bank import files
 from bnn.bank import format as fmt
+from bnn.bank.codecs import Codec
 from bnn.bank.part import Part, num_rows, shard_metadata
 from bnn.errors import BankMismatch, BankWriteError
 from bnn.layout import Layout
@@ -91,6 +92,8 @@ class BankWriter:
         resume: go on with an unfinished bank of the same configuration; begin one where a writer was killed before
             its first commit.
         overwrite: replace a bank that is there.
+        codec: by which the blocks that are appended were coded; `config` has what `bank.json` says of it under `codec`.
+        shard_rows: samples of a shard, at most; by default as many as fit into 256 MiB.
 
     Raises:
         BankExists: the folder is there and neither `resume` nor `overwrite` was said.
@@ -112,11 +115,16 @@ class BankWriter:
         writer: str = "main",
         resume: bool = False,
         overwrite: bool = False,
+        codec: Codec | None = None,
+        shard_rows: int | None = None,
     ) -> None:
-        self.path, self.layout, self.writer = Path(path), layout, writer
-        self._part = Part(self.path, layout, config, base or {}, writer, resume=resume, overwrite=overwrite)
+        self.path, self.writer = Path(path), writer
+        self.layout = layout if codec is None else codec.stored  # of the blocks
+        self._part = Part(
+            self.path, layout, config, base or {}, writer, resume=resume, overwrite=overwrite, codec=codec
+        )
         self._ready = _Ready(self._part.shards, 0, self._part.state)
-        self._capacity = rows_per_shard(layout.num_bytes)
+        self._capacity = rows_per_shard(self.layout.num_bytes) if shard_rows is None else shard_rows
         self._thread: ThreadPoolExecutor | None = None  # that commits full shards
         self._first_row_at = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""bnn bank: look at a bank, check its files and its chains, thin, merge, stack, import, export and plan it."""
+"""bnn bank: look at a bank, check its files and its chains, and make other banks of banks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, importing, loo, plan
+from bnn.cli import common, importing, loo, plan, reduce
+from bnn.cli.reduce import BankPath, NewBank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,13 +19,10 @@ if TYPE_CHECKING:
     from bnn.evaluation.verdict import Diagnosis
 
 app = typer.Typer(
-    help="Look at a bank, check and judge it, thin, merge, stack, import or export it, and plan one.",
+    help="Look at a bank, check and judge it, make another one of it or of several, and plan one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-BankPath = Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")]
-NewBank = Annotated[Path, typer.Option(help="Folder for the new bank.")]
 
 
 @app.command()
@@ -41,7 +39,8 @@ def info(
     from bnn.bank import Bank
     from bnn.cli.show import show_bank
 
-    show_bank(Bank.open(bank, cache=cache, offline=offline))
+    # Nothing of a virtual bank is made.
+    show_bank(Bank.open(bank, verify="never", allow_other_device=True, cache=cache, offline=offline))
 
 
 @app.command()
@@ -58,7 +57,7 @@ def verify(
 
     unnamed: list[str] = []
     try:
-        opened = Bank.open(bank, verify="never")
+        opened = Bank.open(bank, verify="never", allow_other_device=True)
         problems = opened.check_headers() + wrong_sizes(bank)
         if full and not problems:
             with common.bar("verify", "B") as progress:
@@ -123,7 +122,7 @@ def diagnose(
     from bnn.cli.show import show_diagnosis
     from bnn.errors import BnnError
 
-    opened = Bank.open(bank)
+    opened = Bank.open(bank, allow_other_device=True)  # no sample of a virtual bank is judged
     rebuilt, missing = None, None
     try:
         module = common.module_of(opened, model=model, trust=trust)
@@ -143,23 +142,8 @@ def diagnose(
     return 0 if found.trusted else 1
 
 
-@app.command()
-def thin(
-    bank: BankPath,
-    every: Annotated[int, typer.Option(help="Keep every n-th draw of each chain.")],
-    out: NewBank,
-    overwrite: common.Overwrite = False,
-    debug: common.Debug = False,
-) -> None:
-    """Keep every n-th draw of each chain in a new bank; of an ensemble every n-th sample."""
-    del debug
-    from bnn import bank as banks
-    from bnn.cli.show import show_bank
-
-    opened = banks.Bank.open(bank)
-    with common.bar("thin", "sample") as progress:
-        found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)
-    show_bank(found)
+app.command("thin")(reduce.thin)
+app.command("cast")(reduce.cast)
 
 
 @app.command()
@@ -167,6 +151,7 @@ def merge(
     bank: Annotated[list[Path], typer.Argument(help="Folders of two banks or more.", metavar="BANK BANK...")],
     out: NewBank,
     overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Put the samples of several banks of one module and likelihood into a new one; chains are renumbered."""
@@ -174,9 +159,60 @@ def merge(
     from bnn import bank as banks
     from bnn.cli.show import show_bank
 
-    opened = [banks.Bank.open(path) for path in bank]
+    opened = [banks.Bank.open(path, allow_other_device=allow_other_device) for path in bank]
     with common.bar("merge", "sample") as progress:
         found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def materialise(
+    bank: BankPath,
+    out: NewBank,
+    overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
+    debug: common.Debug = False,
+) -> None:
+    """Make every sample of a virtual bank and write them as an ordinary one, which is the same on every machine."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    with common.bar("materialise", "sample") as progress:
+        found = banks.materialise(opened, out, overwrite=overwrite, progress=progress)
+    show_bank(found)
+
+
+@app.command()
+def compact(
+    bank: BankPath,
+    out: NewBank,
+    shard_bytes: Annotated[str, typer.Option(help="Bytes of a shard, at most, such as 64MB.")] = "256MiB",
+    order: Annotated[
+        str, typer.Option(help="striped: every shard a small bank; chain: chain after chain, draws in order.")
+    ] = "striped",
+    seed: common.Seed = 0,
+    overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
+    debug: common.Debug = False,
+) -> None:
+    """Copy a bank into few shards of one size, its rows spread over them so that any shard stands for the whole."""
+    del debug
+    from bnn import bank as banks
+    from bnn.cli.show import show_bank
+
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    with common.bar("compact", "sample") as progress:
+        found = banks.compact(
+            opened,
+            out,
+            shard_bytes=shard_bytes,
+            order=order,  # type: ignore[arg-type]  # checked there
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
     show_bank(found)
 
 
@@ -198,6 +234,7 @@ def export(
         ),
     ] = None,
     overwrite: common.Overwrite = False,
+    allow_other_device: common.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Write one sample, the mean or the chains of a bank as a safetensors file for other tools."""
@@ -214,7 +251,7 @@ def export(
         raise ConfigError("bank export", want="--index, --mean or --chains", got=got, fix="say one of them")
     if params and not chains:
         raise ConfigError("--params", want="--chains", got=said[0], fix="leave it out: a state dict is whole")
-    opened = banks.Bank.open(bank)
+    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
     if index is not None:
         if not 0 <= index < len(opened):
             raise ConfigError(

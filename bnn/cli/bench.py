@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bnn.bank import Bank
 
-NAMES = ("write", "read", "select", "apply", "train")
+NAMES = ("write", "read", "bank", "select", "apply", "train")
 BLOCK = 25  # samples of a block in select and apply
 SECONDS = 0.5  # of each measurement
 
@@ -62,7 +62,8 @@ class Row(NamedTuple):
 
 def bench(
     name: Annotated[
-        str | None, typer.Argument(help="write, read, select, apply or train; all by default.", show_default=False)
+        str | None,
+        typer.Argument(help="write, read, bank, select, apply or train; all by default.", show_default=False),
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples in the bank.")] = 256,
     width: Annotated[int, typer.Option(help="Hidden width of the MLP 64-WIDTH-WIDTH-10.")] = 128,
@@ -115,15 +116,11 @@ def machine() -> dict[str, Any]:
     """What a figure was measured on."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass  # no such file outside Linux: the processor's name is enough
+    from bnn.machine import cpu
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": cpu,
+        "cpu": cpu(),
         "cores": os.cpu_count(),
         "gpu": gpu,
         "torch": torch.__version__,
@@ -210,6 +207,15 @@ def _read(setting: Setting, device: str) -> Iterator[Row]:
     row = Row("read", "bank[i], mapped", "torch.load a sample", per_second(ours), per_second(rival), setting.num_bytes)
     _require(all(torch.equal(bank[7][name], setting.state_dicts[7][name]) for name in bank[7]))
     yield row
+
+
+def _bank(setting: Setting, device: str) -> Iterator[Row]:
+    del device
+    from bnn.cli.bench_bank import works
+
+    for work in works(setting.bank, setting.folder, setting.order):
+        ours, rival = per_second(work.run), per_second(work.rival_run)
+        yield Row("bank", work.ours, work.rival, ours, rival, setting.num_bytes)
 
 
 def _select(setting: Setting, device: str) -> Iterator[Row]:
@@ -333,6 +339,7 @@ def _train(setting: Setting, device: str) -> Iterator[Row]:
 _MEASURES: dict[str, Callable[[Setting, str], Iterator[Row]]] = {
     "write": _write,
     "read": _read,
+    "bank": _bank,
     "select": _select,
     "apply": _apply,
     "train": _train,

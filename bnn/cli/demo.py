@@ -110,7 +110,7 @@ def demo(
         net = FunctionalModel(module, bank).settled()
         reports[name] = evaluation.evaluate(net, data.test, ood=outside)
         reports[name].about = {"bank": str(out / name), "data": "digits", "ood": "digits-shuffled"}
-    shown = ("accuracy", "nll", "brier", "ece", "ood_auroc")
+    shown = ("accuracy", "nll", "brier", "ece", "auroc")
     _say("")
     show_reports(reports, only=shown, speed=True)
     evaluation.save_reports(reports, out)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnn.cli import common
+
+if TYPE_CHECKING:
+    from bnn.bank import Bank
+    from bnn.data import DataSet
+    from bnn.types import Batch
 
 
 def evaluate(
@@ -18,6 +23,13 @@ def evaluate(
     ood: Annotated[
         str | None, typer.Option(help="Out-of-distribution data, such as digits-shuffled.", show_default=False)
     ] = None,
+    shift: Annotated[
+        list[str] | None,
+        typer.Option(help="Corruption of digits, at severities 1 to 5; repeatable.", show_default=False),
+    ] = None,
+    rest: Annotated[
+        bool, typer.Option("--rest", help="Take only the test rows that the calibration beside the bank did not use.")
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
     ] = None,
@@ -39,7 +51,8 @@ def evaluate(
         bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
     ] = False,
     unit: Annotated[str, typer.Option(help="Show information in nats or bits.")] = "nats",
-    num_bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,
+    num_bins: Annotated[int, typer.Option(help="Bins of the calibration errors.")] = 15,
+    figures: Annotated[str, typer.Option(help="all, or basic: the main figures alone, without curves.")] = "all",
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
     ] = None,
@@ -47,6 +60,7 @@ def evaluate(
     cache: common.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
+    allow_other_device: common.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
@@ -61,23 +75,43 @@ def evaluate(
     from bnn.functional import FunctionalModel
 
     choose("--unit", unit, ("nats", "bits"))
+    choose("--figures", figures, evaluation.FIGURES)
     common.check_device(device)
     common.check_folder("--report", report)
-    opened = {path: Bank.open(path, cache=cache if is_address(path) else None) for path in bank}
+    opened = {
+        path: Bank.open(path, allow_other_device=allow_other_device, cache=cache if is_address(path) else None)
+        for path in bank
+    }
     reports: dict[str, evaluation.Report] = {}
     for path, found in opened.items():
         module = common.module_of(found, model=model, base=base, trust=trust)
         dataset = common.data_of(found, data=data, root=data_root, split=split, trust=trust)
         outside = None if ood is None else load_outside(ood, dataset, root=data_root, split=dataset.record["split"])
+        rows = _rows(found, dataset, rest)
+        shifts = {
+            kind: {
+                severity: _rows(
+                    found,
+                    common.data_of(
+                        found, data=_corrupted(dataset, kind, severity), root=data_root, split=split, trust=trust
+                    ),
+                    rest,
+                )
+                for severity in range(1, 6)
+            }
+            for kind in shift or ()
+        }
         net = FunctionalModel(module, found, device=device).settled()  # a report that can be made again
         last = Path(path).name
         name = last if last not in reports else path.strip("/").replace("/", "-")
         result = evaluation.evaluate(
             net,
-            dataset.test,
+            rows,
             ood=outside,
+            shifts=shifts,
             prior_shift=common.class_shares(found) if prior_shift else None,
             num_bins=num_bins,
+            figures=figures,  # type: ignore[arg-type]
             loc=dataset.units.loc,
             scale=dataset.units.scale,
         )
@@ -86,3 +120,35 @@ def evaluate(
     show_reports(reports, unit=unit)
     if report is not None:
         evaluation.save_reports(reports, report)
+
+
+def _rows(bank: Bank, dataset: DataSet, rest: bool) -> Batch:
+    """The test rows, or those of them that a calibration left."""
+    if not rest:
+        return dataset.test
+    from bnn.data import held_out
+    from bnn.errors import ConfigError
+    from bnn.posthoc import Calibration
+
+    about = Calibration.open(bank).data
+    if about.get("part") != "test" or about.get("of") != len(dataset.test.y):
+        raise ConfigError(
+            f"{bank.path} --rest",
+            want="a calibration on a share of these test rows",
+            got=f"one on {about.get('of', 'rows')} of {about.get('spec', 'other data')}",
+            fix="calibrate it with 'bnn calibrate', or leave --rest out",
+        )
+    return held_out(dataset, share=about["share"], seed=about["seed"])[1]
+
+
+def _corrupted(dataset: DataSet, kind: str, severity: int) -> str:
+    """The spec of the same rows at a severity of a corruption."""
+    from bnn.corruptions import KINDS
+    from bnn.errors import ConfigError, choose
+
+    choose("--shift", kind, KINDS)
+    if dataset.record["spec"] != "digits":
+        raise ConfigError(
+            "--shift", want="the data 'digits'", got=repr(dataset.record["spec"]), fix="pass shifts= in Python"
+        )
+    return f"digits-{kind}-{severity}"

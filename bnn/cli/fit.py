@@ -140,6 +140,12 @@ def fit(
     ] = "main",
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
+    virtual: Annotated[
+        bool,
+        typer.Option(
+            "--virtual", help="Keep the guide or prior in place of samples, which are made when asked for: any number."
+        ),
+    ] = False,
     config: common.Config = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print what would run as a file for --config, and stop.")
@@ -188,7 +194,7 @@ def fit(
         told = {
             "data": data, "model": model, "method": method, "num-samples": samples, "bayesian": bayesian or ["*"],
             "prior": prior, "temperature": temperature, "task": task, "split": split, "balance": balance,
-            "data-root": data_root, "seed": seed,
+            "data-root": data_root, "seed": seed, "virtual": virtual or None,
         }  # fmt: skip
         typer.echo(_told(told, chosen, made_prior, made_likelihood))
         return
@@ -220,6 +226,7 @@ def fit(
         writer=writer,
         resume=resume,
         overwrite=overwrite,
+        virtual=virtual,
         record=record,
     )
     show_bank(bank)

@@ -71,6 +71,7 @@ def train(
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     trust: common.Trust = False,
+    allow_other_device: common.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
@@ -83,7 +84,7 @@ def train(
     from bnn.functional import FunctionalModel
 
     common.check_device(device)
-    taught_by = Bank.open(bank)
+    taught_by = Bank.open(bank, allow_other_device=allow_other_device)
     module = common.module_of(taught_by, model=model, trust=trust)
     dataset = common.data_of(taught_by, data=data, root=data_root, split=None, trust=trust)
     decides = patience is not None or (balance is not None and ("recall" in balance or "loss" in balance))

@@ -72,7 +72,7 @@ def risk_coverage(report: Facts, curve: Facts, group: Sequence[Facts]) -> str:
     return svg.compose(
         [Plot((0, 1), top, plot, x_label="share of rows kept, the surest first", y_label="error among those kept")],
         title=captions.title("Risk against coverage", report),
-        told=captions.told(report, "Risk against coverage", "aurc", "augrc"),
+        told=captions.told(report, "Risk", "aurc", "augrc"),
         description="The error among the rows that are kept, against their share, and that of an oracle. "
         + captions.sentence(report, "aurc", "augrc"),
         legend=[Key("bnn-l0", "this bank"), Key("bnn-l1", "oracle")],

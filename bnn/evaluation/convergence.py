@@ -104,6 +104,29 @@ def diagnose(
 
     Source: Vehtari et al. (2021), arXiv:1903.08008; Betancourt (2016), arXiv:1604.00695.
     """
+    return examine(
+        bank, net=net, x=x, likelihood=likelihood, num_parameters=num_parameters, seed=seed, progress=progress
+    ).diagnosis
+
+
+class Examined(NamedTuple):
+    """A verdict, and what it was found by."""
+
+    diagnosis: Diagnosis
+    figures: Tensor | None = None  # [4, Q] R-hat, bulk and tail ESS and MCSE of outputs on probe rows
+
+
+def examine(
+    bank: Bank,
+    *,
+    net: FunctionalModel | None,
+    x: Any,
+    likelihood: Likelihood | None,
+    num_parameters: int,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Examined:
+    """What `diagnose` does, with the figures of each output; arguments as there."""
     if (net is None) != (x is None):
         raise ConfigError(
             "diagnose", want="net= and x= together", got="one of them", fix="pass the module under the bank and inputs"
@@ -112,11 +135,11 @@ def diagnose(
         raise ConfigError("diagnose(num_parameters=)", want="at least 0", got=str(num_parameters), fix="try 2000")
     method = str((bank.info.get("method") or {}).get("name") or "")
     if not len(bank):
-        return Diagnosis("too few to tell", "too few to tell: the bank has no sample yet; go on with its fit")
+        return Examined(Diagnosis("too few to tell", "too few to tell: the bank has no sample yet; go on with its fit"))
     if not _has_chains(bank, method):
         kind = "independent draws of its approximation" if method in INDEPENDENT else "no steps of chains"
         text = f"not a Markov chain: nothing to diagnose, samples of {method or 'this bank'} are {kind}"
-        return Diagnosis("not a Markov chain", text, method=method)
+        return Examined(Diagnosis("not a Markov chain", text, method=method))
     order = arrange(bank)
     noise = _places(bank, "@likelihood.")
     chosen = _choice(bank.layout.num_values, num_parameters, seed, "parameters")
@@ -128,16 +151,15 @@ def diagnose(
         delay=2.0,
         disable=None if progress is None else not progress,
     ) as bar:
-        found = _columns(bank, order, method, bar)
+        found, figures = _columns(bank, order, method, bar), None
         if net is None:
             found = found.without("predictions, without probe inputs")
         else:
             config = bank.info.get("likelihood")
             likelihood = likelihood or (None if config is None else likelihood_from_config(config))
-            found = _predictions(found, bank, order, Probes(net, x, likelihood, seed), bar)
-        return judge(
-            found._replace(noise=_parameters(bank, noise, order, bar), parameters=_parameters(bank, chosen, order, bar))
-        )
+            found, figures = _predictions(found, bank, order, Probes(net, x, likelihood, seed), bar)
+        noted, weights = _parameters(bank, noise, order, bar), _parameters(bank, chosen, order, bar)
+        return Examined(judge(found._replace(noise=noted, parameters=weights)), figures)
 
 
 def arrange(bank: Bank) -> Tensor:
@@ -239,7 +261,9 @@ def _longest_stay(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _predictions(found: Diagnosis, bank: Bank, order: Tensor, probes: Probes, bar: Any) -> Diagnosis:
+def _predictions(
+    found: Diagnosis, bank: Bank, order: Tensor, probes: Probes, bar: Any
+) -> tuple[Diagnosis, Tensor | None]:
     """Figures of the outputs on probe inputs: of all, or of as many as memory allows, chosen at random."""
     shape: Sequence[int] = ()
     chosen = torch.empty(0, dtype=torch.int64)
@@ -250,7 +274,7 @@ def _predictions(found: Diagnosis, bank: Bank, order: Tensor, probes: Probes, ba
         if not flat.isfinite().all():
             bad = start + int((~flat.isfinite()).any(dim=1).nonzero()[0])
             reason = f"sample {bad} gives NaN or Inf on the probe inputs: check those, and the step size"
-            return found._replace(reasons=(*found.reasons, reason))
+            return found._replace(reasons=(*found.reasons, reason)), None
         if start == 0:
             shape = outputs.shape[1:]
             chosen = _choice(flat.shape[1], max(1, VALUES // len(bank)), probes.seed, "outputs")
@@ -261,7 +285,7 @@ def _predictions(found: Diagnosis, bank: Bank, order: Tensor, probes: Probes, ba
     classes = isinstance(probes.likelihood, Bernoulli | Categorical)
     figures = _figures(values[order], bar, visible=VISIBLE if classes else 0.0)
     found = found._replace(predictions=_summary(figures, lambda q: _output(int(chosen[q]), shape)))
-    return found if found.predictions or few else found.without("predictions, none of which varies")
+    return found if found.predictions or few else found.without("predictions, none of which varies"), figures
 
 
 def _output(place: int, shape: Sequence[int]) -> str:

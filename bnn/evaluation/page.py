@@ -12,6 +12,7 @@ from bnn.evaluation.svg import MINUS, escape
 Facts: TypeAlias = Mapping[str, Any]  # a report, as `Report.to_dict` gives it
 
 APART = 2.0  # standard errors of a difference beyond which one bank is marked as the best
+ROUNDING = 1e-12  # of a figure: an error of less is that of sums
 UNRANKED = ("width", "sharpness")  # narrow is good only where it covers
 
 READINGS = {  # of each picture: its heading, and how to read it
@@ -144,11 +145,11 @@ def _headlines(reports: Mapping[str, Facts]) -> str:
 
 
 def _warnings(reports: Mapping[str, Facts]) -> str:
-    """A box for each bank whose chains disagree or are too few, and one where banks cannot be compared."""
+    """A box for each bank whose chains are bad or too few, and one where banks cannot be compared."""
     boxes = []
     for bank, report in reports.items():
         diagnosis = report.get("diagnosis") or {}
-        head = {"bad": "The chains disagree", "too few to tell": "Too few draws to judge the chains"}.get(
+        head = {"bad": "Chains not to be trusted", "too few to tell": "Too few draws to judge the chains"}.get(
             diagnosis.get("verdict", "")
         )
         if head:
@@ -296,8 +297,8 @@ def number(value: float, decimals: int | None) -> str:
 def _decimals(figures: Sequence[Facts]) -> int | None:
     """Two digits of the least standard error, or four of the largest value; None where that takes too many."""
     errors = [figure.get("standard_error") for figure in figures]
-    positive = [error for error in errors if error]
     values = [abs(figure["value"]) for figure in figures if figure.get("value")]
+    positive = [error for error in errors if error and error > ROUNDING * max(values, default=0.0)]
     if positive:
         decimals = 1 - math.floor(math.log10(min(positive)))
     elif values:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,9 +14,17 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from bnn import metrics
+from bnn.bank import Bank
 from bnn.batches import full_batch, num_rows, parts_of, reweights, samplers_of
-from bnn.errors import ConfigError, DataError
+from bnn.errors import ConfigError, DataError, choose
+from bnn.evaluation import curves
+from bnn.evaluation.class_figures import ClassCollector, add_outside, scores_of
+from bnn.evaluation.class_sums import ClassSums
+from bnn.evaluation.convergence import examine
 from bnn.evaluation.report import Report
+from bnn.evaluation.target_figures import LEVEL, TargetCollector
+from bnn.evaluation.target_sums import TargetSums
+from bnn.evaluation.views import Views, views_of
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import (
     Bernoulli,
@@ -28,12 +37,37 @@ from bnn.likelihoods import (
     check_logits,
     likelihood_from_config,
 )
-from bnn.mixtures import Mixture, NormalMixture, PoissonMixture
-from bnn.predictive import ClassPredictive, mixture, predict
+from bnn.predictive import class_logits, joined, mixtures
 from bnn.samplers import EpochSampler
 from bnn.types import Batch, Data
 
-LEVELS = (0.5, 0.9, 0.95)
+Figures: TypeAlias = Literal["all", "basic"]
+FIGURES = ("all", "basic")
+
+PROBES = 64  # rows on which chains are judged
+LEAST_PROBES = 8
+JUDGED_VALUES = 2**21  # outputs of all samples that are judged
+VIEW_VALUES = 2**17  # numbers of all views handled at once
+SHIFTED = {
+    "classification": ("accuracy", "nll", "ece", "predictive_entropy"),
+    "regression": ("rmse", "nll", "coverage_90"),
+}
+
+
+_Shape: TypeAlias = tuple[tuple[int, ...], ...]  # of the rows of each input
+
+
+class _Task(NamedTuple):
+    """What is evaluated, and how."""
+
+    net: FunctionalModel
+    likelihood: Likelihood
+    prior_shift: tuple[Any, Any] | None
+    loc: float | Tensor
+    scale: float | Tensor
+    num_bins: int
+    batch_size: int
+    progress: bool | None
 
 
 def evaluate(
@@ -41,41 +75,54 @@ def evaluate(
     data: Data,
     *,
     ood: Data | None = None,
+    shifts: Mapping[str, Mapping[int, Data]] | None = None,
     likelihood: Likelihood | None = None,
     prior_shift: tuple[Any, Any] | None = None,
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
     num_bins: int = 15,
+    figures: Figures = "all",
     batch_size: int = 512,
     progress: bool | None = None,
 ) -> Report:
     """Score the posterior predictive of a bank on data that it was not fitted to.
 
-    Classification: accuracy, NLL and Brier score of the mean predictive, its expected calibration
-    error, the Gibbs NLL (mean of the samples' own), total and expected entropy, mutual information;
-    with `ood`, AUROC and FPR at 95 % TPR of the predictive entropy, rows from outside being positive.
-    Regression: RMSE, NLL of the exact mixture, CRPS (of normal noise), coverage of the central 50, 90 and
-    95 % intervals, aleatoric and epistemic variance; all in the units that `loc` and `scale` lead to.
+    Samples are streamed: memory does not grow with S, but for the mixtures of one batch of a regression. Every figure has
+    its standard error over rows, and its Monte Carlo error over samples: runs of draws of the chains are left out, one
+    after the other, and the whole figure made anew (`Views.jackknife`). The page of definitions has the equations.
+
+    Classification: accuracy, NLL and Brier score of the mean predictive, Gibbs NLL, calibration errors (ECE, RMSCE, MCE,
+    adaptive, class-wise), predictive and expected entropy, mutual information, variation ratio, disagreement, and risk
+    against coverage; with `ood`, AUROC, both AUPRs and FPR at 95 % TPR of four scores, rows from outside being positive.
+    Regression: RMSE, MAE, NLL of the exact mixture, CRPS (of normal noise), interval and pinball scores, coverage and
+    width, sharpness, aleatoric and epistemic variance; all in the units that `loc` and `scale` lead to.
+    Banks of Markov chains are judged on probe rows of the data as `diagnose` does: where chains disagree, the headline of
+    the report begins with it.
 
     Args:
         net: a module under a bank.
         data: a pair of tensors, a data set, or a loader; taken once, in its order. Loaders that draw by
             weight or with replacement are refused: they bias every figure.
         ood: out-of-distribution inputs, in the same form; their targets are not looked at.
+        shifts: by name of a corruption, data by severity from 1 on: main figures of each are put beside those of
+            `data`, which is severity 0.
         likelihood: what outputs mean; the one that the bank was made with by default.
         prior_shift: class shares in training and here; see `predict`.
         loc: mean that the regression targets of `data` were standardised with.
         scale: their standard deviation.
-        num_bins: bins of the calibration error.
+        num_bins: bins of the calibration errors.
+        figures: "all", or "basic" for accuracy, NLL, Brier score, ECE and entropies, or RMSE, MAE, NLL, coverage and
+            variances, without curves and without judging chains.
         batch_size: rows at once, where `data` is no loader.
         progress: show a bar on stderr; by default where stderr is a terminal.
 
     Returns:
-        A `Report`: figures with standard errors over rows, and the values of each row.
+        A `Report`: figures with both errors, curves, and the values of each row.
 
     Raises:
-        DataError: targets that do not fit the task, or NaN in data or predictions.
-        ConfigError: the bank names no likelihood and none is given.
+        DataError: targets that do not fit the task, NaN in data or predictions (the sample is named), no rows, or rows
+            outside or shifted of another shape.
+        ConfigError: the bank names no likelihood and none is given; an option out of range.
 
     Examples:
         >>> import bnn
@@ -87,154 +134,217 @@ def evaluate(
         >>> report.metrics["accuracy"].value
         0.5
     """
+    choose("figures", figures, FIGURES)
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
-    if prior_shift is not None and likelihood.task != "classification":
-        raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
-    began = time.perf_counter()
-    rows: dict[str, list[Tensor]] = {}
-    for batch in _batches(data, batch_size, "evaluate", progress):
-        if likelihood.task == "classification":
-            predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift)
-            assert isinstance(predictive, ClassPredictive)
-            y = batch.y
-            if isinstance(likelihood, Bernoulli):
-                check_logit(y, y)
-                check_binary(y)
-                y = y.flatten().long()
-            check_logits(predictive.log_probs, y)
-            found = _class_rows(predictive, y)
-        else:
-            if isinstance(likelihood, Poisson):
-                check_counts(batch.y)
-            mixed = mixture(net, batch.x, likelihood=likelihood, loc=loc, scale=scale)
-            found = _target_rows(mixed, as_columns(batch.y).double() * scale + loc)
-        for name, values in found.items():
-            rows.setdefault(name, []).append(values)
-    seconds = time.perf_counter() - began
-    if not rows:
-        raise DataError("data", want="at least one row", got="none", fix="check the data set")
-    kept = {name: torch.cat(values) for name, values in rows.items()}
-    count = len(next(iter(kept.values())))
-    report = Report(likelihood.task, {}, kept, num_rows=count, num_samples=len(net.bank), seconds=seconds)
-    if likelihood.task == "classification":
-        outside = None if ood is None else _entropies(net, ood, likelihood, prior_shift, batch_size, progress)
-        _class_figures(report, num_bins, outside)
-    else:
+    if num_bins < 1:
+        raise ConfigError("num_bins", want="at least 1", got=str(num_bins), fix="pass 15")
+    if likelihood.task == "regression":
+        if prior_shift is not None:
+            raise ConfigError("prior_shift", want="none for a regression", got="some", fix="leave it out")
         if ood is not None:
             raise DataError("ood", want="none for a regression", got="some", fix="leave it out: scores are for classes")
-        _target_figures(report)
+    if not len(net.bank):
+        raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
+    began, whole = time.perf_counter(), figures == "all"
+    task = _Task(net, likelihood, prior_shift, loc, scale, num_bins, batch_size, progress)
+    views = views_of(net.bank, beginnings=whole)
+    probes = _Probes(num_rows(data), net) if whole else None
+    collector, like = _collect(task, data, views, "data", whole=whole, ranked=ood is not None, probes=probes)
+    report = Report(
+        likelihood.task, collector.count, len(net.bank), len(net.bank.chain.unique()), time.perf_counter() - began
+    )
+    collector.report(report)
+    if isinstance(collector, ClassCollector):
+        outside = None if ood is None else _outside(task, ood, views, like)
+        _add_class_curves(report, collector, outside, whole)
+    elif whole:
+        _add_target_curves(report)
+    if probes is not None:
+        report.curves["samples"] = curves.samples(report, views, collector.beginnings())
+        _add_chains(report, task, probes)
+    for name, severities in (shifts or {}).items():
+        report.curves.setdefault("shift", {})[name] = _shift(task, name, severities, report, like)
     return report
 
 
-def _class_rows(predictive: ClassPredictive, y: Tensor) -> dict[str, Tensor]:
-    """Values of each row: what every figure is a mean, or a function, of."""
-    y = y.cpu()
-    metrics.check_probs(predictive.log_probs, y)
-    probs, one_hot = predictive.probs, torch.nn.functional.one_hot(y, predictive.log_probs.shape[1])
-    confidence, predicted = probs.max(dim=1)
-    return {
-        "y": y,
-        "predicted": predicted,
-        "confidence": confidence,
-        "correct": (predicted == y).double(),
-        "nll": -predictive.log_probs.gather(1, y.unsqueeze(1)).squeeze(1),
-        "gibbs_nll": -predictive.expected_log_prob.gather(1, y.unsqueeze(1)).squeeze(1),
-        "brier": (probs - one_hot).square().sum(dim=1),
-        "total_entropy": predictive.entropy,
-        "expected_entropy": predictive.expected_entropy,
-        "mutual_information": predictive.mutual_information,
-    }
+def _collect(
+    task: _Task,
+    data: Data,
+    views: Views,
+    title: str,
+    *,
+    whole: bool,
+    ranked: bool = False,
+    probes: _Probes | None = None,
+    like: _Shape | None = None,
+) -> tuple[ClassCollector | TargetCollector, _Shape]:
+    """All batches of a data set, streamed over the samples of the bank, and the shape of its rows."""
+    collector: ClassCollector | TargetCollector
+    if task.likelihood.task == "classification":
+        collector = ClassCollector(views, num_bins=task.num_bins, whole=whole, ranked=whole or ranked)
+    else:
+        collector = TargetCollector(views, whole=whole)
+    for batch in _batches(data, task.batch_size, title, task.progress):
+        like = _checked_shape(title, batch.x, like)
+        if isinstance(collector, ClassCollector):
+            y = _classes_of(batch.y, task.likelihood)
+            sums = ClassSums(views, y, whole=whole)
+            for indices, logits in class_logits(
+                task.net, batch.x, likelihood=task.likelihood, prior_shift=task.prior_shift
+            ):
+                if not sums.started:
+                    check_logits(logits[0], y)
+                    metrics.check_probs(logits[0].cpu(), y.cpu())
+                sums.add(indices, logits)
+            for part in sums.parts(VIEW_VALUES):
+                collector.add(sums.rows(part), y[part].cpu())
+        else:
+            _add_targets(task, batch, views, collector)
+        if probes is not None:
+            probes.add(batch)
+    if not collector.count:
+        raise DataError(title, want="at least one row", got="none", fix="check the data set")
+    assert like is not None
+    return collector, like
 
 
-def _class_figures(report: Report, num_bins: int, outside: Tensor | None) -> None:
-    rows = report.rows
-    report.add_mean("accuracy", rows["correct"], "share of rows whose most probable class is the true one")
-    report.add_mean("nll", rows["nll"], "-mean log of the mean predictive at the true class, nats")
-    report.add_mean("gibbs_nll", rows["gibbs_nll"], "mean over samples of their own NLL, nats")
-    report.add_mean("brier", rows["brier"], "mean of sum_c (p_c - 1[y = c])^2, in [0, 2]")
-    bins = metrics.calibration_bins(rows["confidence"], rows["correct"], num_bins=num_bins)
-    report.bins = bins
-    report.add(
-        "ece", float(metrics.ece(bins)), f"expected calibration error, {num_bins} equal bins (a, b], first closed"
-    )
-    report.add_mean("total_entropy", rows["total_entropy"], "entropy of the mean predictive, nats")
-    report.add_mean("expected_entropy", rows["expected_entropy"], "mean entropy of the samples (aleatoric), nats")
-    report.add_mean("mutual_information", rows["mutual_information"], "total minus expected entropy (epistemic), nats")
+def _classes_of(y: Tensor, likelihood: Likelihood) -> Tensor:
+    if isinstance(likelihood, Bernoulli):
+        check_logit(y, y)
+        check_binary(y)
+        return y.flatten().long()
+    return y
+
+
+def _add_targets(task: _Task, batch: Batch, views: Views, collector: TargetCollector) -> None:
+    if isinstance(task.likelihood, Poisson):
+        check_counts(batch.y)
+    y = as_columns(batch.y).double().cpu() * task.scale + task.loc
+    sums, kept = TargetSums(views, y), []
+    for indices, part in mixtures(task.net, batch.x, likelihood=task.likelihood, loc=task.loc, scale=task.scale):
+        if y.shape != part.centres.shape[1:]:
+            raise DataError(
+                "data",
+                want=f"targets {list(part.centres.shape[1:])}, as the module's outputs",
+                got=str(list(y.shape)),
+                fix="give the module one output a target",
+            )
+        sums.add(indices, part)
+        kept += [part] if collector.whole else []
+    mixture = joined(kept, task.net.bank.log_weight.double()) if kept else None
+    collector.add(sums.rows(), y, mixture)
+
+
+def _outside(task: _Task, ood: Data, views: Views, like: _Shape) -> dict[str, Tensor]:
+    """Scores [1 + G, M] of rows outside, whose targets are not looked at."""
+    found: dict[str, list[Tensor]] = {}
+    for batch in _batches(ood, task.batch_size, "ood", task.progress, targets=False):
+        _checked_shape("ood", batch.x, like)
+        sums = ClassSums(views, None, whole=False)
+        for indices, logits in class_logits(
+            task.net, batch.x, likelihood=task.likelihood, prior_shift=task.prior_shift
+        ):
+            sums.add(indices, logits)
+        for part in sums.parts(VIEW_VALUES):
+            for name, values in scores_of(sums.rows(part)).items():
+                found.setdefault(name, []).append(values[: views.left_out.stop].cpu().clone())
+    if not found:
+        raise DataError("ood", want="at least one row", got="none", fix="check the data set")
+    return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
+
+
+def _add_class_curves(
+    report: Report, collector: ClassCollector, outside: dict[str, Tensor] | None, whole: bool
+) -> None:
+    report.curves["reliability"] = curves.reliability(collector.bins())
+    inside = collector.scores()
     if outside is not None:
-        report.ood_entropy = outside
-        inside = rows["total_entropy"]
-        report.add(
-            "ood_auroc",
-            metrics.auroc(inside, outside),
-            f"AUROC of predictive entropy, {len(outside)} rows outside positive",
-        )
-        report.add(
-            "ood_fpr95", metrics.fpr_at_tpr(inside, outside), "false positive rate at the first TPR >= 0.95, same score"
-        )
+        assert collector.weight is not None
+        report.outside = {name: values[0] for name, values in outside.items()}
+        add_outside(report, collector.views, collector.weight, inside, outside)
+    if not whole:
+        return
+    own = {name: values[0] for name, values in inside.items()}
+    report.curves["risk_coverage"] = curves.risk_against_coverage(
+        own["one_minus_max_prob"], 1.0 - report.rows["correct"]
+    )
+    report.curves["scores"] = curves.scores(own, report.outside or None)
+    report.curves["entropy_split"] = curves.entropy_split(own["expected_entropy"], own["mutual_information"])
 
 
-def _target_rows(predictive: Mixture, y: Tensor) -> dict[str, Tensor]:
-    y, mean = y.cpu(), predictive.mean
-    if y.shape != mean.shape:
-        raise DataError(
-            "data",
-            want=f"targets {list(mean.shape)}, as the module's outputs",
-            got=str(list(y.shape)),
-            fix="give the module one output a target",
-        )
-    pit = predictive.cdf(y)
-    rows = {
-        "y": y,
-        "mean": mean,
-        "squared_error": (y - mean).square(),
-        "nll": -predictive.log_prob(y),
-        "pit": pit,
-        "pit_below": predictive.cdf(y - 1) if isinstance(predictive, PoissonMixture) else pit,  # P(Y < y)
-        "aleatoric_variance": predictive.aleatoric,
-        "epistemic_variance": predictive.epistemic,
-    }
-    if isinstance(predictive, NormalMixture):
-        rows["crps"] = metrics.mixture_crps(predictive.means, predictive.scales, y, predictive.log_weight)
-    return rows
-
-
-def _target_figures(report: Report) -> None:
+def _add_target_curves(report: Report) -> None:
     rows = report.rows
-    squared = rows["squared_error"].flatten(1).mean(dim=1)
-    root = float(squared.mean().sqrt())
-    # The error of a square root by the delta method: d sqrt(m) = dm / (2 sqrt(m)).
-    error = float(squared.std() / len(squared) ** 0.5 / (2 * root)) if len(squared) > 1 and root > 0 else None
-    report.add("rmse", root, "root mean squared error of the predictive mean, target units", error)
-    report.add_mean("nll", rows["nll"], "-mean log density of the mixture over samples, nats, target units")
-    if "crps" in rows:
-        report.add_mean(
-            "crps", rows["crps"].mean(dim=1), "continuous ranked probability score of the mixture, target units"
-        )
-    for level in LEVELS:
-        tail = 0.5 - 0.5 * level
-        inside = ((rows["pit"] >= tail) & (rows["pit_below"] <= 1.0 - tail)).double().mean(dim=1)
-        report.add_mean(f"coverage_{level * 100:.0f}", inside, f"share of targets in the central {level:.0%} interval")
-    for part in ("aleatoric", "epistemic"):
-        values = rows[f"{part}_variance"].mean(dim=1)
-        report.add_mean(
-            f"{part}_variance", values, f"mean {part} part of the predictive variance, squared target units"
-        )
+    columns = (rows[name][:, 0] for name in ("y", "mean", "lower", "upper"))
+    report.curves["band"] = curves.band(*columns, level=LEVEL)
+    report.curves["pit"] = curves.pit(rows["pit_below"], rows["pit"])
+    report.curves["calibration"] = curves.calibration(rows["pit_below"], rows["pit"])
 
 
-def _entropies(
-    net: FunctionalModel,
-    ood: Data,
-    likelihood: Likelihood,
-    prior_shift: tuple[Any, Any] | None,
-    batch_size: int,
-    progress: bool | None,
-) -> Tensor:
-    found = []
-    for batch in _batches(ood, batch_size, "ood", progress, targets=False):
-        predictive = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift)
-        assert isinstance(predictive, ClassPredictive)
-        found.append(predictive.entropy)
-    return torch.cat(found)
+class _Probes:
+    """Rows of the data, evenly spread, on which chains are judged; as many as the number of samples leaves room for."""
+
+    def __init__(self, size: int, net: FunctionalModel) -> None:
+        most = max(LEAST_PROBES, min(PROBES, JUDGED_VALUES // (16 * len(net.bank))))
+        self._wanted = torch.linspace(0, max(size - 1, 0), min(most, max(size, 1)), dtype=torch.float64).round().long()
+        self._seen = 0
+        self._kept: list[Any] = []
+
+    def add(self, batch: Batch) -> None:
+        here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(batch.y))] - self._seen
+        if len(here):
+            self._kept.append(pytree.tree_map(lambda leaf: leaf[here.to(leaf.device)], batch.x))
+        self._seen += len(batch.y)
+
+    def x(self) -> Any:
+        return pytree.tree_map(lambda *leaves: torch.cat(leaves), *self._kept)
+
+
+def _add_chains(report: Report, task: _Task, probes: _Probes) -> None:
+    """R-hat and ESS of the predictions, where samples are steps of chains, and the verdict on those."""
+    bank, found = task.net.bank, None
+    if isinstance(bank, Bank):
+        found = examine(
+            bank, net=task.net, x=probes.x(), likelihood=task.likelihood, num_parameters=0, progress=task.progress
+        )
+        report.diagnosis = found.diagnosis
+    worst = None if found is None else found.diagnosis.predictions
+    if found is None or worst is None or found.figures is None:
+        why = "no bank whose chains are known" if found is None else found.diagnosis.text
+        for name in ("rhat", "ess"):
+            report.add(name, math.nan, n=0, note=why)
+        return
+    for name, value, figures in (("rhat", worst.rhat, found.figures[0]), ("ess", worst.ess_bulk, found.figures[1])):
+        note = f"the worst of {worst.num} outputs" + (f": {worst.worst}" if name == "rhat" else "")
+        report.add(name, value, n=worst.num, note=note if math.isfinite(value) else f"infinite: {note}")
+        if bool(figures.isfinite().any()):
+            report.curves[name] = curves.mixing(figures, logarithmic=name == "ess")
+
+
+def _shift(task: _Task, name: str, severities: Mapping[int, Data], report: Report, like: _Shape) -> dict[str, Any]:
+    """Main figures at each severity, the clean data first."""
+    names = SHIFTED[report.task]
+    found: dict[str, list[float | None]] = {key: [report.metrics[key].value] for key in names}
+    views, levels = views_of(task.net.bank, errors=False, beginnings=False), sorted(severities)
+    if any(level < 1 for level in levels):
+        raise ConfigError(
+            f"shifts[{name!r}]", want="severities from 1 on", got=str(levels), fix="the data are severity 0"
+        )
+    for level in levels:
+        collector, _ = _collect(task, severities[level], views, f"{name} {level}", whole=False, like=like)
+        one = Report(report.task, collector.count, report.num_samples, report.num_chains, 0.0)
+        collector.report(one)
+        for key in names:
+            found[key].append(one.metrics[key].value)
+    return {"severity": [0, *levels], "metrics": found}
+
+
+def _checked_shape(place: str, x: Any, like: _Shape | None) -> _Shape:
+    """Shapes of one row of each input; DataError where those of the data before were others."""
+    found = tuple(tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
+    if like is not None and found != like:
+        want, got = (", ".join(str(list(shape)) for shape in shapes) for shapes in (like, found))
+        raise DataError(place, want=f"rows of shape {want}", got=got, fix="choose data of the same shape")
+    return found
 
 
 def _batches(

@@ -237,11 +237,16 @@ class FunctionalModel:
             ),
         )
         number = self._next_batch(batch) if prepared.runner.draws() else 0
-        if spread:
+        is_spread = self.bank.info.get("row_order") == "striped"  # any neighbours are, and are read from one shard
+        if spread and not is_spread:
             step = -(-size // min(most, SPREAD_SAMPLES))
             passes = [slice(start, size, step) for start in _spread(step)]
         else:
+            most = min(most, SPREAD_SAMPLES) if spread else most
             passes = [slice(start, min(start + most, size), 1) for start in range(0, size, most)]
+        if getattr(self.bank, "residency", None) == "streamed":  # now, and again for the next batch
+            order = np.concatenate([np.arange(chosen.start, chosen.stop, chosen.step) for chosen in passes])
+            self.bank.follow(np.concatenate([order, order]), window=size)  # type: ignore[attr-defined]
         for chosen in passes:
             indices = torch.arange(chosen.start, chosen.stop, chosen.step)
             block = self.bank.block(chosen)

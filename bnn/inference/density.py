@@ -7,8 +7,7 @@ import math
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.inference import products
+from bnn.machine import threads
 from bnn.model import BayesianModel
 from bnn.tracing import compiled, has_compiler, trace
 from bnn.types import Batch
@@ -387,17 +387,3 @@ def _numel(node: fx.Node) -> float:
 
 def _num_bytes(node: fx.Node) -> float:
     return float(sum(v.nbytes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)))
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Run with so many threads of torch, 0 for as many as there are, and leave their number as it was."""
-    before = torch.get_num_threads()
-    if number in (0, before):
-        yield
-        return
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

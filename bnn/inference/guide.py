@@ -15,6 +15,7 @@ from torch.quasirandom import SobolEngine
 
 from bnn import adam
 from bnn.batches import minibatches, moved
+from bnn.drawing import NORMAL_FAMILIES, VIRTUAL_DRAWS, GuideDraws, frozen
 from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
 from bnn.inference.climbing import weighted_batches
@@ -271,8 +272,7 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
         return family_loss(family, model, batch, weight, normals, options)
 
     def draw(indices: range) -> Params:
-        params, _ = model.constrain(_draw(family, options, model, seed, indices).cpu())  # [K, P]
-        return params
+        return model.space.values(_draw(family, options, model, seed, indices).cpu().contiguous())  # [K, P]
 
     return Fitted(family.parameters, loss, draw, lambda step: nullcontext())
 
@@ -418,6 +418,9 @@ def _draw(family: Family, options: Guide, model: BayesianModel, seed: int, indic
     loc = family.parameters["loc"]
     if options.draws == "mean" or options.family == "map":
         return loc.detach().clone().expand(len(indices), -1)
+    if options.family in NORMAL_FAMILIES and options.draws in VIRTUAL_DRAWS:
+        draws = GuideDraws(model.space, frozen(family.parameters), seed, options.draws == "antithetic")
+        return draws.flat(indices)
     normals = torch.empty(len(indices), family.num_normals, dtype=loc.dtype)
     if options.draws == "sobol":
         engine = SobolEngine(family.num_normals, scramble=True, seed=derive(seed, "sobol"))
@@ -428,10 +431,7 @@ def _draw(family: Family, options: Guide, model: BayesianModel, seed: int, indic
         normals.copy_(torch.special.ndtri(points))
     else:
         for row, index in zip(normals, indices, strict=True):
-            pair, second = divmod(index, 2) if options.draws == "antithetic" else (index, 0)
-            row.normal_(generator=generator(seed, "draw", pair))
-            if second:
-                row.neg_()
+            row.normal_(generator=generator(seed, "draw", index))
     normals = normals.to(loc.device)
     if isinstance(family, NormalFamily) and not family.rank:
         return torch.addcmul(loc, family.scale, normals)  # value by value: no sum whose order depends on K

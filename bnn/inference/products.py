@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import platform
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx
+
+from bnn.machine import cpu
 
 # On an x86 CPU torch hands float32 products to MKL, which runs on AMD's at half the vector width. oneDNN, which torch
 # brings as well, does not: 1.6 to 2 times as fast on matrices from about 64 columns on, slower on smaller ones. On Intel's
@@ -37,17 +37,7 @@ def available() -> bool:
 
 def worthwhile() -> bool:
     """Whether they are faster here than torch's own: on processors of AMD."""
-    return available() and "AMD" in vendor()
-
-
-@functools.cache
-def vendor() -> str:
-    """Who made the CPU, as far as the system says: `AuthenticAMD`, `GenuineIntel`."""
-    told = Path("/proc/cpuinfo")
-    if told.is_file():
-        lines = told.read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-    return platform.processor()
+    return available() and "AMD" in cpu("vendor_id")
 
 
 def replaced(graph: fx.GraphModule) -> int:

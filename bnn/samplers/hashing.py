@@ -50,6 +50,37 @@ def uniforms(key: np.uint64, positions: np.ndarray) -> np.ndarray:
     return bits * 2.0**-53
 
 
+def exponentials(key: np.uint64, size: int) -> np.ndarray:
+    """Waiting times of mean 1, float64 [size].
+
+    Of uniforms U1 > U2 > ... up to the first that is larger than the one before it, U1 is kept where their number is
+    even, and 1 is added and it is begun anew where it is not. Nothing but comparisons and sums: no logarithm whose last
+    bit is another on another machine.
+
+    Source: von Neumann (1951), Various techniques used in connection with random digits.
+    """
+    found = np.zeros(size)
+    left, counter = np.arange(size, dtype=np.int64), 0
+
+    def fresh(places: np.ndarray) -> np.ndarray:
+        nonlocal counter
+        counter += 1
+        return uniforms(np.uint64(hash64(key ^ np.uint64(counter))), places)
+
+    while len(left):
+        first = last = fresh(left)
+        is_even, running = np.zeros(len(left), dtype=bool), np.arange(len(left))
+        while len(running):  # which of `left` have fallen so far; each ends with the first that rises
+            following = fresh(left[running])
+            falls = following < last
+            is_even[running] = ~is_even[running]
+            running, last = running[falls], following[falls]
+        found[left[is_even]] += first[is_even]
+        left = left[~is_even]
+        found[left] += 1.0
+    return found
+
+
 def permutation(key: np.uint64, length: int) -> np.ndarray:
     """An order of 0..length-1, int64: places sorted by their numbers under the key."""
     return np.argsort(keyed(key, np.arange(length, dtype=np.int64)), kind="stable")

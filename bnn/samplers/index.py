@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import heapq
 from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from bnn.errors import BankMismatch, ConfigError, choose
-from bnn.samplers.hashing import hash64, keyed
+from bnn.samplers.hashing import exponentials, hash64, keyed
 from bnn.seeding import as_seed
 
 Strategy: TypeAlias = Literal["sequential", "shuffle", "random", "stratified", "weighted", "antithetic", "fixed"]
@@ -49,6 +51,10 @@ class SampleIndexSampler(Sampler[int]):
     - `"random"`: S independent draws, all samples alike;
     - `"fixed"`: `index`, always.
 
+    With a `window` a shuffled pass goes through few shards at once: shards come in an order drawn anew for every pass,
+    `window` of them are open, rows are drawn from those uniformly without replacement, and where one is used up the next
+    is opened. What is larger than memory is then read once a pass.
+
     No global random state is read or changed. As an iterable it yields the rest of the present pass;
     the next iteration is the next pass. With several ranks, rank r meets every `world_size`-th position
     from r on, so no two ranks have the same one; with `shared` all ranks meet the same.
@@ -61,6 +67,7 @@ class SampleIndexSampler(Sampler[int]):
         rank: of this process, in [0, world_size).
         world_size: processes that share the positions.
         shared: whether every rank meets the same indices.
+        window: shards of the bank that a pass of `"shuffle"` draws from at once, at least 1; None for all.
 
     Raises:
         ConfigError: an empty bank, an unknown strategy, or one that the bank does not allow.
@@ -85,6 +92,7 @@ class SampleIndexSampler(Sampler[int]):
         rank: int = 0,
         world_size: int = 1,
         shared: bool = False,
+        window: int | None = None,
     ) -> None:
         choose("strategy", strategy, STRATEGIES)
         length = bank_or_length if isinstance(bank_or_length, int) else len(bank_or_length)
@@ -100,10 +108,21 @@ class SampleIndexSampler(Sampler[int]):
         self.rank, self.world_size, self.shared = rank, world_size, shared
         self._bank = None if isinstance(bank_or_length, int) else bank_or_length
         self._index: int = _check_index(index, strategy, length)
+        self.window = _check_window(window, strategy)
         self._seed_key = np.uint64(hash64(np.uint64(self.seed % 2**64)))
         self._order_of: Callable[[np.uint64, int], np.ndarray] | None = self._orders()
         self._position = 0
         self._order: tuple[int, np.ndarray] | None = None  # the pass that was asked for last
+
+    @property
+    def bank(self) -> BankColumns | None:
+        """The bank, or None where only its length was given."""
+        return self._bank
+
+    @property
+    def position(self) -> int:
+        """Of this rank, that the next index comes from."""
+        return self._position
 
     @property
     def digest(self) -> str:
@@ -131,6 +150,12 @@ class SampleIndexSampler(Sampler[int]):
             indices[here] = self._pass_order(number)[inside[here]]
         return torch.from_numpy(indices)
 
+    def detached(self) -> SampleIndexSampler:
+        """The same indices, for whoever looks ahead: without a hold on the bank, and with a pass of its own in memory."""
+        other = copy.copy(self)
+        other._bank = other._order = None
+        return other
+
     def __len__(self) -> int:
         return self.length
 
@@ -156,6 +181,7 @@ class SampleIndexSampler(Sampler[int]):
             "index": self._index,
             "world_size": self.world_size,
             "shared": self.shared,
+            "window": self.window or 0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,12 +191,13 @@ class SampleIndexSampler(Sampler[int]):
             BankMismatch: the state is of another bank, seed, strategy or number of ranks.
         """
         mine = self.state_dict()
-        for key in ("length", "digest", "strategy", "seed", "index", "world_size", "shared"):
-            if state[key] != mine[key]:
+        for key in ("length", "digest", "strategy", "seed", "index", "world_size", "shared", "window"):
+            found = state.get(key, 0) if key == "window" else state[key]  # states of old know of no window
+            if found != mine[key]:
                 raise BankMismatch(
                     f"sampler state '{key}'",
                     want=str(mine[key]),
-                    got=str(state[key]),
+                    got=str(found),
                     fix="resume with the bank, options and number of ranks it was saved with",
                 )
         self._position = int(state["position"])
@@ -186,7 +213,9 @@ class SampleIndexSampler(Sampler[int]):
     def _orders(self) -> Callable[[np.uint64, int], np.ndarray] | None:
         """(key of a pass, S) -> its indices; None where no pass differs from another."""
         if self.strategy == "shuffle":
-            return _shuffled
+            if self.window is None:
+                return _shuffled
+            return partial(_windowed, rows=self._shard_rows(), window=self.window)
         if self.strategy not in ("stratified", "weighted", "antithetic"):
             return None
         if self._bank is None:
@@ -202,6 +231,13 @@ class SampleIndexSampler(Sampler[int]):
         if self.strategy == "weighted":
             share = self._bank.log_weight.double().softmax(dim=0).numpy().cumsum()
             return partial(_systematic, cumulative=share / share[-1])
+        if self._bank.info.get("row_order") == "striped":
+            raise ConfigError(
+                "strategy 'antithetic'",
+                want="samples in the order of their draws",
+                got="a bank whose rows are spread over its shards",
+                fix="use 'shuffle', or put them in order with 'bnn bank compact --order chain'",
+            )
         draws = (self._bank.info.get("method") or {}).get("options", {}).get("draws")
         if draws != "antithetic":
             raise ConfigError(
@@ -211,6 +247,17 @@ class SampleIndexSampler(Sampler[int]):
                 fix="fit it with Guide(..., draws='antithetic')",
             )
         return _in_pairs
+
+    def _shard_rows(self) -> np.ndarray:
+        rows = getattr(self._bank, "shard_rows", None)
+        if rows is None:
+            raise ConfigError(
+                f"window={self.window}",
+                want="a bank, whose shards it opens",
+                got="a length" if self._bank is None else "one that has none",
+                fix="pass the bank",
+            )
+        return np.asarray(rows, dtype=np.int64)
 
 
 STRATEGIES: tuple[str, ...] = ("sequential", "shuffle", "random", "stratified", "weighted", "antithetic", "fixed")
@@ -224,9 +271,46 @@ def _check_index(index: int | None, strategy: str, length: int) -> int:
     return -1 if index is None else index
 
 
+def _check_window(window: int | None, strategy: str) -> int | None:
+    if window is not None and strategy != "shuffle":
+        raise ConfigError("window", want="strategy 'shuffle' with it", got=repr(strategy), fix="leave it out")
+    if window is not None and window < 1:
+        raise ConfigError("window", want="at least 1 shard", got=str(window), fix="raise it, or leave it out for all")
+    return window
+
+
 def _shuffled(key: np.uint64, size: int) -> np.ndarray:
     """Samples sorted by a number hashed from (seed, pass, i)."""
     return np.argsort(keyed(key, np.arange(size, dtype=np.int64)), kind="stable")
+
+
+def _windowed(key: np.uint64, size: int, rows: np.ndarray, window: int) -> np.ndarray:
+    """Each sample once, drawn from `window` open shards, which come in a shuffled order.
+
+    A row comes up at the time its shard is opened plus a wait, exponential and its own: of the rows that are left each is
+    then the next with the same probability, whenever its shard was opened. A shard is opened when one is used up.
+
+    Args:
+        key: of the pass.
+        size: S.
+        rows: of each shard, at least 1, summing to S.
+        window: shards open at once.
+    """
+    order = _shuffled(key, len(rows))  # of the shards
+    waits = exponentials(np.uint64(hash64(key)), size)  # [S]
+    starts = np.concatenate([[0], rows.cumsum()])
+    longest = np.maximum.reduceat(waits, starts[:-1])  # [shards]
+    opened = np.zeros(len(rows))
+    ends: list[float] = []  # a heap: when the shards that are open are used up
+    for shard in order.tolist():
+        opened[shard] = heapq.heappop(ends) if len(ends) == window else 0.0
+        heapq.heappush(ends, opened[shard] + longest[shard])
+    place = np.empty(len(rows), dtype=np.int64)
+    place[order] = np.arange(len(rows))
+    shard_of = np.repeat(np.arange(len(rows)), rows)  # [S]
+    # Where rounding gives two rows one time, the shard that was opened first comes first: never one too many is open.
+    found: np.ndarray = np.lexsort((place[shard_of], opened[shard_of] + waits))
+    return found
 
 
 def _chains(chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -163,6 +163,7 @@ class PairedLoader:
         epoch, start, sets = self._epoch, self._start, self._sets
         self._batch, self._start = start, 0
         self._generator.manual_seed(derive(self.seed, "workers", epoch))
+        self._foretell(self._arrived + start if self._requests is None else epoch * len(self) + start)
         if self._requests is None:
             yield from self._arriving(epoch, start)
         else:
@@ -256,6 +257,13 @@ class PairedLoader:
                 self._epoch, self._batch = epoch, number
             yield Pair(data, self._index(self._arrived + number - 1, 0))
         self._arrived += number
+
+    def _foretell(self, batch: int) -> None:
+        """Tell a bank that is streamed which samples will be asked for, from this batch on."""
+        bank: Any = self.index_sampler.bank
+        if getattr(bank, "residency", None) == "streamed":
+            each = (self._batch_size or 1) if self._per_row else (self._num_indices or 1)
+            bank.follow(self.index_sampler, start=batch * each)
 
     def _index(self, position: int, num_rows: int) -> int | Tensor:
         if self._per_row:

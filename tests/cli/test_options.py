@@ -129,7 +129,7 @@ def test_every_likelihood_is_fitted_and_judged(
     assert bank.info["data"]["target"] is None or kind == "number"  # counts and classes are not standardised
     code, _, err = bnn("evaluate --bank bank --report report")
     assert (code, err) == (0, "")
-    metrics = json.loads(Path("report/report.json").read_text())["bank"]["metrics"]
+    metrics = json.loads(Path("report/report.json").read_text())["reports"]["bank"]["metrics"]
     assert ("crps" in metrics) == (kind == "number" and "student-t" not in flags)
     if kind == "binary":
         assert metrics["accuracy"]["value"] > 0.6

@@ -203,6 +203,15 @@ def test_only_a_clear_lead_is_marked(first: Any, second: Any, higher: bool | Non
     assert ["best" in cell.text for cell in cells] == [i == best for i in range(2)]
 
 
+def test_an_error_of_rounding_does_not_ask_for_more_digits() -> None:
+    report = reported.classification()
+    report["metrics"]["auroc"] |= {"value": 1.0, "standard_error": 1e-17}
+    other = reported.classification(seed=4)
+    other["metrics"]["auroc"] |= {"value": 0.956, "standard_error": 0.0068}
+    cells = Page(page.render({"one": report, "other": other})).metric("auroc")
+    assert [cell.text.split(" ")[0][:6] for cell in cells[1:]] == ["1.0000", "0.9560"]
+
+
 def test_narrow_intervals_are_not_called_best() -> None:
     """They may miss: of a width, no lead is marked."""
     wide, narrow = reported.regression(), reported.regression(seed=4, noise=2.0)
@@ -238,8 +247,8 @@ def test_chains_that_disagree_are_said_first_and_in_a_box(two: dict[str, dict[st
     boxes = [attributes for _, attributes in Page(written).tags if attributes.get("class") == "box"]
     assert len(boxes) == 1
     words = Page(written).words
-    assert "The chains disagree: mean-field" in words
-    assert words.index("The chains disagree: mean-field") < words.index("What was evaluated")
+    assert "Chains not to be trusted: mean-field" in words
+    assert words.index("Chains not to be trusted: mean-field") < words.index("What was evaluated")
     assert two["mean-field"]["diagnosis"]["text"] in words
     good = page.render({"hmc": two["hmc"]})
     assert 'class="box"' not in good

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import bnn
+from bnn import metrics
 from bnn.errors import ConfigError, DataError
 from bnn.evaluation import Report, evaluate
 from bnn.layout import Entry, layout_of
@@ -84,7 +85,8 @@ def classes(tables: Tensor, y: Tensor, *, log_weight: Tensor | None = None, **op
 
 
 def values(report: Report) -> dict[str, float]:
-    return {name: figure.value for name, figure in report.metrics.items()}
+    """Of the figures that have one."""
+    return {name: figure.value for name, figure in report.metrics.items() if figure.value is not None}
 
 
 def check_means(report: Report, rows: dict[str, np.ndarray], atol: float = 1e-10) -> None:
@@ -92,7 +94,7 @@ def check_means(report: Report, rows: dict[str, np.ndarray], atol: float = 1e-10
     for name, expected in rows.items():
         figure = report.metrics[name]
         assert figure.value == pytest.approx(expected.mean(), abs=atol), name
-        assert figure.error == pytest.approx(scipy.stats.sem(expected), abs=atol), name
+        assert figure.standard_error == pytest.approx(scipy.stats.sem(expected), abs=atol), name
 
 
 # Classification
@@ -114,21 +116,43 @@ def test_class_figures_equal_their_recomputation(num_samples: int, weighted: boo
         "nll": -np.log(probs[rows, target]),
         "gibbs_nll": share @ -np.log(each[:, rows, target]),
         "brier": ((probs - np.eye(CLASSES)[target]) ** 2).sum(axis=1),
-        "total_entropy": total,
+        "predictive_entropy": total,
         "expected_entropy": aleatoric,
         "mutual_information": total - aleatoric,
     }
+    votes = np.einsum("s,snc->nc", share, np.eye(CLASSES)[each.argmax(axis=2)])
+    recomputed["variation_ratio"] = 1 - votes.max(axis=1)
+    recomputed["disagreement"] = np.zeros(ROWS)
+    if num_samples > 1:
+        alone = share @ share
+        recomputed["disagreement"] = (1 - (votes**2).sum(axis=1)) / (1 - alone)
+        apart = each.argmax(axis=2)[:, None] != each.argmax(axis=2)[None]  # [S, S, N]
+        pairs = np.einsum("s,t,stn->n", share, share, apart) / (1 - alone)  # a sample does not differ from itself
+        np.testing.assert_allclose(recomputed["disagreement"], pairs, atol=1e-12)
     check_means(report, recomputed)
     found = values(report)
-    assert set(found) == {*recomputed, "ece"}
+    calibration, selective = {"ece", "rmsce", "mce", "ace", "classwise_ece"}, {"aurc", "augrc"}
+    assert set(found) == {*recomputed, *calibration, *selective, "coverage_at_risk_5", "risk_at_coverage_80"}
     assert found["accuracy"] == sklearn.metrics.accuracy_score(target, predicted)
     assert found["nll"] == pytest.approx(sklearn.metrics.log_loss(target, probs, labels=range(CLASSES)), abs=1e-10)
     accuracy, mean = sklearn.calibration.calibration_curve(predicted == target, confidence, n_bins=6)
     count = np.histogram(confidence, bins=6, range=(0, 1))[0]
     assert found["ece"] == pytest.approx(np.abs(accuracy - mean) @ count[count > 0] / ROWS, abs=1e-10)
-    assert report.metrics["ece"].error is None
-    assert report.bins is not None
-    assert report.bins.rows.tolist() == count.tolist()
+    gap = np.zeros(6)
+    np.put(gap, np.flatnonzero(count), np.abs(accuracy - mean))
+    assert found["rmsce"] == pytest.approx(math.sqrt(gap**2 @ count / ROWS), abs=1e-10)
+    assert found["mce"] == pytest.approx(gap.max(), abs=1e-10)
+    assert report.curves["reliability"]["rows"] == count.tolist()
+    wrong = torch.from_numpy(predicted != target).double()
+    curve = metrics.risk_coverage(torch.from_numpy(1 - confidence), wrong)
+    assert found["aurc"] == pytest.approx(float(metrics.aurc(curve)), abs=1e-10)
+    assert found["augrc"] == pytest.approx(float(metrics.augrc(curve)), abs=1e-10)
+    assert found["coverage_at_risk_5"] == pytest.approx(float(metrics.coverage_at_risk(curve, 0.05)), abs=1e-10)
+    assert found["risk_at_coverage_80"] == pytest.approx(float(metrics.risk_at_coverage(curve, 0.8)), abs=1e-10)
+    own = metrics.classwise_ece(torch.from_numpy(probs), y, num_bins=6)
+    assert found["classwise_ece"] == pytest.approx(float(own), abs=1e-10)
+    equal = metrics.adaptive_bins(torch.from_numpy(confidence), 1 - wrong, num_bins=6)
+    assert found["ace"] == pytest.approx(float(metrics.ece(equal)), abs=1e-10)
     assert report.rows["predicted"].tolist() == predicted.tolist()
     assert torch.equal(report.rows["y"], y)
     np.testing.assert_allclose(report.rows["confidence"].numpy(), confidence, atol=1e-12)
@@ -164,22 +188,45 @@ def test_regression_figures_equal_their_recomputation(num_samples: int, weighted
     inside = {level: (np.abs(2 * pit - 1) <= level / 100).mean(axis=1) for level in (50, 90, 95)}
     recomputed = {
         "nll": -scipy.special.logsumexp(density, axis=0, b=share[:, None]),
+        "gibbs_nll": -share @ density,
         "crps": crps.mean(axis=1),
         **{f"coverage_{level}": shares for level, shares in inside.items()},
-        "aleatoric_variance": np.full(ROWS, share @ sigma.flatten() ** 2),
-        "epistemic_variance": np.einsum("s,snc->nc", share, (mu - mean) ** 2).mean(axis=1),
+        "aleatoric": np.full(ROWS, share @ sigma.flatten() ** 2),
+        "epistemic": np.einsum("s,snc->nc", share, (mu - mean) ** 2).mean(axis=1),
     }
-    check_means(report, recomputed)
+
+    def quantile(level: float) -> np.ndarray:
+        """By bisection of the distribution function, [N, C]."""
+        low, high = (mu - 40 * sigma).min(axis=0), (mu + 40 * sigma).max(axis=0)
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = np.einsum("s,snc->nc", share, scipy.stats.norm.cdf(middle, mu, sigma)) < level
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return high
+
+    lower, upper = quantile(0.05), quantile(0.95)
+    recomputed["mae"] = np.abs(target - mean).mean(axis=1)
+    recomputed["width_90"] = (upper - lower).mean(axis=1)
+    miss = np.maximum(np.maximum(lower - target, target - upper), 0)
+    recomputed["interval_score_90"] = (upper - lower + 20 * miss).mean(axis=1)
+    levels = np.arange(1, 20) / 20
+    losses = [
+        np.maximum(level * (target - q), (level - 1) * (target - q)) for level in levels for q in [quantile(level)]
+    ]
+    recomputed["pinball"] = np.mean(losses, axis=0).mean(axis=1)
+    check_means(report, recomputed, atol=1e-9)
     found = values(report)
-    assert set(found) == {*recomputed, "rmse"}
+    assert set(found) == {*recomputed, "rmse", "sharpness"}
+    variance = recomputed["aleatoric"] + recomputed["epistemic"]
+    assert found["sharpness"] == pytest.approx(math.sqrt(variance.mean()), abs=1e-10)
     squared = (target - mean) ** 2
     assert found["rmse"] == pytest.approx(sklearn.metrics.mean_squared_error(target, mean) ** 0.5, abs=1e-10)
     by_delta = scipy.stats.sem(squared.mean(axis=1)) / (2 * found["rmse"])
-    assert report.metrics["rmse"].error == pytest.approx(by_delta, abs=1e-10)
+    assert report.metrics["rmse"].standard_error == pytest.approx(by_delta, abs=1e-10)
     for name, expected in {"mean": mean, "y": target, "pit": pit, "crps": crps, "squared_error": squared}.items():
         np.testing.assert_allclose(report.rows[name].numpy(), expected, atol=1e-10)
     assert (report.num_rows, report.num_samples, report.task) == (ROWS, num_samples, "regression")
-    assert report.bins is None
+    assert "reliability" not in report.curves
 
 
 def test_targets_without_a_column_are_one_output() -> None:
@@ -194,7 +241,7 @@ def test_one_sample_leaves_nothing_epistemic() -> None:
     assert report.metrics["mutual_information"].value == 0.0
     assert report.metrics["gibbs_nll"].value == pytest.approx(report.metrics["nll"].value, abs=1e-14)
     normal = evaluate(table_net(random(1, ROWS, 2)), (torch.arange(ROWS), random(ROWS, 2)), likelihood=Gaussian(0.5))
-    assert normal.metrics["epistemic_variance"].value == 0.0
+    assert normal.metrics["epistemic"].value == 0.0
 
 
 def test_a_single_row_has_figures_without_errors() -> None:
@@ -203,8 +250,10 @@ def test_a_single_row_has_figures_without_errors() -> None:
         evaluate(table_net(random(7, 1, 2)), (torch.arange(1), random(1, 2)), likelihood=Gaussian(0.5)),
     ):
         assert report.num_rows == 1
-        assert all(figure.error is None for figure in report.metrics.values())
-        assert all(math.isfinite(figure.value) for figure in report.metrics.values())
+        assert all(figure.standard_error is None for figure in report.metrics.values())
+        assert all(figure.note is not None for figure in report.metrics.values())
+        assert all(math.isfinite(value) for value in values(report).values())
+        assert set(report.metrics) - set(values(report)) == {"rhat", "ess"}
 
 
 def test_perfect_predictions_have_rmse_zero_and_no_error_of_it() -> None:
@@ -213,7 +262,7 @@ def test_perfect_predictions_have_rmse_zero_and_no_error_of_it() -> None:
     assert report.metrics["rmse"].value < 1e-12
     exact = evaluate(table_net(y.unsqueeze(0)), (torch.arange(ROWS), y), likelihood=Gaussian(0.5))
     assert exact.metrics["rmse"].value == 0.0
-    assert exact.metrics["rmse"].error is None
+    assert exact.metrics["rmse"].standard_error is None
 
 
 # Data
@@ -274,9 +323,9 @@ def test_inputs_may_be_several_tensors(form: str) -> None:
 
 def test_the_likelihood_is_the_banks_unless_another_is_given() -> None:
     net, data = table_net(random(2, ROWS, 2), likelihood=Gaussian(0.25)), (torch.arange(ROWS), random(ROWS, 2))
-    assert evaluate(net, data).metrics["aleatoric_variance"].value == pytest.approx(0.25**2, abs=1e-15)
+    assert evaluate(net, data).metrics["aleatoric"].value == pytest.approx(0.25**2, abs=1e-15)
     given_one = evaluate(net, data, likelihood=Gaussian(0.5))
-    assert given_one.metrics["aleatoric_variance"].value == pytest.approx(0.5**2, abs=1e-15)
+    assert given_one.metrics["aleatoric"].value == pytest.approx(0.5**2, abs=1e-15)
     with pytest.raises(ConfigError, match="pass likelihood="):
         evaluate(table_net(random(2, ROWS, 2)), data)
 
@@ -296,14 +345,14 @@ def test_ood_figures_are_scikit_learns_on_the_predictive_entropy(form: str) -> N
     score, positive = scipy.stats.entropy(probs, axis=1), np.arange(ROWS + 9) >= ROWS
     false_positive, true_positive, _ = sklearn.metrics.roc_curve(positive, score)
     found = values(report)
-    assert found["ood_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(positive, score), abs=1e-12)
-    assert 0.5 < found["ood_auroc"] < 1
-    assert found["ood_fpr95"] == pytest.approx(false_positive[np.argmax(true_positive >= 0.95)], abs=1e-12)
-    assert report.ood_entropy is not None
-    np.testing.assert_allclose(report.ood_entropy.numpy(), score[ROWS:], atol=1e-12)
-    assert "9 rows outside positive" in report.metrics["ood_auroc"].definition
+    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(positive, score), abs=1e-12)
+    assert 0.5 < found["auroc"] < 1
+    assert found["fpr95"] == pytest.approx(false_positive[np.argmax(true_positive >= 0.95)], abs=1e-12)
+    np.testing.assert_allclose(report.outside["predictive_entropy"].numpy(), score[ROWS:], atol=1e-12)
+    assert "9 rows outside positive" in report.metrics["auroc"].definition
     plain = evaluate(net, (torch.arange(ROWS), labels()), likelihood=Categorical(), batch_size=5)
-    assert {name: value for name, value in found.items() if not name.startswith("ood")} == values(plain)
+    outside = ("auroc", "aupr_in", "aupr_out", "fpr95")
+    assert {name: value for name, value in found.items() if not name.startswith(outside)} == values(plain)
 
 
 def test_targets_outside_are_not_looked_at() -> None:
@@ -313,7 +362,7 @@ def test_targets_outside_are_not_looked_at() -> None:
         evaluate(net, data, ood=(x, y), likelihood=Categorical())
         for y in (torch.zeros(9), torch.full((9,), 99), torch.zeros(9, 2, dtype=torch.int64))
     ]
-    assert len({report.metrics["ood_auroc"].value for report in reports}) == 1
+    assert len({report.metrics["auroc"].value for report in reports}) == 1
 
 
 def test_ood_with_a_regression_is_refused() -> None:
@@ -336,11 +385,16 @@ def test_class_figures_do_not_depend_on_order_or_copies(size: tuple[int, int, in
     moved, target = logits[samples][:, rows][:, :, columns], columns.argsort()[y[rows]]
     assert values(classes(moved, target, log_weight=log_weight[samples], batch_size=batch)) == expected
     twice = classes(torch.cat([logits, logits]), y, log_weight=torch.cat([log_weight, log_weight]), batch_size=batch)
-    assert values(twice) == expected
     found = values(twice)
+    alone = values(classes(logits, y, log_weight=log_weight))
+    # Two samples that are one and the same never disagree: with copies a pair of those may be drawn.
+    assert found.pop("disagreement") <= alone.pop("disagreement", 0.0) + 1e-12
+    assert found == pytest.approx(alone, abs=1e-10)
     assert found["nll"] <= found["gibbs_nll"] + 1e-12
     assert 0 <= found["mutual_information"] <= min(math.log(size[0]), math.log(size[2])) + 1e-12
-    assert found["total_entropy"] == pytest.approx(found["expected_entropy"] + found["mutual_information"], abs=1e-10)
+    assert found["predictive_entropy"] == pytest.approx(
+        found["expected_entropy"] + found["mutual_information"], abs=1e-10
+    )
     assert 0 <= found["brier"] <= 2
 
 
@@ -369,9 +423,11 @@ def test_regression_figures_follow_the_units_of_the_target(unit: float) -> None:
     net, data = table_net(random(7, ROWS, 2), scales=0.3 + random(7).abs()), (torch.arange(ROWS), random(ROWS, 2))
     plain = values(evaluate(net, data, likelihood=LEARNT))
     scaled = values(evaluate(net, data, likelihood=LEARNT, loc=-3.0, scale=unit))
-    factors = {"rmse": unit, "crps": unit, "aleatoric_variance": unit**2, "epistemic_variance": unit**2}
+    factors = {"aleatoric": unit**2, "epistemic": unit**2}
+    factors |= dict.fromkeys(("rmse", "mae", "crps", "width_90", "interval_score_90", "pinball", "sharpness"), unit)
     expected = {name: value * factors.get(name, 1.0) for name, value in plain.items()}
     expected["nll"] += 2 * math.log(unit)
+    expected["gibbs_nll"] += 2 * math.log(unit)
     assert scaled == pytest.approx(expected, rel=1e-9)
 
 
@@ -383,12 +439,12 @@ def test_labels_drawn_from_the_predictive_give_its_entropy() -> None:
     y = torch.multinomial(probs, 1, generator=generator(5)).squeeze(1)
     report = classes(logits, y)
     nll, brier, accuracy = (report.metrics[name] for name in ("nll", "brier", "accuracy"))
-    assert abs(nll.value - report.metrics["total_entropy"].value) < 4 * nll.error
-    assert abs(brier.value - float((probs * (1 - probs)).sum(dim=1).mean())) < 4 * brier.error
-    assert abs(accuracy.value - float(report.rows["confidence"].mean())) < 4 * accuracy.error
-    assert report.metrics["gibbs_nll"].value > nll.value + 4 * nll.error
-    assert report.bins is not None
-    bound = (report.bins.rows * report.bins.confidence * (1 - report.bins.confidence)).sqrt().sum() / rows
+    assert abs(nll.value - report.metrics["predictive_entropy"].value) < 4 * nll.standard_error
+    assert abs(brier.value - float((probs * (1 - probs)).sum(dim=1).mean())) < 4 * brier.standard_error
+    assert abs(accuracy.value - float(report.rows["confidence"].mean())) < 4 * accuracy.standard_error
+    assert report.metrics["gibbs_nll"].value > nll.value + 4 * nll.standard_error
+    count, confidence = (torch.tensor(report.curves["reliability"][name]) for name in ("rows", "confidence"))
+    bound = (count * confidence * (1 - confidence)).sqrt().sum() / rows
     assert report.metrics["ece"].value < 2 * float(bound)  # the bound is sum_m n_m / N se_m; E|gap_m| is 0.8 se_m
 
 
@@ -401,9 +457,10 @@ def test_targets_drawn_from_the_predictive_are_covered() -> None:
     for level in (0.5, 0.9, 0.95):
         figure = report.metrics[f"coverage_{100 * level:.0f}"]
         error = math.sqrt(level * (1 - level) / rows)
-        assert figure.error == pytest.approx(error, rel=0.1)
+        assert figure.standard_error == pytest.approx(error, rel=0.1)
+        assert figure.value is not None
         assert abs(figure.value - level) < 4 * error
-    parts = report.metrics["aleatoric_variance"].value + report.metrics["epistemic_variance"].value
+    parts = report.metrics["aleatoric"].value + report.metrics["epistemic"].value
     squared = report.rows["squared_error"]
     assert abs(float(squared.mean()) - parts) < 4 * float(squared.std()) / math.sqrt(rows)
 
@@ -470,10 +527,9 @@ def test_a_sample_that_overflows_is_named(batch_size: int) -> None:
 def test_num_bins_are_checked_and_named() -> None:
     logits = random(7, ROWS, CLASSES)
     report = classes(logits, labels(), num_bins=4)
-    assert report.bins is not None
-    assert report.bins.rows.shape == (4,)
-    assert int(report.bins.rows.sum()) == ROWS
-    assert "4 equal bins" in report.metrics["ece"].definition
+    assert len(report.curves["reliability"]["rows"]) == 4
+    assert sum(report.curves["reliability"]["rows"]) == ROWS
+    assert report.metrics["ece"].bins == 4
     with pytest.raises(ConfigError, match="num_bins"):
         classes(logits, labels(), num_bins=0)
 
@@ -485,3 +541,64 @@ def test_a_paired_loader_is_no_data_to_judge_by() -> None:
     loader = bnn.PairedLoader((torch.zeros(5, 2), torch.zeros(5).long()), bnn.SampleIndexSampler(bank), batch_size=2)
     with pytest.raises(DataError, match="want a pair of tensors, a data set or a DataLoader, got a PairedLoader"):
         bnn.evaluate(bnn.FunctionalModel(module, bank), loader, likelihood=bnn.likelihoods.Categorical())
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 5), (ROWS, 4, 1)])
+def test_rows_outside_and_shifted_rows_are_of_the_shape_of_the_data(shape: tuple[int, ...]) -> None:
+    module = nn.utils.skip_init(nn.Linear, 4, CLASSES)
+    zeros = {"weight": torch.zeros(CLASSES, 4), "bias": torch.zeros(CLASSES)}
+    net = bnn.FunctionalModel(module, bnn.Bank.from_state_dicts([zeros] * 7, module=module))
+    data, other = (torch.zeros(ROWS, 4), labels()), (torch.zeros(shape), labels())
+    got = str(list(shape[1:])).replace("[", r"\[")
+    with pytest.raises(DataError, match=rf"^ood: want rows of shape \[4\], got {got}"):
+        evaluate(net, data, ood=other, likelihood=Categorical())
+    with pytest.raises(DataError, match=rf"^noise 2: want rows of shape \[4\], got {got}"):
+        evaluate(net, data, shifts={"noise": {2: other}}, likelihood=Categorical())
+    with pytest.raises(DataError, match="at least one row"):
+        evaluate(net, data, ood=(torch.zeros(0, 4), torch.zeros(0)), likelihood=Categorical())
+    with pytest.raises(ConfigError, match="severities from 1 on"):
+        evaluate(net, data, shifts={"noise": {0: data}}, likelihood=Categorical())
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.5)], ids=["classes", "targets"])
+def test_basic_figures_are_some_of_all(likelihood: Likelihood) -> None:
+    net = table_net(2 * random(7, ROWS, CLASSES))
+    data = torch.arange(ROWS), labels() if likelihood.task == "classification" else random(ROWS, CLASSES)
+    every = evaluate(net, data, likelihood=likelihood)
+    basic = evaluate(net, data, likelihood=likelihood, figures="basic")
+    assert {"nll"} < basic.metrics.keys() < every.metrics.keys()
+    for name, figure in basic.metrics.items():
+        assert figure == every.metrics[name], name
+    with pytest.raises(ConfigError, match="figures: want one of all, basic, got 'some'"):
+        evaluate(net, data, likelihood=likelihood, figures="some")  # type: ignore[arg-type]
+
+
+def test_shifted_data_have_the_figures_of_data_of_their_own() -> None:
+    net, y = table_net(2 * random(7, 3 * ROWS, CLASSES)), labels()
+    parts = [(torch.arange(ROWS) + level * ROWS, y) for level in range(3)]
+    report = evaluate(net, parts[0], shifts={"moved": {2: parts[2], 1: parts[1]}}, likelihood=Categorical())
+    alone = [evaluate(net, part, likelihood=Categorical()) for part in parts]
+    found = report.curves["shift"]["moved"]
+    assert found["severity"] == [0, 1, 2]
+    for name, line in found["metrics"].items():
+        assert line == pytest.approx([one.metrics[name].value for one in alone], abs=1e-12), name
+
+
+def test_a_prior_shift_that_leaves_a_class_without_a_share_is_infinite_not_nan() -> None:
+    logits, y = 2 * random(7, ROWS, CLASSES), labels()
+    report = classes(logits, y, prior_shift=([1, 1, 1], [1, 0, 1]))
+    figure = report.metrics["nll"]
+    assert figure.value is None
+    assert figure.note == f"infinite: {int((y == 1).sum())} rows give their class no chance"
+    assert report.metrics["accuracy"].value is not None
+
+
+def test_the_large_bank_goes_by_quadrature_and_says_so() -> None:
+    tables, y = random(1001, 5, 1), random(5, 1)
+    report = evaluate(table_net(tables), (torch.arange(5), y), likelihood=Gaussian(0.5))
+    figure = report.metrics["crps"]
+    assert "by quadrature" in str(figure.note)
+    means, scales = tables, torch.full((1001, 1, 1), 0.5, dtype=torch.float64)
+    first = metrics.mixture_crps(means[:1000], scales[:1000], y)  # a sum over pairs
+    assert figure.value == pytest.approx(float(first.mean()), rel=5e-3)
+    assert figure.monte_carlo_error is not None

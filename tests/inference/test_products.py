@@ -56,7 +56,7 @@ def test_other_dtypes_stay() -> None:
 def test_a_new_run_takes_them_on_amd_alone_and_a_recorded_plan_everywhere(
     monkeypatch: pytest.MonkeyPatch, vendor: str, taken: bool
 ) -> None:
-    monkeypatch.setattr(products, "vendor", lambda: vendor)
+    monkeypatch.setattr(products, "cpu", lambda key: vendor)
     matrix = torch.randn(70, 70, generator=generator(4)) / 10
     rows = torch.randn(110, 70, generator=generator(5))
     target = target_of_function(lambda u: -(rows @ (u.view(70, 70) @ matrix).tanh()).square().sum() / 1000, None)

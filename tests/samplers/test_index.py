@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from bnn.bank import Bank
 from bnn.errors import BankMismatch, ConfigError
 from bnn.samplers import SampleIndexSampler
-from bnn.samplers.hashing import hash64
+from bnn.samplers.hashing import exponentials, hash64
 from bnn.samplers.index import STRATEGIES
 
 
@@ -354,3 +355,144 @@ def test_columns_of_a_bank_in_memory_serve() -> None:
         assert sorted(indices) == list(range(5))
     with pytest.raises(ConfigError, match="antithetic"):
         SampleIndexSampler(bank, strategy="antithetic")
+
+
+# Few shards at once
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A bank as a window sees it: the samples of each of its shards."""
+
+    shard_rows: tuple[int, ...]
+    digest: str = "sharded"
+
+    def __len__(self) -> int:
+        return sum(self.shard_rows)
+
+    @property
+    def shard(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.shard_rows)), self.shard_rows)
+
+
+def test_golden_values_of_a_window() -> None:
+    sampler = SampleIndexSampler(Sharded((3, 1, 4, 2)), window=2, seed=0)  # type: ignore[arg-type]
+    assert sampler.at(range(20)).tolist() == [9, 5, 8, 2, 1, 4, 0, 3, 6, 7, 8, 9, 7, 5, 6, 4, 2, 3, 0, 1]
+    found = exponentials(np.uint64(12345), 4).tolist()
+    assert found == [1.1204167284509614, 1.5702458403371176, 0.19748746961140318, 0.3053545589486307]
+
+
+shards = st.lists(st.integers(1, 9), min_size=1, max_size=9)
+
+
+@given(shards, st.integers(1, 11), st.integers(0, 2**40))
+def test_a_window_takes_each_sample_once_from_few_shards(rows: list[int], window: int, seed: int) -> None:
+    """A shard is open from its first sample to its last: never more than the window, and as many as there are."""
+    bank = Sharded(tuple(rows))
+    sampler = SampleIndexSampler(bank, window=window, seed=seed)  # type: ignore[arg-type]
+    for indices in sampler.at(range(2 * len(bank))).split(len(bank)):
+        assert sorted(indices.tolist()) == list(range(len(bank)))
+        shard = bank.shard[indices.numpy()]
+        left, opened = dict(enumerate(rows)), set[int]()
+        for one in shard.tolist():
+            opened.add(one)
+            assert len(opened) <= window
+            left[one] -= 1
+            if not left[one]:
+                opened.remove(one)
+
+
+def test_a_window_over_all_shards_is_a_shuffle() -> None:
+    """Each sample is at each place equally often, and before each other half the time, within 5 standard errors."""
+    bank, passes = Sharded((1, 4, 2)), 20_000
+    order = SampleIndexSampler(bank, window=3, seed=2).at(range(7 * passes)).view(passes, 7)  # type: ignore[arg-type]
+    place = order.argsort(dim=1)  # [passes, S]
+    for sample in range(7):
+        counts = torch.bincount(place[:, sample], minlength=7).double()
+        assert float(((counts - passes / 7) ** 2 / (passes / 7)).sum()) < 6 + 5 * np.sqrt(12)
+        for other in range(sample):
+            before = float((place[:, sample] < place[:, other]).double().mean())
+            assert abs(before - 0.5) < 5 * 0.5 / np.sqrt(passes)
+
+
+def test_a_window_draws_from_what_is_open_uniformly() -> None:
+    """The second sample of a pass, given the first and the shards that are open, against the slow obvious process.
+
+    Shards of 2, 2 and 1 rows, two open: how often each order of shards comes, by counting all that can happen.
+    """
+    bank, passes = Sharded((2, 2, 1)), 40_000
+
+    def chances(
+        left: tuple[int, ...], opened: tuple[int, ...], waiting: tuple[int, ...], path: tuple[int, ...], p: float
+    ) -> None:
+        if not sum(left):
+            expected[path] = expected.get(path, 0.0) + p
+            return
+        pool = sum(left[shard] for shard in opened)
+        for shard in opened:
+            after = tuple(n - (s == shard) for s, n in enumerate(left))
+            rest, more = opened, waiting
+            if not after[shard]:
+                rest = tuple(s for s in opened if s != shard) + waiting[:1]
+                more = waiting[1:]
+            chances(after, rest, more, (*path, shard), p * left[shard] / pool)
+
+    expected: dict[tuple[int, ...], float] = {}
+    for shuffled in itertools.permutations(range(3)):
+        chances(bank.shard_rows, shuffled[:2], shuffled[2:], (), 1 / 6)
+    order = SampleIndexSampler(bank, window=2, seed=5).at(range(5 * passes)).view(passes, 5)  # type: ignore[arg-type]
+    paths = bank.shard[order.numpy()]
+    found: dict[tuple[int, ...], int] = {}
+    for path in map(tuple, paths.tolist()):
+        found[path] = found.get(path, 0) + 1
+    assert found.keys() == expected.keys()
+    assert abs(sum(expected.values()) - 1) < 1e-12
+    chi_square = sum((found[path] - passes * p) ** 2 / (passes * p) for path, p in expected.items())
+    assert chi_square < len(expected) - 1 + 5 * np.sqrt(2 * (len(expected) - 1))
+
+
+def test_waiting_times_are_exponential() -> None:
+    """Mean, variance and share above 2 of 200,000, within 5 standard errors; of 1, 1 and exp(-2)."""
+    size = 200_000
+    found = exponentials(np.uint64(7), size)
+    assert abs(found.mean() - 1) < 5 / np.sqrt(size)
+    assert abs(found.var() - 1) < 5 * np.sqrt(8 / size)  # the fourth central moment is 9
+    share = np.exp(-2.0)
+    assert abs((found > 2).mean() - share) < 5 * np.sqrt(share * (1 - share) / size)
+    assert (np.sort(found)[1:] > np.sort(found)[:-1]).all()
+
+
+def test_a_window_is_part_of_the_state_and_resumes() -> None:
+    bank = Sharded((3, 5, 2, 4))
+    whole = SampleIndexSampler(bank, window=2, seed=1)  # type: ignore[arg-type]
+    first = iter(whole)
+    seen = [next(first) for _ in range(6)]
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["window"] == 2
+    resumed = SampleIndexSampler(bank, window=2, seed=1)  # type: ignore[arg-type]
+    resumed.load_state_dict(state)
+    assert seen + list(resumed) == whole.at(range(14)).tolist()
+    with pytest.raises(BankMismatch, match="window"):
+        SampleIndexSampler(bank, window=3, seed=1).load_state_dict(state)  # type: ignore[arg-type]
+    with pytest.raises(BankMismatch, match="window"):
+        SampleIndexSampler(bank, seed=1).load_state_dict(state)  # type: ignore[arg-type]
+    old = {key: value for key, value in SampleIndexSampler(bank, seed=1).state_dict().items() if key != "window"}  # type: ignore[arg-type]
+    SampleIndexSampler(bank, seed=1).load_state_dict(old)  # type: ignore[arg-type]
+    ranks = [SampleIndexSampler(bank, window=2, seed=1, rank=rank, world_size=3) for rank in range(3)]  # type: ignore[arg-type]
+    assert torch.equal(torch.stack([one.at(range(9)) for one in ranks], dim=1).view(-1), whole.at(range(27)))
+
+
+def test_windows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1 shard"):
+        SampleIndexSampler(Sharded((3,)), window=0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="want a bank, whose shards it opens, got a length"):
+        SampleIndexSampler(9, window=2)
+    with pytest.raises(ConfigError, match="got one that has none"):
+        SampleIndexSampler(columns([3, 4]), window=2)
+    with pytest.raises(ConfigError, match="strategy 'shuffle' with it"):
+        SampleIndexSampler(Sharded((3,)), strategy="random", window=1)  # type: ignore[arg-type]
+
+
+def test_antithetic_pairs_of_rows_that_were_spread_are_refused() -> None:
+    with pytest.raises(ConfigError, match="spread over its shards"):
+        SampleIndexSampler(replace(BANK, info={**BANK.info, "row_order": "striped"}), strategy="antithetic")

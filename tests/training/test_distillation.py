@@ -570,7 +570,7 @@ def test_a_student_is_scored_with_its_own_noise(tmp_path: Path) -> None:
     net = FunctionalModel(module, fit(model, (x, x), method=Prior(), num_samples=6))
     student = distil(module, net, (x, x), held_out=(x, x), out=tmp_path / "s", num_epochs=200, batch_size=20, lr=0.05)
     report = bnn.evaluate(FunctionalModel(module, student), (x, x))
-    assert report.metrics["aleatoric_variance"].value == pytest.approx(float(student[0][SCALE]) ** 2, rel=1e-5)
+    assert report.metrics["aleatoric"].value == pytest.approx(float(student[0][SCALE]) ** 2, rel=1e-5)
     assert float(student[0][SCALE]) > 0.5
     assert report.metrics["nll"].value == pytest.approx(read_curve(tmp_path / "s")[-1]["held_out_nll"], rel=1e-4)
 

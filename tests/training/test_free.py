@@ -482,7 +482,7 @@ def test_a_trained_trunk_makes_the_head_better(tmp_path: Path) -> None:
     assert set(missing) == {"3.weight", "3.bias"}
     assert unexpected == []
     after = bnn.evaluate(FunctionalModel(model.module, bank), others).metrics
-    assert after["nll"].value < before["nll"].value - 4 * (before["nll"].error or math.inf)
+    assert after["nll"].value < before["nll"].value - 4 * (before["nll"].standard_error or math.inf)
     assert after["accuracy"].value > before["accuracy"].value
 
 

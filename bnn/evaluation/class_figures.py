@@ -1,0 +1,329 @@
+"""Figures of class predictions, each with its error over rows and over samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnn import metrics
+from bnn.evaluation.class_sums import ClassRows
+from bnn.evaluation.definitions import SCORES
+from bnn.evaluation.ranking import Kept, Outside, Ranked, by_influence, by_resampling, ranked
+from bnn.evaluation.report import Report
+from bnn.evaluation.views import Views
+
+TOP = 5
+BASIC = ("accuracy", "nll", "brier", "predictive_entropy", "expected_entropy", "mutual_information")
+MORE = ("gibbs_nll", "variation_ratio", "disagreement", f"top_{TOP}")
+MAIN = ("accuracy", "nll", "brier", "ece", "predictive_entropy", "mutual_information")  # shown against samples
+
+
+class ClassCollector:
+    """Takes the batches of a data set, and keeps of each what figures of all rows need.
+
+    Means are summed, and confidences counted in bins, for every view; scores of each row are kept for the bank and for
+    the bank without each run of draws, since they are ranked.
+    """
+
+    def __init__(self, views: Views, *, num_bins: int, whole: bool, ranked: bool) -> None:
+        self.views, self.num_bins, self.whole, self.ranked = views, num_bins, whole, ranked
+        self.weight: Tensor | None = None
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}  # [V] each
+        self._rows: dict[str, list[Tensor]] = {}  # [B] each, of the whole bank
+        self._kept: dict[str, list[Tensor]] = {}  # [1 + G, B] each
+        self._bins = torch.zeros(3, views.num_views, num_bins, dtype=torch.float64)  # rows, confidence, correct
+        self._own: Tensor | None = None  # [2, 1 + G, C, M] probability and truth of each class in its own bins
+        self._probs: list[Tensor] = []  # [B, C]
+
+    def add(self, found: ClassRows, y: Tensor) -> None:
+        """One batch, with its targets int64 [B]."""
+        assert found.log_prob is not None
+        self.weight, self.count = found.weight, self.count + len(y)
+        probs, target = found.probs, y.to(found.probs.device)  # [C, V, B]
+        at_target = probs.gather(0, target.expand(1, *probs.shape[1:]))[0]  # [V, B]
+        confidence = probs.amax(dim=0)
+        correct = _first_of_largest(probs, at_target, confidence, target)
+        each = {
+            "accuracy": correct,
+            "nll": 0.0 - found.log_prob,
+            "brier": (probs.square().sum(dim=0) - 2.0 * at_target + 1.0).clamp_min(0),
+            "predictive_entropy": found.entropy,
+            "expected_entropy": found.expected_entropy,
+            "mutual_information": found.mutual_information,
+        }
+        if self.whole:
+            each |= self._more(found, at_target, target)
+        for name, values in each.items():
+            values = values.cpu()
+            total = values.sum(dim=1)
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._rows.setdefault(name, []).append(values[0].clone())  # a view would keep all of them
+        confidence, correct = confidence.cpu(), correct.cpu()
+        self._rows.setdefault("y", []).append(y)
+        self._rows.setdefault("predicted", []).append(probs[:, 0].argmax(dim=0).cpu())
+        self._rows.setdefault("confidence", []).append(confidence[0].clone())
+        self._count(confidence, correct)
+        if self.ranked:
+            for name, values in (scores_of(found) | {"correct": correct}).items():
+                self._kept.setdefault(name, []).append(values[: self.views.left_out.stop].cpu().clone())
+        if self.whole:
+            self._count_classes(probs, target)
+
+    def _more(self, found: ClassRows, at_target: Tensor, target: Tensor) -> dict[str, Tensor]:
+        assert found.expected_log_prob is not None
+        assert found.votes is not None
+        each = {"gibbs_nll": 0.0 - found.expected_log_prob, "variation_ratio": 1.0 - found.votes.amax(dim=0)}
+        # Of two samples drawn without putting the first one back: 1 - sum_c V_c^2 counts samples against themselves too.
+        alone = (found.squares / found.weight.square())[:, None].to(target.device)
+        apart = (1.0 - found.votes.square().sum(dim=0)) / (1.0 - alone)
+        each["disagreement"] = torch.where(alone < 1.0, apart, torch.where(alone.isnan(), torch.nan, 0.0).double())
+        if len(found.probs) > TOP:
+            lower = torch.arange(len(found.probs), device=target.device)[:, None, None] < target
+            ahead = (found.probs > at_target) | ((found.probs == at_target) & lower)  # [C, V, B]
+            each[f"top_{TOP}"] = (ahead.sum(dim=0) < TOP).double()
+        return each
+
+    def _count(self, confidence: Tensor, correct: Tensor) -> None:
+        place = _bin(confidence, self.num_bins) + self.num_bins * torch.arange(len(confidence))[:, None]  # [V, B]
+        flat, size = place.flatten(), self._bins[0].numel()
+        for kept, weights in zip(self._bins, (None, confidence, correct), strict=True):
+            found = torch.bincount(flat, None if weights is None else weights.flatten(), minlength=size)
+            kept += found.view_as(kept)
+
+    def _count_classes(self, probs: Tensor, target: Tensor) -> None:
+        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + G, B]
+        classes, size, _ = probs.shape
+        own = torch.arange(classes)[:, None, None]
+        row = torch.arange(size)[:, None] * classes + own  # [C, 1 + G, 1]
+        place = (_bin(probs, self.num_bins) + self.num_bins * row).flatten()
+        truth = (target == own).expand_as(probs)
+        shape = (size, classes, self.num_bins)
+        counted = torch.stack(
+            [
+                torch.bincount(place, values.double().flatten(), minlength=math.prod(shape)).view(shape)
+                for values in (probs, truth)
+            ]
+        )
+        self._own = counted if self._own is None else self._own + counted
+        self._probs.append(probs[:, 0].T.clone())
+
+    def report(self, report: Report) -> None:
+        """Put all figures into a report."""
+        assert self.weight is not None
+        report.rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        kept = {name: torch.cat(parts, dim=1) for name, parts in self._kept.items()}
+        for name in (*BASIC, *MORE) if self.whole else BASIC:
+            if name in self._sums:
+                self._add_mean(report, name)
+        self._add_calibration(report, kept)
+        if self.whole:
+            self._add_selective(report, kept)
+        report.rows["correct"] = report.rows.pop("accuracy")
+
+    def _add_mean(self, report: Report, name: str) -> None:
+        views, rows = self._sums[name] / self.count, report.rows[name]
+        note = None
+        if not math.isfinite(float(views[0])):
+            note = f"infinite: {int(rows.isinf().sum())} rows give their class no chance"
+        self._add(report, name, views, standard_error(rows), note=note)
+
+    def _add_calibration(self, report: Report, kept: dict[str, Tensor]) -> None:
+        rows, bins = report.rows, self._bins
+        gap = bins[2] - bins[1]  # [V, M], times the number of rows
+        sign, place = gap[0].sign(), _bin(rows["confidence"], self.num_bins)
+        apart = rows["accuracy"] - rows["confidence"]  # [N]
+        of_row = sign[place] * apart
+        self._add(report, "ece", gap.abs().sum(dim=1) / self.count, standard_error(of_row), bins=self.num_bins)
+        if not self.whole:
+            return
+        share = (gap.square() / bins[0].clamp_min(1)).sum(dim=1) / self.count  # [V]
+        root = share.sqrt()
+        filled = bins[0, 0].clamp_min(1)
+        of_bin = (gap[0] / filled)[place]  # mean gap of the bin of each row
+        slope = 2.0 * of_bin * apart - of_bin.square()
+        self._add(report, "rmsce", root, _of_root(slope, float(root[0])), bins=self.num_bins)
+        largest = (gap.abs() / bins[0].clamp_min(1)).amax(dim=1)
+        member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
+
+        def again(weight: Tensor) -> Tensor:  # [R, N] -> [R]
+            return ((weight @ (member * apart[:, None])).abs() / (weight @ member).clamp_min(1)).amax(dim=1)
+
+        # Of the largest of several gaps, some of few rows, influences tell too little.
+        error = by_resampling(again, (self.count,)) if self.count > 1 else None
+        self._add(report, "mce", largest, error, bins=self.num_bins)
+        self._add_adaptive(report, kept)
+        assert self._own is not None
+        own = self._own[1] - self._own[0]  # [1 + G, C, M]
+        probs = torch.cat(self._probs)  # [N, C]
+        truth = torch.nn.functional.one_hot(rows["y"], probs.shape[1])
+        signs = own[0].sign().gather(1, _bin(probs.T.contiguous(), self.num_bins))  # [C, N]
+        of_row = (signs * (truth - probs).T).mean(dim=0)
+        value = own.abs().sum(dim=(1, 2)) / (self.count * probs.shape[1])
+        self._add(report, "classwise_ece", value, standard_error(of_row), bins=self.num_bins)
+
+    def _add_adaptive(self, report: Report, kept: dict[str, Tensor]) -> None:
+        confidence, correct = 1.0 - kept["one_minus_max_prob"], kept["correct"]  # [1 + G, N]
+        confidence[0] = report.rows["confidence"]
+
+        def bins_of(view: int) -> metrics.Bins:
+            return metrics.adaptive_bins(confidence[view], correct[view], num_bins=self.num_bins)
+
+        whole, value = bins_of(0), torch.full((len(confidence),), torch.nan, dtype=torch.float64)
+        for view in (~confidence.isnan().any(dim=1)).nonzero().flatten().tolist():
+            value[view] = metrics.ece(bins_of(view))
+        sign = (whole.accuracy - whole.confidence).sign()
+        order = confidence[0].argsort()  # bins hold rows in this order
+        of_row = sign.repeat_interleave(whole.rows) * (correct[0] - confidence[0])[order]
+        self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
+
+    def _add_selective(self, report: Report, kept: dict[str, Tensor]) -> None:
+        loss, score = 1.0 - kept["correct"], kept["one_minus_max_prob"]  # [1 + G, N]
+        order, last = ranked(-score)  # the surest rows first
+        lost = loss.gather(1, order)
+        every = Kept.of(torch.ones_like(lost), lost, last)
+
+        def again(figure: Callable[[Kept], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda weight: figure(Kept.of(weight, lost[:1], last[:1]))
+
+        for name, figure in {"aurc": Kept.aurc, "augrc": Kept.augrc}.items():
+            error = by_influence(again(figure), (self.count,)) if self.count > 1 else None
+            self._add(report, name, figure(every), error)
+        for name, figure in {
+            "coverage_at_risk_5": Kept.coverage_at_risk,
+            "risk_at_coverage_80": Kept.risk_at_coverage,
+        }.items():
+            error = by_resampling(again(figure), (self.count,)) if self.count > 1 else None
+            self._add(report, name, figure(every), error)
+
+    def _add(
+        self,
+        report: Report,
+        name: str,
+        views: Tensor,
+        error: float | None,
+        *,
+        bins: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        assert self.weight is not None
+        report.add(
+            name, float(views[0]), n=self.count, standard_error=error, bins=bins, note=note,
+            monte_carlo_error=self.views.jackknife(views, self.weight),
+        )  # fmt: skip
+
+    def beginnings(self) -> Iterator[tuple[str, list[float]]]:
+        """Main metrics of the beginnings of the bank and of the whole, by id."""
+        place = [*range(self.views.beginnings.start, self.views.beginnings.stop), 0]
+        gap = (self._bins[2] - self._bins[1]).abs().sum(dim=1)  # [V]
+        empty = self._sums["nll"].isnan()  # of samples without any weight
+        for name in MAIN:
+            found = (gap if name == "ece" else self._sums[name]) / self.count
+            found = torch.where(empty, torch.nan, found)
+            yield name, found[place].tolist()
+
+    def bins(self) -> metrics.Bins:
+        """The reliability diagram of the whole bank."""
+        rows, confidence, correct = self._bins[:, 0]
+        filled = rows.clamp_min(1)
+        return metrics.Bins(rows.to(torch.int64), confidence / filled, correct / filled)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Scores [1 + G, N] by which rows are ranked."""
+        return {name: torch.cat(self._kept[name], dim=1) for name in SCORES if name in self._kept}
+
+
+def scores_of(found: ClassRows) -> dict[str, Tensor]:
+    """Uncertainty of each row by the four scores, [V, B]; larger means less sure."""
+    return {
+        "predictive_entropy": found.entropy,
+        "expected_entropy": found.expected_entropy,
+        "mutual_information": found.mutual_information,
+        "one_minus_max_prob": 1.0 - found.probs.amax(dim=0),
+    }
+
+
+class Sides(NamedTuple):
+    """One score of rows inside [1 + G, N] and outside [1 + G, M]."""
+
+    inside: Tensor
+    outside: Tensor
+
+
+def add_outside(
+    report: Report, views: Views, weight: Tensor, inside: dict[str, Tensor], outside: dict[str, Tensor]
+) -> None:
+    """Figures that tell rows outside apart, by each of the scores."""
+    for score in SCORES:
+        sides = Sides(inside[score], outside[score])
+        for kind, (values, error) in _outside(sides).items():
+            name = kind if score == "predictive_entropy" else f"{kind}_{score}"
+            report.add(
+                name, float(values[0]), n=sides.inside.shape[1], standard_error=error, outside=sides.outside.shape[1],
+                monte_carlo_error=views.jackknife(values, weight),
+            )  # fmt: skip
+
+
+def _outside(sides: Sides) -> dict[str, tuple[Tensor, float | None]]:
+    """Values in each view, and error over rows, of the four figures of one score."""
+    # Rows of each side in the order of their scores, so that resamples do not hang on the order of the data.
+    inside, outside = (side.sort(dim=1).values for side in sides)
+    sizes = inside.shape[1], outside.shape[1]
+    both = torch.cat([inside, outside], dim=1)  # [1 + G, N + M]
+    is_outside = torch.arange(sum(sizes)) >= sizes[0]
+    falling, rising = ranked(both), ranked(-both)
+    found = {}
+    for kind, order, figure in (
+        ("auroc", falling, Outside.auroc),
+        ("aupr_in", rising, Outside.average_precision),
+        ("aupr_out", falling, Outside.average_precision),
+        ("fpr95", falling, Outside.fpr),
+    ):
+        side = is_outside ^ (kind == "aupr_in")  # whose rows are the positives
+
+        again = partial(_drawn_again, figure, order, side)
+
+        values = figure(Outside.of(torch.ones_like(both), side[order.order], order.last))
+        error = None
+        if min(sizes) > 1:
+            error = by_resampling(again, sizes) if kind == "fpr95" else by_influence(again, sizes)
+        found[kind] = values, error
+    return found
+
+
+def _drawn_again(figure: Callable[[Outside], Tensor], order: Ranked, side: Tensor, weight: Tensor) -> Tensor:
+    """A figure of the whole bank under weights [R, N + M] of rows."""
+    first = order.order[:1].expand(len(weight), -1)
+    return figure(Outside.of(weight.gather(1, first), side[first], order.last[:1]))
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of a value a row [N]; None of one row, or of values that are not finite."""
+    if len(values) < 2 or not bool(values.isfinite().all()):
+        return None
+    return float(values.std() / len(values) ** 0.5)
+
+
+def _of_root(values: Tensor, root: float) -> float | None:
+    """Of the root of a mean of values [N], by the delta method: d sqrt(m) = dm / (2 sqrt(m))."""
+    error = standard_error(values)
+    return None if error is None or root == 0 else error / (2.0 * root)
+
+
+def _bin(confidence: Tensor, num_bins: int) -> Tensor:
+    """Place among equal bins (a, b], of which the first also holds 0, as `metrics.calibration_bins` has it."""
+    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
+    return torch.bucketize(confidence.contiguous(), edges)
+
+
+def _first_of_largest(probs: Tensor, at_target: Tensor, confidence: Tensor, target: Tensor) -> Tensor:
+    """Whether the target is the most probable class, the first of several, [V, B] of 0 and 1."""
+    largest = at_target == confidence
+    if int((probs == confidence).sum()) > confidence.numel():
+        largest = probs.argmax(dim=0) == target
+    return largest.double()
