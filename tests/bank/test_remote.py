@@ -522,3 +522,30 @@ def test_options_that_do_not_fit(tmp_path: Path, memory: Site, monkeypatch: pyte
 def test_what_is_an_address() -> None:
     assert all(map(is_address, ("s3://a/b", "https://a", "memory://x", "github+x://y")))
     assert not any(map(is_address, ("banks/a", "/a", "a:b", "C:/banks", "./s3://", Path("s3://a/b"))))
+
+
+@pytest.mark.parametrize("residency", ["host", "streamed"])
+def test_other_residencies_fetch_before_they_read(tmp_path: Path, memory: Site, residency: str) -> None:
+    memory.upload(write(tmp_path / "bank", 60))
+    options: dict[str, Any] = {"host_budget": 30_000} if residency == "streamed" else {}
+    bank = Bank.open(memory.address, cache=tmp_path / "cache", residency=residency, **options)  # type: ignore[arg-type]
+    check(bank, 60)
+    check(pickle.loads(pickle.dumps(bank)), 60)
+    bank.release()
+
+
+def test_a_virtual_bank_brings_the_state_that_it_is_made_of(tmp_path: Path, memory: Site) -> None:
+    import bnn
+
+    model = bnn.BayesianModel(
+        torch.nn.Linear(3, 2), prior=bnn.priors.Normal(), likelihood=bnn.likelihoods.Categorical(), num_data=20
+    )
+    source = torch.Generator().manual_seed(0)
+    data = torch.randn(20, 3, generator=source), torch.randint(2, (20,), generator=source)
+    method = bnn.inference.Guide("mean-field", num_steps=3)
+    local = bnn.fit(model, data, method=method, num_samples=11, out=tmp_path / "bank", virtual=True)
+    memory.upload(tmp_path / "bank")
+    for offline in (False, True):
+        bank = Bank.open(memory.address, cache=tmp_path / "cache", offline=offline)
+        assert len(bank) == 11
+        assert torch.equal(pickle.loads(pickle.dumps(bank))[7]["weight"], local[7]["weight"])
