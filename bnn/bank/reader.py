@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.bank import files
+from bnn.bank import files, remote
 from bnn.bank import format as fmt
+from bnn.bank.address import is_address
 from bnn.bank.codecs import Codec, Coding
 from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
 from bnn.bank.shards import (
@@ -94,6 +95,7 @@ class Bank(Sequence[Params]):
         self._coding = coding
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
         self._snapshot: Snapshot | None = None  # of a bank on disk, by which it knows itself again
+        self._source: remote.Source | None = None  # of a bank at an address
         self._placement, self._stream = Placement(), stream
         self._more = fmt.more_columns(self.info, "bank.json")
         self._columns = fmt.column_dtypes(self._more)
@@ -114,11 +116,14 @@ class Bank(Sequence[Params]):
         host_budget: int | str | None = None,
         device_budget: int | str | None = None,
         allow_other_device: bool = False,
+        cache: str | Path | None = None,
+        prefetch: bool = False,
+        offline: bool = False,
     ) -> Bank:
         """Open a bank for reading: no lock is taken, nothing written, and later commits are not seen.
 
         Args:
-            path: the folder.
+            path: the folder; or an address, such as `https://...` or `s3://...`, that fsspec knows.
             verify: `"first-use"` compares the crc32 of a tensor when it is first touched or read, `"full"`
                 the sha256 of every file now, `"never"` nothing but sizes and headers. Of a virtual bank the guide's
                 file and sample 0 are compared now, but for `"never"`.
@@ -130,18 +135,29 @@ class Bank(Sequence[Params]):
             device_budget: bytes of a CUDA device that samples may take.
             allow_other_device: open a virtual bank also on a CPU or with a torch on which its samples were not made;
                 warns (`OtherDevice`) where sample 0 has other bits here.
+            cache: of an address, the folder that keeps copies of its files: shards come when they are first touched, and
+                whatever comes has the sha256 that its manifest says.
+            prefetch: have all shards now.
+            offline: ask nothing of the address: all copies are here.
 
         Raises:
             BankNotFound: no such folder, or no bank in it.
             BankCorrupt: a file is missing, cut or altered.
             BankMismatch: a file of another bank stands among its own; a virtual bank was made on another device.
             BankLimit: it would take more memory than its shards account for, or than a budget allows.
-            BankError: a newer format, or a virtual bank whose fit is not finished.
-            ConfigError: options that contradict each other, or a device that is not there.
+            BankError: a newer format, a virtual bank whose fit is not finished, or an address that cannot be read.
+            BankWriteError: the cache folder cannot be written to.
+            ConfigError: options that contradict each other, a device that is not there, or an address without a cache folder.
         """
         choose("verify", verify, ("first-use", "never", "full"))
         wanted = placement(residency, device, host_budget, device_budget)
-        bank = Bank._open(Path(path), verify, None, wanted, allow_other_device)
+        source = remote.prepare(str(path), cache=cache, offline=offline) if is_address(path) else None
+        if source is None and (cache is not None or prefetch or offline):
+            raise ConfigError(
+                str(path), want="an address, with cache=, prefetch= or offline=", got="a folder", fix="leave them out"
+            )
+        folder = Path(path) if source is None else source.folder
+        bank = Bank._open(folder, verify, None, wanted, allow_other_device, source, prefetch=prefetch)
         if not isinstance(bank, VirtualBank):
             load(bank._shards)
         return bank
@@ -153,6 +169,9 @@ class Bank(Sequence[Params]):
         snapshot: Snapshot | None,
         wanted: Placement = Placement(),  # noqa: B008
         allow_other_device: bool = False,
+        source: remote.Source | None = None,
+        *,
+        prefetch: bool = False,
     ) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached; what is to be held is read when touched."""
         known = files.identity(folder)
@@ -168,9 +187,11 @@ class Bank(Sequence[Params]):
                 )
             made = open_virtual(folder, described, verify=verify != "never", allow_other_device=allow_other_device)
             return cast(Bank, made)  # the same interface, and registered below as one
-        manifests = read_manifests(folder, described)
+        manifests = read_manifests(folder, described, elsewhere=source.num_shards if source else 0)
         if snapshot is not None:
             manifests = as_of(snapshot, manifests, identity, folder)
+        if source is not None:
+            remote.have(source, described, manifests, states=verify == "full", prefetch=prefetch)
         row_bytes = described.stored.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
         for fact in described.beside:
             if files.regular_size(folder / fact["file"]) != fact["bytes"]:
@@ -180,8 +201,13 @@ class Bank(Sequence[Params]):
         for manifest in manifests:
             origin = described.origin(manifest["writer"])
             shards += [MappedShard(folder / fact["file"], fact, origin, verify, known) for fact in manifest["shards"]]
+        if source is not None:
+            for shard, fact in zip(shards, (fact for m in manifests for fact in m["shards"]), strict=True):
+                shard.fetch = partial(source.fetch, fact)
         for shard in shards:
             size = files.regular_size(shard.path)
+            if shard.fetch is not None and size != shard.bytes:
+                size = shard.bytes  # it comes when it is touched
             if size != shard.bytes or size < shard.rows * row_bytes:
                 got = f"{size} bytes" if size is not None else "no regular file"
                 raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
@@ -213,7 +239,7 @@ class Bank(Sequence[Params]):
         bank = Bank(there, layout, info, path=folder, verify=verify, digest=digest, coding=coding, stream=stream)
         bank._placement = wanted
         marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
-        bank._snapshot = Snapshot(identity, marks, digest)
+        bank._snapshot, bank._source = Snapshot(identity, marks, digest), source
         if verify == "full":
             problems = bank.check_values()
             if problems:
@@ -570,8 +596,10 @@ class Bank(Sequence[Params]):
         """
         if self.path is None or self._snapshot is None:
             return self
-        newer = Bank._open(self.path, self._verify, None, self._placement)
-        Bank._open(self.path, "never", self._snapshot)  # whose rows must all be there still
+        source = None if self._source is None else self._source.update()
+        folder = self.path if source is None else source.folder
+        newer = Bank._open(folder, self._verify, None, self._placement, source=source)
+        Bank._open(folder, "never", self._snapshot, source=source)  # whose rows must all be there still
         return newer
 
     def release(self) -> None:
@@ -590,7 +618,7 @@ class Bank(Sequence[Params]):
     def __reduce__(self) -> tuple[object, ...]:
         # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
-            return Bank._open, (self.path, self._verify, self._snapshot, self._placement)
+            return Bank._open, (self.path, self._verify, self._snapshot, self._placement, False, self._source)
         return copyreg.__newobj__, (type(self),), {**self.__dict__, "_opened": {}}  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
