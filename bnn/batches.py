@@ -177,6 +177,11 @@ def moved(values: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, values)
 
 
+def rows_of(batch: Batch, rows: range) -> Batch:
+    """Neighbouring rows of a batch."""
+    return Batch(*pytree.tree_map(lambda t: t[rows.start : rows.stop] if isinstance(t, Tensor) else t, tuple(batch)))
+
+
 def check(batch: Batch) -> Batch:
     """The batch itself, if its values are finite and its lengths agree.
 

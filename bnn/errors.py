@@ -77,6 +77,10 @@ class BankLocked(BankError):
     """Another process is writing under the same writer name."""
 
 
+class RankLost(BnnError):
+    """Another rank of the run has ended, or gave no sign for longer than the timeout."""
+
+
 class NotConverged(UserWarning):
     """A producer stopped before its samples represent the posterior: it says what still moved."""
 

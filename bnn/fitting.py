@@ -7,7 +7,7 @@ import functools
 import hashlib
 import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,13 @@ from torch.utils.data import TensorDataset
 from bnn.bank import Bank, BankWriter
 from bnn.bank.virtual import checked_length, in_memory, is_finished
 from bnn.batches import changes, num_rows, reweights, sampled
-from bnn.errors import BankError, BnnError, ConfigError, FitError
+from bnn.distributed import Ranks, ranks
+from bnn.errors import BankError, BnnError, ConfigError, FitError, RankLost
 from bnn.model import BayesianModel
 from bnn.progress import with_progress
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
 from bnn.seeding import derive
+from bnn.together import Checkpoints, agreed_state, check_alike, check_method, open_part, own_rows, split_of
 from bnn.types import Block, Data, Method, State
 from bnn.virtual import until_fitted, virtual_record
 
@@ -58,6 +60,10 @@ def fit(
     posterior of the data; without, it is that of the reweighted data, sum_i N pi_i log p(y_i | x_i, theta), and
     `bank.info["sampling"]` says so.
 
+    **On several ranks**, inside `bnn.distributed.joined()`, every rank calls `fit` with the same arguments: chains, samples
+    of the prior and members of an ensemble are split over the ranks, each of which writes its part of one
+    bank; of guides the rows of each batch are. What cannot be split is refused.
+
     Args:
         model: what to fit.
         data: a pair of tensors, a data set, or a data loader.
@@ -83,7 +89,9 @@ def fit(
     Raises:
         BankExists: `out` is there and neither resume nor overwrite was said.
         BankMismatch: the bank to resume was made with other options.
-        ConfigError: `num_samples` or the model's `num_data` is wrong; a virtual bank of another method.
+        ConfigError: `num_samples` or the model's `num_data` is wrong; a virtual bank of another method; on several ranks, a
+            method that cannot be split, a virtual bank, or ranks that differ in versions, options, module or data.
+        RankLost: another rank ended, or was silent for longer than the timeout.
         DataError, FitError: as the method says; nothing half-written is left behind.
 
     Examples:
@@ -128,6 +136,19 @@ def fit(
             "of the data with sampler= and importance_weights=True (--balance skew=...,importance), or pass False",
             stacklevel=2,
         )
+    together = ranks()
+    if together.several:
+        facts = {"num_samples": num_samples, "importance_weights": importance_weights, "writer": writer}
+        check_alike({**_facts(model, data, config), **facts, "resume": resume, "overwrite": overwrite}, together)
+        check_method(method, together)
+        if virtual:
+            raise ConfigError(
+                "virtual", want="one process, which keeps the guide alone", got="several ranks", fix="leave it out"
+            )
+        return _fit_on_ranks(
+            model, data, config, together, method=method, num_samples=num_samples, out=out, seed=seed, writer=writer,
+            resume=resume, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     if out is None:
         if writer != "main":
             raise ConfigError("writer", want="out=, the folder that writers share", got="none", fix="pass out=")
@@ -153,49 +174,153 @@ def fit(
             run = until_fitted(model, data, method, num_samples=num_samples, seed=seed, state=kept.state)
             drive(kept, run, title=method.name, progress=progress)
         return Bank.open(out)
+    own = seed if writer == "main" else derive(seed, "writer", writer)
+    _check_state(kept, num_samples)
+    if kept.num_rows < num_samples:
+        run = method.run(model, data, num_samples=num_samples, seed=own, state=kept.state)
+        drive(kept, run, title=method.name, progress=progress)
+    else:
+        _end(kept, num_samples)
+    return Bank.open(out)
+
+
+def _fit_on_ranks(
+    model: BayesianModel,
+    data: Data,
+    config: dict[str, Any],
+    together: Ranks,
+    *,
+    method: Method,
+    num_samples: int,
+    out: str | Path | None,
+    seed: int,
+    writer: str,
+    resume: bool,
+    overwrite: bool,
+    progress: bool | None,
+) -> Bank:
+    """`fit`, by all ranks: each writes its own rows, or rank 0 alone the samples of what all have optimised."""
+    if out is None or writer != "main":
+        raise ConfigError(
+            "out" if out is None else "writer",
+            want="a folder" if out is None else "none: ranks write under names of their own",
+            got="none, with several ranks" if out is None else writer,
+            fix="pass out=" if out is None else "leave it out",
+        )
+    alone = split_of(method) == "gradients"  # rank 0 writes
+    wanted = num_samples if alone else own_rows(method, num_samples, together)
+    if not alone:
+        config["ranks"] = {"world_size": together.world_size}
+    options = {"layout": model.layout, "config": config, "base": model.base()}
+    kept = open_part(Path(out), options, together, alone=alone, resume=resume, overwrite=overwrite)
+    if kept is not None:
+        _check_state(kept, wanted)
+    num_rows = kept.num_rows if kept is not None else 0
+    if alone:
+        num_rows, state = together.first_value(num_rows), together.first_state(kept.state if kept else None)
+    else:
+        state = agreed_state(kept, method, together) if kept is not None else None
+    title, shown = method.name, progress if together.rank == 0 else False
+    if num_rows < wanted:
+        run = method.run(model, data, num_samples=num_samples, seed=seed, state=state)
+        if kept is None:
+            _optimised(run)
+        else:
+            take = Checkpoints(kept, method, together, state).take
+            drive(kept, run, title=title, progress=shown, take=take)
+    elif kept is not None:
+        _end(kept, wanted)
+    together.wait()
+    if not (Path(out) / "bank.json").exists():  # on a host of its own, without the folder that rank 0 wrote
+        return Bank.from_blocks([], layout=model.layout, info=config, base=model.base())
+    return Bank.open(out)
+
+
+def _optimised(run: Iterator[tuple[Block, State]]) -> None:
+    """Take part in what all ranks optimise, up to the samples that rank 0 draws."""
+    for block, _ in run:
+        if block.num_samples:
+            return
+
+
+def _facts(model: BayesianModel, data: Data, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be alike on all ranks: versions, options, module with its values, and all rows of tensors."""
+    return {
+        **{key: value for key, value in config.items() if key not in ("data", "provenance")},
+        "module": module_facts(model.module, {**model.module_params(), **model.base()}),
+        "data": data_facts(data),
+    }
+
+
+def module_facts(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What a module consists of, and digests of these values of it."""
+    parts = {name or "whole": f"{type(part).__name__}({part.extra_repr()})" for name, part in module.named_modules()}
+    return {
+        "a_part": parts,
+        "values": {name: digest_of([tensor], rows=None) for name, tensor in values.items()},
+    }
+
+
+def data_facts(data: Data) -> dict[str, Any]:
+    """How many rows there are, and a digest of all of them where they are tensors."""
+    return {"rows": num_rows(data), "digest": digest_of(data, rows=None)}
+
+
+def _check_state(kept: BankWriter, num_samples: int) -> None:
+    """Raise BankError where rows are to follow others, and no state says how."""
     if kept.num_rows and kept.num_rows < num_samples and kept.state is None:
         kept.release()
         raise BankError(
-            str(out),
+            str(kept.path),
             want="a state that follows its last row, to go on from",
             got="none, as in a bank that was repaired",
             fix="repair the damaged one with --resumable, or fit into another folder and merge",
         )
-    if kept.num_rows < num_samples:
-        own = seed if writer == "main" else derive(seed, "writer", writer)
-        run = method.run(model, data, num_samples=num_samples, seed=own, state=kept.state)
-        drive(kept, run, title=method.name, progress=progress)
-        return Bank.open(out)
+
+
+def _end(kept: BankWriter, num_samples: int) -> None:
+    """Leave a part that has all its rows as it is, or mark it complete."""
     if kept.num_rows > num_samples:
-        part = "bank" if writer == "main" else f"part of {writer}"
+        part = "bank" if kept.writer == "main" else f"part of {kept.writer}"
         warnings.warn(
-            f"fit: {out}: the {part} has {kept.num_rows} samples already, more than the {num_samples} asked for: "
+            f"fit: {kept.path}: the {part} has {kept.num_rows} samples already, more than the {num_samples} asked for: "
             "nothing is added or taken away; ask for more, or keep fewer with bnn bank thin",
-            stacklevel=2,
+            stacklevel=3,
         )
     if not kept.complete:  # killed between its last row and the end
         kept.close()
     else:
         kept.release()
-    return Bank.open(out)
 
 
-def drive(writer: BankWriter, run: Iterable[tuple[Block, State]], *, title: str, progress: bool | None = None) -> None:
+def drive(
+    writer: BankWriter,
+    run: Iterable[tuple[Block, State]],
+    *,
+    title: str,
+    progress: bool | None = None,
+    take: Callable[[Block, State], None] | None = None,
+) -> None:
     """Pour a producer's blocks into a writer and close it; whatever happens, no committed row is lost.
 
     On Ctrl-C what has come so far is committed. Where the producer cannot go on (FitError), what was committed
-    stays. On other errors a folder in which nothing was committed but states is taken away.
+    stays. On other errors a folder in which nothing was committed but states is taken away, unless it
+    is another rank that was lost.
+
+    Args:
+        take: what becomes of a block and the state after it; by default the writer appends them.
     """
+    take = writer.append if take is None else take
     try:
         for block, state in with_progress(run, title, progress):
-            writer.append(block, state)
+            take(block, state)
         writer.close()
     except KeyboardInterrupt:
         if writer.has_news:
             writer.commit()
         writer.release()
         raise
-    except FitError:
+    except (FitError, RankLost):
         writer.release()  # what was committed before it stays, as the error says
         raise
     except BnnError:
@@ -284,14 +409,15 @@ def provenance(module: nn.Module, data: Data) -> dict[str, Any]:
     return {"module": structure, "rows": num_rows(data), "data": digest_of(data)}
 
 
-def digest_of(data: Data) -> str | None:
-    """Of the first 1,000 rows of tensors, and their shapes; None for data sets that are no tensors."""
+def digest_of(data: Data, rows: int | None = 1000) -> str | None:
+    """Of the first rows of tensors, or all, and their shapes; None for data sets that are no tensors."""
     tensors = data.tensors if isinstance(data, TensorDataset) else data if isinstance(data, (tuple, list)) else ()
     digest = hashlib.sha256()
     for leaf in pytree.tree_leaves(list(tensors)):
         if isinstance(leaf, torch.Tensor):
-            rows = leaf[:1000].detach().cpu().contiguous()
+            first = leaf if rows is None or not leaf.dim() else leaf[:rows]
+            first = first.detach().cpu().contiguous()
             digest.update(
-                str((rows.dtype, tuple(leaf.shape))).encode() + rows.flatten().view(torch.uint8).numpy().tobytes()
+                str((first.dtype, tuple(leaf.shape))).encode() + first.flatten().view(torch.uint8).numpy().tobytes()
             )
     return digest.hexdigest() if len(tensors) else None

@@ -207,13 +207,18 @@ def mixtures(
     likelihood: Likelihood | None = None,
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
+    batch: int | None = None,
+    samples: range | None = None,
 ) -> Iterator[tuple[Tensor, Mixture]]:
-    """The same block by block: bank indices [K], and the mixture of those K samples alone."""
+    """The same block by block: bank indices [K], and the mixture of those K samples alone.
+
+    `batch` and `samples` are those of `FunctionalModel.stream`.
+    """
     asked = _asked(net, likelihood, None, loc, scale, (), False, None)
     if asked.likelihood.task == "classification":
         raise ConfigError("likelihood", want="one of targets", got="one of classes", fix="use predict")
     with torch.no_grad():
-        for indices, block, found in _outputs(net, x, spread=False):
+        for indices, block, found in _outputs(net, x, spread=False, batch=batch, samples=samples):
             yield (
                 indices,
                 _mixture([(*_columns(found, block, asked), net.bank.log_weight[indices].double())], asked.likelihood),
@@ -221,18 +226,24 @@ def mixtures(
 
 
 def class_logits(
-    net: FunctionalModel, x: Any, *, likelihood: Likelihood | None = None, prior_shift: tuple[Any, Any] | None = None
+    net: FunctionalModel,
+    x: Any,
+    *,
+    likelihood: Likelihood | None = None,
+    prior_shift: tuple[Any, Any] | None = None,
+    batch: int | None = None,
+    samples: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What all samples say of one batch, block by block: bank indices [K], and logits [K, B, C] of the classes.
 
     Logits of a `Bernoulli` are those of its two classes; of shifted priors they are corrected, and -Inf where a class
-    has no share. Arguments as of `predict`.
+    has no share. Arguments as of `predict`; `batch` and `samples` are those of `FunctionalModel.stream`.
     """
     asked = _asked(net, likelihood, prior_shift, 0.0, 1.0, (), False, None)
     if asked.likelihood.task != "classification":
         raise ConfigError("likelihood", want="one of classes", got="one of targets", fix="use mixtures")
     with torch.no_grad():
-        for indices, _, found in _outputs(net, x, spread=False):
+        for indices, _, found in _outputs(net, x, spread=False, batch=batch, samples=samples):
             logits = _class_outputs(found, asked)
             yield indices, logits if asked.shift is None else _class_log_probs(found, asked)
 
@@ -431,9 +442,11 @@ def _sample_quantiles(kept: list[Tensor], log_weight: Tensor, levels: tuple[floa
     }
 
 
-def _outputs(net: FunctionalModel, x: Any, *, spread: bool) -> Iterator[tuple[Tensor, Block, Tensor]]:
-    """Bank indices [K], block and outputs [K, B, ...] of the whole bank, in order or spread over it."""
-    for indices, block, outputs in net.stream(x, spread=spread):
+def _outputs(
+    net: FunctionalModel, x: Any, *, spread: bool, batch: int | None = None, samples: range | None = None
+) -> Iterator[tuple[Tensor, Block, Tensor]]:
+    """Bank indices [K], block and outputs [K, B, ...] of the whole bank, in order or spread over it, or of some samples."""
+    for indices, block, outputs in net.stream(x, batch=batch, spread=spread, samples=samples):
         if not isinstance(outputs, Tensor):
             raise DataError(
                 "module",

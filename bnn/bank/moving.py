@@ -39,6 +39,7 @@ OWN_KEYS = (
     "diagnostics",
     "resumable",
     "virtual",
+    "ranks",
 )
 
 
@@ -129,7 +130,7 @@ def merge(
     """A new bank with the samples of several, in their order: more chains of one posterior.
 
     Chains of the second bank and later ones are renumbered, `chain + max(chains before) + 1`, so that no two banks
-    share one. `bank.json` keeps what all say alike, and the first one's `model` where they differ in its seed only;
+    share one; parts of one run that its ranks wrote on hosts of their own keep their numbers. `bank.json` keeps what all say alike, and the first one's `model` where they differ in its seed only;
     `method` is `merge` where methods differ, and `"merged"` lists the digest, method, seed and number of samples of each.
 
     Log weights have meaning within their bank only, up to a constant. Where those of a bank differ, or are one number
@@ -168,9 +169,9 @@ def merge(
     banks = list(banks)
     _check_alike(banks, ("likelihood",) if shares is not None else ("columns", "likelihood", "temperature"))
     total = _total_weights(banks, shares)
-    chains, shifts, following = [], [], 0
+    chains, shifts, following, one_run = [], [], 0, _is_one_run(banks)
     for number, bank in enumerate(banks):
-        chains.append(following)
+        chains.append(0 if one_run else following)
         following += int(bank.chain.max()) + 1
         shifts.append(_weight_shift(bank.log_weight, _name(bank, number), total[number]))
     columns = [name for name in banks[0].columns if all(name in bank.columns for bank in banks)]
@@ -219,6 +220,14 @@ def materialise(bank: Bank, out: str | Path, *, overwrite: bool = False, progres
         )
     writer = new_writer(out, [bank], kept_info(bank), overwrite=overwrite)
     return _pour(writer, [bank], lambda _, __, block: block, progress)
+
+
+def _is_one_run(banks: Sequence[Bank]) -> bool:
+    """Whether banks are what the ranks of one run wrote on hosts of their own: their chains are numbered together."""
+    writers = [writer for bank in banks for writer in bank.info.get("diagnostics", {})]
+    runs = {bank.info.get("checksum") for bank in banks if bank.info.get("ranks")}
+    alike = len(runs) == 1 and None not in runs and all(bank.info.get("ranks") for bank in banks)
+    return alike and len(writers) == len(set(writers))
 
 
 def check_apart(out: Path, path: Path) -> None:

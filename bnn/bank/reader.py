@@ -64,7 +64,8 @@ class Bank(Sequence[Params]):
     `len(bank)` is S, `bank[i]` the params of sample i (views, no copy, unless they are coded), `bank.block(indices)` K of
     them stacked. `bank.layout` and `bank.info` say what they are samples of; `chain`, `draw`,
     `log_joint` and `log_weight` are columns [S], `columns` those of the method beside. Chains of different
-    writers are different chains: those of each further writer are numbered on from the last one's.
+    writers are different chains: those of each further writer are numbered on from the last one's, unless they
+    are the ranks of one run, which number theirs together.
 
     What it hands out stays as it is, whatever is asked for next. Of a bank that is streamed a view keeps the buffer that
     it looks into, and where too many buffers are kept, copies are handed out.
@@ -449,6 +450,9 @@ class Bank(Sequence[Params]):
 
     @cached_property
     def _num_writers(self) -> int:
+        """Writers whose chains are counted apart: the ranks of one run number theirs together."""
+        if self.info.get("ranks"):
+            return 1
         return len({shard.writer for shard in self._shards if shard.writer is not None})
 
     @cached_property

@@ -12,7 +12,8 @@ from typing import Any
 import typer
 
 from bnn.cli import bank, bench, calibrate, compare, demo, evaluate, fit, predict, train
-from bnn.errors import BankWriteError, BnnError
+from bnn.cli.ranks import VOICE, on_ranks
+from bnn.errors import BankWriteError, BnnError, RankLost
 
 app = typer.Typer(
     name="bnn",
@@ -47,7 +48,8 @@ _UsageError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kin
 def run(arguments: list[str]) -> int:
     """Run the command line; the exit code. Errors are one line on stderr, with `--debug` a traceback before it."""
     try:
-        code = app(arguments, prog_name="bnn", standalone_mode=False)
+        with on_ranks(arguments):
+            code = app(arguments, prog_name="bnn", standalone_mode=False)
         return _interrupted(arguments) if code == 130 else code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted(arguments)
@@ -55,7 +57,7 @@ def run(arguments: list[str]) -> int:
         _debug(arguments)
         from bnn.cli.show import plain
 
-        return _say(plain(str(error)), 3 if isinstance(error, BankWriteError) else 2)
+        return _say(plain(str(error)), 3 if isinstance(error, BankWriteError | RankLost) else 2)
     except OSError as error:
         _debug(arguments)
         return _say(f"{error.filename or 'input/output'}: {error.strerror or error}", 3)
@@ -91,7 +93,8 @@ def _interrupted(arguments: list[str]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(message, file=sys.stderr)  # noqa: T201
+    if not VOICE.silent:
+        print(f"{VOICE.prefix}{message}", file=sys.stderr)  # noqa: T201
     return code
 
 

@@ -56,6 +56,14 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun, DATAxSAMPLES: ranks that take batches in turn, times ranks that share the samples of each. "
+            "[default: all take batches]",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
     cache: common.Cache = None,
     data_root: common.DataRoot = None,
@@ -71,6 +79,7 @@ def evaluate(
     from bnn.bank.address import is_address
     from bnn.cli.show import show_reports
     from bnn.data import load_outside
+    from bnn.distributed import ranks
     from bnn.errors import choose
     from bnn.functional import FunctionalModel
 
@@ -78,6 +87,7 @@ def evaluate(
     choose("--figures", figures, evaluation.FIGURES)
     common.check_device(device)
     common.check_folder("--report", report)
+    shape = None if mesh is None else _shape(mesh)
     opened = {
         path: Bank.open(path, allow_other_device=allow_other_device, cache=cache if is_address(path) else None)
         for path in bank
@@ -114,12 +124,25 @@ def evaluate(
             figures=figures,  # type: ignore[arg-type]
             loc=dataset.units.loc,
             scale=dataset.units.scale,
+            mesh=shape,
         )
         result.about = {"bank": path, "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
         reports[name] = result
+    if ranks().rank:  # rank 0 speaks for all
+        return
     show_reports(reports, unit=unit)
     if report is not None:
         evaluation.save_reports(reports, report)
+
+
+def _shape(mesh: str) -> tuple[int, int]:
+    """`2x3` as (2, 3)."""
+    from bnn.errors import ConfigError
+
+    data, _, samples = mesh.partition("x")
+    if not (data.isdecimal() and samples.isdecimal()):
+        raise ConfigError("--mesh", want="DATAxSAMPLES, two whole numbers", got=repr(mesh), fix="such as 2x1")
+    return int(data), int(samples)
 
 
 def _rows(bank: Bank, dataset: DataSet, rest: bool) -> Batch:

@@ -158,6 +158,7 @@ def fit(
     from bnn.cli.bank import diagnosis_of
     from bnn.cli.show import show_bank
     from bnn.data import load_data
+    from bnn.distributed import ranks
     from bnn.errors import BnnError, ConfigError, choose
     from bnn.model import BayesianModel
 
@@ -229,6 +230,8 @@ def fit(
         virtual=virtual,
         record=record,
     )
+    if ranks().rank:  # rank 0 speaks for all
+        return
     show_bank(bank)
     try:
         verdict = diagnosis_of(bank, (module, dataset)).text

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,34 @@ class ClassCollector:
         )
         self._own = counted if self._own is None else self._own + counted
         self._probs.append(probs[:, 0].T.clone())
+
+    def fresh(self) -> ClassCollector:
+        """One that has taken nothing, of the same options."""
+        return ClassCollector(self.views, num_bins=self.num_bins, whole=self.whole, ranked=self.ranked)
+
+    def state(self) -> dict[str, Any]:
+        """What it has taken, as tensors and numbers by name, for `merge`, maybe on another rank."""
+        own = {} if self._own is None else {"own": self._own, "probs": torch.cat(self._probs)}
+        return {
+            "weight": self.weight,
+            "count": self.count,
+            "bins": self._bins,
+            **own,
+            **{f"sum.{name}": values for name, values in self._sums.items()},
+            **{f"row.{name}": torch.cat(parts) for name, parts in self._rows.items()},
+            **{f"kept.{name}": torch.cat(parts, dim=1) for name, parts in self._kept.items()},
+        }
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Take what another one has, of the rows that follow: sums are added batch by batch, whoever takes the batches."""
+        self.weight, self.count = state["weight"], self.count + state["count"]
+        self._bins = self._bins + state["bins"]
+        if "own" in state:
+            self._own = state["own"] if self._own is None else self._own + state["own"]
+            self._probs.append(state["probs"])
+        merge_named(state, self._sums, self._rows)
+        for name, values in named(state, "kept").items():
+            self._kept.setdefault(name, []).append(values)
 
     def report(self, report: Report) -> None:
         """Put all figures into a report."""
@@ -236,6 +264,19 @@ class ClassCollector:
     def scores(self) -> dict[str, Tensor]:
         """Scores [1 + G, N] by which rows are ranked."""
         return {name: torch.cat(self._kept[name], dim=1) for name in SCORES if name in self._kept}
+
+
+def named(state: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What stands in a state under `kind.`, by name."""
+    return {name.removeprefix(f"{kind}."): value for name, value in state.items() if name.startswith(f"{kind}.")}
+
+
+def merge_named(state: Mapping[str, Any], sums: dict[str, Tensor], rows: dict[str, list[Tensor]]) -> None:
+    """Add the sums of a state to others, and its rows behind others."""
+    for name, values in named(state, "sum").items():
+        sums[name] = sums[name] + values if name in sums else values
+    for name, values in named(state, "row").items():
+        rows.setdefault(name, []).append(values)
 
 
 def scores_of(found: ClassRows) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -152,6 +152,30 @@ class ClassSums:
             self._votes += other._votes
         if other._low is not None:
             self._low = other._low.clone() if self._low is None else torch.logaddexp(self._low, other._low)
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums by name, for `merge` on another rank; empty where no sample has come."""
+        if self._probs is None:
+            return {}
+        sums = {
+            "probs": self._probs,
+            "entropy": self._entropy,
+            "gibbs": self._gibbs,
+            "votes": self._votes,
+            "low": self._low,
+        }
+        kept = {name: values for name, values in sums.items() if values is not None}
+        return {"weight": self.weight, "squares": self.squares, **kept}
+
+    def of(self, state: Mapping[str, Tensor]) -> ClassSums:
+        """Sums of the same rows from the `state` of others."""
+        found = ClassSums(self.views, self.y, whole=self.whole)
+        if state:
+            found._start(state["probs"].shape[2], len(state["probs"]), state["probs"].device)
+            found.weight, found.squares = state["weight"], state["squares"]
+            found._probs, found._entropy = state["probs"], state["entropy"]
+            found._gibbs, found._votes, found._low = (state.get(name) for name in ("gibbs", "votes", "low"))
+        return found
 
     def rows(self, part: slice = slice(None)) -> ClassRows:
         """What each view says of each row, or of some; NaN of views whose samples have no weight."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bnn.errors import ConfigError, DataError
-from bnn.evaluation.scoring import _batches
+from bnn.evaluation.batches import batches
 from bnn.evaluation.wasserstein import LEAST_DF, has_distance, wasserstein
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Likelihood, Task, likelihood_from_config
@@ -170,7 +170,7 @@ def _rows(data: Any, batch_size: int, progress: bool | None) -> Iterator[Batch]:
         raise DataError(
             "compare", want="inputs, or rows with targets", got=type(data).__name__, fix="pass a tensor of inputs"
         )
-    return _batches(data, batch_size, "compare", progress, targets=False)
+    return batches(data, batch_size, "compare", progress, targets=False)
 
 
 def _class_rows(p: Tensor, q: Tensor) -> dict[str, Tensor]:

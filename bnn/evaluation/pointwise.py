@@ -16,7 +16,7 @@ from bnn.bank import format as fmt
 from bnn.bank.exporting import check_target
 from bnn.batches import num_rows
 from bnn.errors import BankCorrupt, ConfigError, DataError
-from bnn.evaluation.scoring import _batches
+from bnn.evaluation.batches import batches
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import Likelihood, Poisson, as_columns, likelihood_from_config, one_tensor
 from bnn.types import Batch, Data
@@ -152,7 +152,7 @@ def log_likelihoods(
         )
     size, rows = len(net.bank), num_rows(data)
     counted = _Counted(rows)
-    slabs = counted.watched(_batches(data, batch_size, "log likelihood", progress))
+    slabs = counted.watched(batches(data, batch_size, "log likelihood", progress))
     found = ((first, _slab(net, batch, likelihood, scale)) for first, batch in slabs)
     if out is None:
         values = torch.empty(size, rows, dtype=torch.float64)

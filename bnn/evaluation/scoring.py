@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from bnn import metrics
 from bnn.bank import Bank
-from bnn.batches import full_batch, num_rows, parts_of, reweights, samplers_of
+from bnn.batches import num_rows
+from bnn.distributed import ranks
 from bnn.errors import ConfigError, DataError, choose
 from bnn.evaluation import curves
-from bnn.evaluation.class_figures import ClassCollector, add_outside, scores_of
+from bnn.evaluation.batches import Part, Probes, Shape, checked_shape, disabled, parts_in_order, same_shape
+from bnn.evaluation.class_figures import ClassCollector, add_outside, named, scores_of
 from bnn.evaluation.class_sums import ClassSums
 from bnn.evaluation.convergence import examine
+from bnn.evaluation.mesh import Mesh, check_ranks, merged, mesh_of, mixture_of, mixture_state
 from bnn.evaluation.report import Report
 from bnn.evaluation.target_figures import LEVEL, TargetCollector
 from bnn.evaluation.target_sums import TargetSums
@@ -38,23 +40,17 @@ from bnn.likelihoods import (
     likelihood_from_config,
 )
 from bnn.predictive import class_logits, joined, mixtures
-from bnn.samplers import EpochSampler
+from bnn.turns import by_all, in_turn
 from bnn.types import Batch, Data
 
 Figures: TypeAlias = Literal["all", "basic"]
 FIGURES = ("all", "basic")
 
-PROBES = 64  # rows on which chains are judged
-LEAST_PROBES = 8
-JUDGED_VALUES = 2**21  # outputs of all samples that are judged
 VIEW_VALUES = 2**17  # numbers of all views handled at once
 SHIFTED = {
     "classification": ("accuracy", "nll", "ece", "predictive_entropy"),
     "regression": ("rmse", "nll", "coverage_90"),
 }
-
-
-_Shape: TypeAlias = tuple[tuple[int, ...], ...]  # of the rows of each input
 
 
 class _Task(NamedTuple):
@@ -68,6 +64,8 @@ class _Task(NamedTuple):
     num_bins: int
     batch_size: int
     progress: bool | None
+    numbers: Iterator[int]  # of batches, for layers that draw
+    mesh: Mesh
 
 
 def evaluate(
@@ -83,6 +81,7 @@ def evaluate(
     num_bins: int = 15,
     figures: Figures = "all",
     batch_size: int = 512,
+    mesh: tuple[int, int] | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Score the posterior predictive of a bank on data that it was not fitted to.
@@ -99,6 +98,11 @@ def evaluate(
     Banks of Markov chains are judged on probe rows of the data as `diagnose` does: where chains disagree, the headline of
     the report begins with it.
 
+    **On several ranks**, inside `bnn.distributed.joined()`, every rank calls `evaluate` with the same arguments, and has the same
+    report: ranks take the batches in turn, and what each batch says is added up in the order of the data, so that
+    figures are those of one process to the last bit. With a mesh each batch is shared by ranks that take a part of the
+    samples each, whose sums are merged; that changes figures in their last bits.
+
     Args:
         net: a module under a bank.
         data: a pair of tensors, a data set, or a loader; taken once, in its order. Loaders that draw by
@@ -114,6 +118,8 @@ def evaluate(
         figures: "all", or "basic" for accuracy, NLL, Brier score, ECE and entropies, or RMSE, MAE, NLL, coverage and
             variances, without curves and without judging chains.
         batch_size: rows at once, where `data` is no loader.
+        mesh: on several ranks, (data, samples): how many rows of ranks take batches in turn, and how many ranks of a row share
+            the samples; by default all ranks take batches.
         progress: show a bar on stderr; by default where stderr is a terminal.
 
     Returns:
@@ -122,7 +128,9 @@ def evaluate(
     Raises:
         DataError: targets that do not fit the task, NaN in data or predictions (the sample is named), no rows, or rows
             outside or shifted of another shape.
-        ConfigError: the bank names no likelihood and none is given; an option out of range.
+        ConfigError: the bank names no likelihood and none is given; an option out of range; a mesh of another number of
+            ranks, or ranks that differ in versions, bank, module, data or options.
+        RankLost: another rank ended, or was silent for longer than the timeout.
 
     Examples:
         >>> import bnn
@@ -146,9 +154,23 @@ def evaluate(
     if not len(net.bank):
         raise ConfigError("bank", want="at least one sample", got="none", fix="go on with its fit first")
     began, whole = time.perf_counter(), figures == "all"
-    task = _Task(net, likelihood, prior_shift, loc, scale, num_bins, batch_size, progress)
+    together = ranks()
+    place = mesh_of(mesh, together, len(net.bank))
+    if together.several:
+        given: dict[str, Data | None] = {"rows": data, "ood": ood}
+        given |= {f"{name} {level}": one for name, levels in (shifts or {}).items() for level, one in levels.items()}
+        options: dict[str, Any] = {
+            "prior_shift": prior_shift,
+            "loc": loc,
+            "scale": scale,
+            "num_bins": num_bins,
+            "figures": figures,
+        }
+        options |= {"batch_size": batch_size, "mesh": mesh, "likelihood": likelihood.to_config()}
+        check_ranks(net, given, options, together)
+    task = _Task(net, likelihood, prior_shift, loc, scale, num_bins, batch_size, progress, count(), place)
     views = views_of(net.bank, beginnings=whole)
-    probes = _Probes(num_rows(data), net) if whole else None
+    probes = Probes(num_rows(data), net, several=task.mesh.several) if whole else None
     collector, like = _collect(task, data, views, "data", whole=whole, ranked=ood is not None, probes=probes)
     report = Report(
         likelihood.task, collector.count, len(net.bank), len(net.bank.chain.unique()), time.perf_counter() - began
@@ -175,37 +197,71 @@ def _collect(
     *,
     whole: bool,
     ranked: bool = False,
-    probes: _Probes | None = None,
-    like: _Shape | None = None,
-) -> tuple[ClassCollector | TargetCollector, _Shape]:
+    probes: Probes | None = None,
+    like: Shape | None = None,
+) -> tuple[ClassCollector | TargetCollector, Shape]:
     """All batches of a data set, streamed over the samples of the bank, and the shape of its rows."""
     collector: ClassCollector | TargetCollector
     if task.likelihood.task == "classification":
         collector = ClassCollector(views, num_bins=task.num_bins, whole=whole, ranked=whole or ranked)
     else:
         collector = TargetCollector(views, whole=whole)
-    for batch in _batches(data, task.batch_size, title, task.progress):
-        like = _checked_shape(title, batch.x, like)
-        if isinstance(collector, ClassCollector):
-            y = _classes_of(batch.y, task.likelihood)
-            sums = ClassSums(views, y, whole=whole)
-            for indices, logits in class_logits(
-                task.net, batch.x, likelihood=task.likelihood, prior_shift=task.prior_shift
-            ):
-                if not sums.started:
-                    check_logits(logits[0], y)
-                    metrics.check_probs(logits[0].cpu(), y.cpu())
-                sums.add(indices, logits)
-            for part in sums.parts(VIEW_VALUES):
-                collector.add(sums.rows(part), y[part].cpu())
+
+    def judged(part: Part) -> dict[str, Any]:
+        batch, one = part.take(), collector.fresh()
+        shape = checked_shape(title, batch.x, like)
+        if isinstance(one, ClassCollector):
+            _add_classes(task, part, batch, one)
         else:
-            _add_targets(task, batch, views, collector)
+            _add_targets(task, part, batch, one)
+        return {**one.state(), "shape": shape, **({} if probes is None else probes.of(part, batch))}
+
+    for state in _said(task, data, title, judged):
+        like = same_shape(title, state["shape"], like)
+        collector.merge(state)
         if probes is not None:
-            probes.add(batch)
+            probes.add(state)
     if not collector.count:
         raise DataError(title, want="at least one row", got="none", fix="check the data set")
     assert like is not None
     return collector, like
+
+
+def _said(
+    task: _Task, data: Data, title: str, judge: Callable[[Part], dict[str, Any]], *, targets: bool = True
+) -> Iterator[dict[str, Any]]:
+    """What is found in each batch, in their order, whichever rank found it, with a bar."""
+    mesh = task.mesh
+    parts = parts_in_order(data, task.batch_size, task.numbers, targets=targets, several=mesh.several)
+    disable = disabled(task.progress) if mesh.shown else True
+    with tqdm(total=num_rows(data), desc=title, unit="row", delay=1.0, disable=disable) as bar:
+        for state in in_turn(parts, judge, mesh.column):
+            yield dict(state)
+            bar.update(state["count"])
+
+
+def _class_sums(task: _Task, part: Part, x: Any, sums: ClassSums) -> ClassSums:
+    """Sums over all samples of one batch, each rank of a row adding those of its own."""
+
+    def own() -> dict[str, Tensor]:
+        for indices, logits in class_logits(
+            task.net, x, likelihood=task.likelihood, prior_shift=task.prior_shift, batch=part.number, samples=task.mesh.samples
+        ):  # fmt: skip
+            if not sums.started and sums.y is not None:
+                check_logits(logits[0], sums.y)
+                metrics.check_probs(logits[0].cpu(), sums.y.cpu())
+            sums.add(indices, logits)
+        return sums.state() if task.mesh.row.several else {}
+
+    states = by_all(own, task.mesh.row)
+    return merged(sums, states) if task.mesh.row.several else sums
+
+
+def _add_classes(task: _Task, part: Part, batch: Batch, collector: ClassCollector) -> None:
+    y = _classes_of(batch.y, task.likelihood)
+    sums = _class_sums(task, part, batch.x, ClassSums(collector.views, y, whole=collector.whole))
+    for rows in sums.parts(VIEW_VALUES):
+        collector.add(sums.rows(rows), y[rows].cpu())
 
 
 def _classes_of(y: Tensor, likelihood: Likelihood) -> Tensor:
@@ -216,38 +272,58 @@ def _classes_of(y: Tensor, likelihood: Likelihood) -> Tensor:
     return y
 
 
-def _add_targets(task: _Task, batch: Batch, views: Views, collector: TargetCollector) -> None:
+def _add_targets(task: _Task, part: Part, batch: Batch, collector: TargetCollector) -> None:
     if isinstance(task.likelihood, Poisson):
         check_counts(batch.y)
     y = as_columns(batch.y).double().cpu() * task.scale + task.loc
-    sums, kept = TargetSums(views, y), []
-    for indices, part in mixtures(task.net, batch.x, likelihood=task.likelihood, loc=task.loc, scale=task.scale):
-        if y.shape != part.centres.shape[1:]:
-            raise DataError(
-                "data",
-                want=f"targets {list(part.centres.shape[1:])}, as the module's outputs",
-                got=str(list(y.shape)),
-                fix="give the module one output a target",
-            )
-        sums.add(indices, part)
-        kept += [part] if collector.whole else []
-    mixture = joined(kept, task.net.bank.log_weight.double()) if kept else None
-    collector.add(sums.rows(), y, mixture)
+    sums, kept, row = TargetSums(collector.views, y), [], task.mesh.row
+    log_weight = task.net.bank.log_weight.double()
+
+    def own() -> dict[str, Any]:
+        for indices, some in mixtures(
+            task.net, batch.x, likelihood=task.likelihood, loc=task.loc, scale=task.scale, batch=part.number,
+            samples=task.mesh.samples,
+        ):  # fmt: skip
+            if y.shape != some.centres.shape[1:]:
+                raise DataError(
+                    "data",
+                    want=f"targets {list(some.centres.shape[1:])}, as the module's outputs",
+                    got=str(list(y.shape)),
+                    fix="give the module one output a target",
+                )
+            sums.add(indices, some)
+            kept.extend([some] if collector.whole else [])
+        if not row.several:
+            return {}
+        return {
+            **sums.state(),
+            **(mixture_state(joined(kept, log_weight[list(task.mesh.samples or ())])) if kept else {}),
+        }
+
+    states = by_all(own, row)
+    whole = merged(sums, states) if row.several else sums
+    if row.several:
+        kept = [found for state in states if (found := mixture_of(state)) is not None]
+    collector.add(whole.rows(), y, joined(kept, log_weight) if kept else None)
 
 
-def _outside(task: _Task, ood: Data, views: Views, like: _Shape) -> dict[str, Tensor]:
+def _outside(task: _Task, ood: Data, views: Views, like: Shape) -> dict[str, Tensor]:
     """Scores [1 + G, M] of rows outside, whose targets are not looked at."""
     found: dict[str, list[Tensor]] = {}
-    for batch in _batches(ood, task.batch_size, "ood", task.progress, targets=False):
-        _checked_shape("ood", batch.x, like)
-        sums = ClassSums(views, None, whole=False)
-        for indices, logits in class_logits(
-            task.net, batch.x, likelihood=task.likelihood, prior_shift=task.prior_shift
-        ):
-            sums.add(indices, logits)
-        for part in sums.parts(VIEW_VALUES):
-            for name, values in scores_of(sums.rows(part)).items():
-                found.setdefault(name, []).append(values[: views.left_out.stop].cpu().clone())
+
+    def judged(part: Part) -> dict[str, Any]:
+        batch = part.take()
+        checked_shape("ood", batch.x, like)
+        sums = _class_sums(task, part, batch.x, ClassSums(views, None, whole=False))
+        own: dict[str, list[Tensor]] = {}
+        for rows in sums.parts(VIEW_VALUES):
+            for name, values in scores_of(sums.rows(rows)).items():
+                own.setdefault(name, []).append(values[: views.left_out.stop].cpu().clone())
+        return {**{f"kept.{n}": torch.cat(values, dim=1) for n, values in own.items()}, "count": len(batch.y)}
+
+    for state in _said(task, ood, "ood", judged, targets=False):
+        for name, values in named(state, "kept").items():
+            found.setdefault(name, []).append(values)
     if not found:
         raise DataError("ood", want="at least one row", got="none", fix="check the data set")
     return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
@@ -280,31 +356,17 @@ def _add_target_curves(report: Report) -> None:
     report.curves["calibration"] = curves.calibration(rows["pit_below"], rows["pit"])
 
 
-class _Probes:
-    """Rows of the data, evenly spread, on which chains are judged; as many as the number of samples leaves room for."""
-
-    def __init__(self, size: int, net: FunctionalModel) -> None:
-        most = max(LEAST_PROBES, min(PROBES, JUDGED_VALUES // (16 * len(net.bank))))
-        self._wanted = torch.linspace(0, max(size - 1, 0), min(most, max(size, 1)), dtype=torch.float64).round().long()
-        self._seen = 0
-        self._kept: list[Any] = []
-
-    def add(self, batch: Batch) -> None:
-        here = self._wanted[(self._wanted >= self._seen) & (self._wanted < self._seen + len(batch.y))] - self._seen
-        if len(here):
-            self._kept.append(pytree.tree_map(lambda leaf: leaf[here.to(leaf.device)], batch.x))
-        self._seen += len(batch.y)
-
-    def x(self) -> Any:
-        return pytree.tree_map(lambda *leaves: torch.cat(leaves), *self._kept)
-
-
-def _add_chains(report: Report, task: _Task, probes: _Probes) -> None:
+def _add_chains(report: Report, task: _Task, probes: Probes) -> None:
     """R-hat and ESS of the predictions, where samples are steps of chains, and the verdict on those."""
     bank, found = task.net.bank, None
     if isinstance(bank, Bank):
         found = examine(
-            bank, net=task.net, x=probes.x(), likelihood=task.likelihood, num_parameters=0, progress=task.progress
+            bank,
+            net=task.net,
+            x=probes.x(),
+            likelihood=task.likelihood,
+            num_parameters=0,
+            progress=task.progress if task.mesh.shown else False,
         )
         report.diagnosis = found.diagnosis
     worst = None if found is None else found.diagnosis.predictions
@@ -320,7 +382,7 @@ def _add_chains(report: Report, task: _Task, probes: _Probes) -> None:
             report.curves[name] = curves.mixing(figures, logarithmic=name == "ess")
 
 
-def _shift(task: _Task, name: str, severities: Mapping[int, Data], report: Report, like: _Shape) -> dict[str, Any]:
+def _shift(task: _Task, name: str, severities: Mapping[int, Data], report: Report, like: Shape) -> dict[str, Any]:
     """Main figures at each severity, the clean data first."""
     names = SHIFTED[report.task]
     found: dict[str, list[float | None]] = {key: [report.metrics[key].value] for key in names}
@@ -336,65 +398,3 @@ def _shift(task: _Task, name: str, severities: Mapping[int, Data], report: Repor
         for key in names:
             found[key].append(one.metrics[key].value)
     return {"severity": [0, *levels], "metrics": found}
-
-
-def _checked_shape(place: str, x: Any, like: _Shape | None) -> _Shape:
-    """Shapes of one row of each input; DataError where those of the data before were others."""
-    found = tuple(tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
-    if like is not None and found != like:
-        want, got = (", ".join(str(list(shape)) for shape in shapes) for shapes in (like, found))
-        raise DataError(place, want=f"rows of shape {want}", got=got, fix="choose data of the same shape")
-    return found
-
-
-def _batches(
-    data: Data, batch_size: int, title: str, progress: bool | None, *, targets: bool = True
-) -> Iterator[Batch]:
-    """The data once, in order; without targets where those are not to be looked at."""
-    if batch_size < 1:
-        raise ConfigError("batch_size", want="at least 1", got=str(batch_size), fix="raise it")
-    disable = None if progress is None else not progress
-    with tqdm(total=num_rows(data), desc=title, unit="row", delay=1.0, disable=disable) as bar:
-        for batch in _in_order(data, batch_size, targets):
-            yield batch
-            bar.update(len(batch.y))
-
-
-def _check_order(loader: DataLoader[Any]) -> None:
-    """Raise DataError for a loader that does not take rows alike: its figures would be of other data."""
-    repeats = any(
-        (isinstance(sampler, RandomSampler) and sampler.replacement)
-        or (isinstance(sampler, EpochSampler) and not sampler.each_once)
-        for sampler in samplers_of(loader)
-    )
-    if repeats or reweights(loader):
-        raise DataError(
-            "evaluate",
-            want="rows in their natural order, each once",
-            got="a loader that draws them by weight or with replacement",
-            fix="pass the data set itself; probabilities after balanced training are corrected by prior_shift=",
-        )
-
-
-def _in_order(data: Data, batch_size: int, targets: bool) -> Iterator[Batch]:
-    def batch_of(x: Any, y: Tensor) -> Batch:
-        return full_batch((x, y if targets else torch.zeros(len(y))))
-
-    if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=batch_size)
-    if isinstance(data, DataLoader):
-        _check_order(data)
-        for part in parts_of(data, 0, "evaluate"):
-            yield batch_of(*part)
-        return
-    if not isinstance(data, (tuple, list)):
-        raise DataError(
-            "evaluate",
-            want="a pair of tensors, a data set or a DataLoader",
-            got=f"a {type(data).__name__}",
-            fix="pass the data set itself",
-        )
-    whole = batch_of(*data[:2])
-    for start in range(0, len(whole.y), batch_size):
-        here = slice(start, start + batch_size)
-        yield Batch(pytree.tree_map(lambda leaf: leaf[here], whole.x), whole.y[here])  # noqa: B023

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnn.evaluation.class_figures import standard_error
+from bnn.evaluation.class_figures import merge_named, standard_error
 from bnn.evaluation.definitions import LEVELS, PINBALL_LEVELS
 from bnn.evaluation.report import Report
 from bnn.evaluation.target_sums import TargetRows
@@ -35,7 +36,7 @@ class TargetCollector:
         self._sums: dict[str, Tensor] = {}  # [V] each, of means over the outputs of a row
         self._rows: dict[str, list[Tensor]] = {}
         self._note: dict[str, str] = {}
-        self._quadrature_error = 0.0
+        self._quadrature_error: float | None = None  # of the CRPS, where it is no sum over pairs
 
     def add(self, found: TargetRows, y: Tensor, mixture: Mixture | None) -> None:
         """One batch, with its targets [B, C], and the whole mixture where all figures are wanted."""
@@ -135,8 +136,8 @@ class TargetCollector:
             value = mixture_crps(*arguments)
         else:
             bounded = mixture_crps_quadrature(*arguments)
-            value, self._quadrature_error = bounded.value, max(self._quadrature_error, float(bounded.error.max()))
-            self._note["crps"] = f"by quadrature, off by at most {self._quadrature_error:.1g} a row"
+            value, own = bounded.value, float(bounded.error.max())
+            self._quadrature_error = max(self._quadrature_error or 0.0, own)
         views = torch.full((self.views.num_views, *y.shape), torch.nan, dtype=torch.float64)
         views[0] = value
         if self.views.num_groups > 1:
@@ -160,6 +161,30 @@ class TargetCollector:
         of_group = torch.zeros(self.views.num_groups, dtype=torch.float64).index_add_(0, self.views.group, weight)
         of_group = of_group[:, None, None]
         return (found - of_group * found.sum(dim=0)) / (1.0 - of_group)
+
+    def fresh(self) -> TargetCollector:
+        """One that has taken nothing, of the same options."""
+        return TargetCollector(self.views, whole=self.whole)
+
+    def state(self) -> dict[str, Any]:
+        """What it has taken, as tensors and plain values by name, for `merge`, maybe on another rank."""
+        return {
+            "weight": self.weight,
+            "count": self.count,
+            "note": self._note,
+            "quadrature_error": self._quadrature_error,
+            **{f"sum.{name}": values for name, values in self._sums.items()},
+            **{f"row.{name}": torch.cat(parts) for name, parts in self._rows.items()},
+        }
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Take what another one has, of the rows that follow: sums are added batch by batch, whoever takes the batches."""
+        self.weight, self.count = state["weight"], self.count + state["count"]
+        merge_named(state, self._sums, self._rows)
+        self._note |= state["note"]
+        if state["quadrature_error"] is not None:
+            self._quadrature_error = max(self._quadrature_error or 0.0, state["quadrature_error"])
+            self._note["crps"] = f"by quadrature, off by at most {self._quadrature_error:.1g} a row"
 
     def report(self, report: Report) -> None:
         """Put all figures into a report."""

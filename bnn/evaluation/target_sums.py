@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,33 @@ class TargetSums:
         self._log_prob = torch.logaddexp(self._log_prob, other._log_prob)
         if other._below is not None:
             self._below = other._below.clone() if self._below is None else self._below + other._below
+
+    def state(self) -> dict[str, Any]:
+        """All sums by name, for `merge` on another rank; empty where no sample has come."""
+        if self._shift is None:
+            return {}
+        found = {
+            "weight": self.weight,
+            "shift": self._shift,
+            "first": self._first,
+            "second": self._second,
+            "noise": self._noise,
+            "pit": self._pit,
+            "gibbs": self._gibbs,
+            "log_prob": self._log_prob,
+            "infinite": self._infinite,
+        }
+        return found if self._below is None else {**found, "below": self._below}
+
+    def of(self, state: Mapping[str, Any]) -> TargetSums:
+        """Sums of the same rows from the `state` of others."""
+        found = TargetSums(self.views, self.y)
+        if state:
+            found.weight, found._shift = state["weight"], state["shift"]
+            found._first, found._second, found._noise = state["first"], state["second"], state["noise"]
+            found._pit, found._below, found._gibbs = state["pit"], state.get("below"), state["gibbs"]
+            found._log_prob, found._infinite = state["log_prob"], state["infinite"]
+        return found
 
     def rows(self) -> TargetRows:
         """What each view says of each row; NaN of views whose samples have no weight."""

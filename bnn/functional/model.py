@@ -211,7 +211,7 @@ class FunctionalModel:
         return self._apply(self._taken(block.params), self._prepared(x, block.num_samples), indices, batch)
 
     def stream(
-        self, x: Any, *, batch: int | None = None, spread: bool = False
+        self, x: Any, *, batch: int | None = None, spread: bool = False, samples: range | None = None
     ) -> Iterator[tuple[Tensor, Block, Outputs]]:
         """Bank indices [K], block and outputs [K, B, C] of the whole bank, in blocks that keep to `memory`.
 
@@ -222,6 +222,7 @@ class FunctionalModel:
             batch: number of the batch, for layers that draw.
             spread: take every n-th sample from first to last, then those beside them, and so on, so that what has
                 come so far is always spread over the bank.
+            samples: of neighbours, in place of the whole bank; not beside `spread`.
         """
         x, size = self._moved(x), len(self.bank)
         if not size:
@@ -243,8 +244,9 @@ class FunctionalModel:
             passes = [slice(start, size, step) for start in _spread(step)]
         else:
             most = min(most, SPREAD_SAMPLES) if spread else most
-            passes = [slice(start, min(start + most, size), 1) for start in range(0, size, most)]
-        if getattr(self.bank, "residency", None) == "streamed":  # now, and again for the next batch
+            some = range(size) if samples is None else samples
+            passes = [slice(start, min(start + most, some.stop), 1) for start in range(some.start, some.stop, most)]
+        if passes and getattr(self.bank, "residency", None) == "streamed":  # now, and again for the next batch
             order = np.concatenate([np.arange(chosen.start, chosen.stop, chosen.step) for chosen in passes])
             self.bank.follow(np.concatenate([order, order]), window=size)  # type: ignore[attr-defined]
         for chosen in passes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnn.distributed import ALONE, Ranks
 from bnn.errors import FitError
 from bnn.inference import starting
 from bnn.inference.adaptation import (
@@ -41,6 +42,7 @@ COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
 LIKELY_STEPS = 64  # of a trajectory whose length is learnt, about, for the rule that decides on compiling
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
+LEARNT_FROM = ("acceptance", "proposal", "velocity")  # what ChEES asks of a transition
 ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
 
@@ -83,18 +85,23 @@ def run_chains(
     state: State | None,
     *,
     warns: bool = True,
+    together: Ranks = ALONE,
 ) -> Iterator[tuple[Draw, State]]:
     """Climb, warm up and sample, yielding after each step where the chains stand and the state to go on from.
 
-    Randomness is by (seed, chain, trajectory), whatever runs beside.
+    Randomness is by (seed, chain, trajectory), whatever runs beside. Several ranks have their share of the chains each,
+    and learn in warm-up what one process would: figures of all chains are gathered in their order, and summed as
+    there. After warm-up no rank waits for another.
 
     Args:
-        start: positions [C, P] to begin at; asked where there is no state.
+        start: positions [C, P] of this rank's chains to begin at; asked where there is no state.
         scale: of the prior [P]: units of the climb, and of the first mass.
         num_draws: kept draws a chain. How gradients are computed follows from the number asked for at first; a run
             that goes on keeps the plan in its state, also with a larger number.
         warns: at the end, of what makes draws useless.
+        together: the ranks that the chains are split over.
     """
+    chains = together.share(options.num_chains)
     plan = None if state is None else Plan.load(state)
     flat = start() if state is None else _flat_in(state, scale)
     climb_steps = CLIMB_STEPS if starting.climbs(options.init) else 0
@@ -102,31 +109,45 @@ def run_chains(
     total = climb_steps + trajectories
     num_gradients = climb_steps + trajectories * min(options.most_steps, LIKELY_STEPS)
     density = prepare(
-        target, flat, num_gradients=num_gradients, memory=options.memory, compile=options.compile, plan=plan
+        target,
+        flat,
+        num_gradients=num_gradients,
+        memory=options.memory,
+        compile=options.compile,
+        plan=plan,
+        num_chains=options.num_chains,
     )
     if state is None or "climb.flat" in state:
         if climb_steps:
             for draw, following in _climb(density, flat, scale, state, total):
                 yield draw, following
                 flat = draw.at.flat
-        at = _checked_start(flat, density)
-        step, adaptation, sums = 0, _first_adaptation(options, density, at, scale, seed), _no_sums(at)
+        at = _checked_start(flat, density, together)
+        step, adaptation, sums = 0, _first_adaptation(options, density, at, scale, seed, together), _no_sums(at)
+        common = 1.0
     else:
         step, (at, adaptation, sums) = state["step"] - climb_steps, _restored(state, scale)
+        common = state.get("common", 1.0)
     edges = set(windows(options.num_warmup))
     while step < total - climb_steps:
         warm = step < options.num_warmup
         learnt = adaptation.step_size
         step_size = (learnt.log_step if warm else learnt.log_step_mean).exp()  # [C]
-        num_steps = _num_steps(options, adaptation.length, step_size, seed, step)
-        noise, uniform = _randomness(at.flat, seed, step)
+        if options.learns_length and (warm or not together.several):
+            common = _common(together.pooled(step_size))
+        num_steps = _num_steps(options, adaptation.length, common, seed, step)
+        noise, uniform = _randomness(at.flat, seed, step, first=chains.start)
         before = at.flat
         at, found = transition(density, at, noise, uniform, adaptation.metric, step_size, num_steps)
         step += 1
         if step - 1 == options.num_warmup:
             sums = sums._replace(divergences=0)  # those of warm-up
-        sums = _added(sums, found, num_steps, warm=warm, moved=bool((at.flat != before).any()))
-        _require_moving(options, found, sums, step)
+        moved, infinite = (at.flat != before).any(dim=1), found.infinite  # [C]
+        if warm and together.several:
+            moved, infinite = together.pooled(torch.stack([moved, infinite], dim=1).to(torch.uint8)).bool().T
+        # After warm-up a rank does not know whether another one's chains move.
+        sums = _added(sums, found, num_steps, warm=warm, moved=bool(moved.any()) or (together.several and not warm))
+        _require_moving(options, infinite, sums, step, first=0 if warm else chains.start)
         if warm:
             adaptation = update_adaptation(
                 options,
@@ -139,7 +160,11 @@ def run_chains(
                 num_steps=num_steps,
                 step=step,
                 edges=edges,
+                together=together,
+                common=common,
             )
+            if together.several and options.learns_length and step == options.num_warmup:
+                common = _common(together.pooled(adaptation.step_size.log_step_mean.exp()))
         draw = _draw(options, at, found, sums, step - options.num_warmup, step_size, num_steps)
         if draw.number is not None:
             sums = sums._replace(acceptance=torch.zeros_like(sums.accepted), divergent=torch.zeros_like(sums.accepted))
@@ -156,10 +181,12 @@ def run_chains(
             "compile_seconds": density.compile_seconds,
         }
         progress = {"step": climb_steps + step, "num_steps": total, "phase": phase, "info": info}
-        yield draw, {**_saved(density.plan, at, adaptation, sums), **progress}
-    trouble = movement(sums.accepted, sums.divergences, num_draws * options.thin) if num_draws and warns else ""
-    if trouble:
-        warnings.warn(f"HMC: {trouble}", stacklevel=2)
+        agreed = {"common": common} if together.several else {}
+        yield draw, {**_saved(density.plan, at, adaptation, sums), **progress, **agreed}
+    if num_draws and warns:
+        trouble = movement(sums.accepted, sums.divergences, num_draws * options.thin, first=chains.start)
+        if trouble:
+            warnings.warn(f"HMC: {trouble}", stacklevel=2)
 
 
 def _climb(
@@ -186,35 +213,36 @@ def _climb(
             yield Draw(Position(climbed, nothing, nothing, climbed), None, none, 0), state
 
 
-def _checked_start(flat: Tensor, density: Prepared) -> Position:
+def _checked_start(flat: Tensor, density: Prepared, together: Ranks) -> Position:
     """The chains where they start.
 
     Raises:
         FitError: a density or gradient that is not finite there; the chains are named.
     """
     values = density(flat)
-    bad = ~(values.log_density.isfinite() & values.gradient.isfinite().all(dim=1))
+    fine = values.log_density.isfinite() & values.gradient.isfinite().all(dim=1)
+    heights, bad = together.pooled(values.log_density), together.pooled((~fine).to(torch.uint8))  # of all ranks
     if bad.any():
         chains = bad.nonzero().flatten().tolist()
         raise FitError(
             "HMC",
             want="a finite log density and gradient at the start",
-            got=f"{float(values.log_density[chains[0]])} in chain {chains[0]}"
+            got=f"{float(heights[chains[0]])} in chain {chains[0]}"
             + (f", as in {len(chains)} chains" * (len(chains) > 1)),
             fix="start elsewhere; of a model, use a narrower prior, standardise the data, or init='module'",
         )
     return Position(flat, *values)
 
 
-def _require_moving(options: HMC, found: Transition, sums: Sums, step: int) -> None:
-    """Raise FitError where a density has turned infinite, or no chain has moved for long."""
+def _require_moving(options: HMC, infinite: Tensor, sums: Sums, step: int, *, first: int) -> None:
+    """Raise FitError where a density has turned infinite [C], in chains from `first` on, or no chain has moved for long."""
     after = step - options.num_warmup - 1
     when = f"trajectory {step - 1} of warm-up" if after < 0 else f"draw {after // options.thin}"
-    if found.infinite.any():
+    if infinite.any():
         raise FitError(
             "HMC",
             want="a log density below infinity",
-            got=f"inf in chain {int(found.infinite.nonzero()[0])} at {when}",
+            got=f"inf in chain {first + int(infinite.nonzero()[0])} at {when}",
             fix="look for a scale that reaches 0, or a logarithm or division without a bound; what was committed stays",
         )
     if sums.still >= STUCK:
@@ -226,16 +254,24 @@ def _require_moving(options: HMC, found: Transition, sums: Sums, step: int) -> N
         )
 
 
-def _first_adaptation(options: HMC, density: Prepared, at: Position, scale: Tensor, seed: int) -> Adaptation:
+def _first_adaptation(
+    options: HMC, density: Prepared, at: Position, scale: Tensor, seed: int, together: Ranks
+) -> Adaptation:
     metric = diagonal(scale)
     if options.step_size is None:
-        step_size = _reasonable_step_size(density, at, metric, seed)
+        noise = torch.randn(
+            (options.num_chains, at.flat.shape[1]), generator=generator(seed, "step size"), dtype=at.flat.dtype
+        )
+        own = together.share(options.num_chains)
+        noise = noise[own.start : own.stop].to(at.flat.device)  # [C, P]
+        step_size = _reasonable_step_size(density, at, metric, noise, together)
     else:
         step_size = torch.full_like(at.log_density, options.step_size)
-    common = _common(step_size)
+    common = _common(together.pooled(step_size))
     room = _room(options) if windows(options.num_warmup) else 0
     length = min(max(FIRST_LENGTH, common), common * options.most_steps)
-    return Adaptation(first_step_size(step_size), metric, no_moments(at.flat, room), first_length(length, at.flat))
+    centre = together.pooled(at.flat) if options.learns_length else at.flat
+    return Adaptation(first_step_size(step_size), metric, no_moments(at.flat, room), first_length(length, centre))
 
 
 def _room(options: HMC) -> int:
@@ -255,20 +291,25 @@ def update_adaptation(
     num_steps: int,
     step: int,
     edges: set[int],
+    together: Ranks = ALONE,
+    common: float,
 ) -> Adaptation:
-    """What one trajectory of warm-up, number `step` from 1, teaches."""
+    """What one trajectory of warm-up, number `step` from 1, teaches: step sizes a chain, mass and length for all.
+
+    Every rank learns mass and length from the chains of all, which are gathered as they stand in one process.
+    """
     learnt = update_step_size(adaptation.step_size, found.acceptance, options.target_accept)
     adaptation = adaptation._replace(step_size=learnt)
     if options.learns_length:
         length = update_length(
             adaptation.length,
-            found,
-            before,
-            after,
+            found._replace(**{name: together.pooled(getattr(found, name)) for name in LEARNT_FROM}),
+            together.pooled(before),
+            together.pooled(after),
             adaptation.metric,
-            time=step_size * num_steps,
-            shortest=_common(step_size),
-            longest=_common(step_size) * options.most_steps,
+            time=together.pooled(step_size) * num_steps,
+            shortest=common,
+            longest=common * options.most_steps,
         )
         adaptation = adaptation._replace(length=length)
     if options.mass == "unit" or not window_start(options.num_warmup) < step <= max(edges, default=0):
@@ -279,7 +320,9 @@ def update_adaptation(
     moments = update_moments(adaptation.moments, after, every)
     if step not in edges:
         return adaptation._replace(moments=moments)
-    metric = learn_metric(moments, scale.square(), options.rank if options.mass == "low-rank" else 0)
+    mean, squares, recent = (together.pooled(each) for each in (moments.mean, moments.squares, moments.recent))
+    whole = moments._replace(mean=mean, squares=squares, recent=recent)
+    metric = learn_metric(whole, scale.square(), options.rank if options.mass == "low-rank" else 0)
     return Adaptation(
         first_step_size(learnt.log_step_mean.exp()),
         metric,
@@ -293,10 +336,13 @@ def _common(step_size: Tensor) -> float:
     return float(step_size.log().mean().exp())
 
 
-def _reasonable_step_size(density: Prepared, at: Position, metric: Metric, seed: int) -> Tensor:
-    """Step sizes [C], found by doubling or halving, at which one step of a chain is accepted with about a half."""
-    noise = torch.randn(at.flat.shape, generator=generator(seed, "step size"), dtype=at.flat.dtype)
-    noise, uniform = noise.to(at.flat.device), torch.ones_like(at.log_density)
+def _reasonable_step_size(
+    density: Prepared, at: Position, metric: Metric, noise: Tensor, together: Ranks = ALONE
+) -> Tensor:
+    """Step sizes [C], found by doubling or halving, at which one step of a chain, with this noise [C, P], is accepted
+    with about a half.
+    """
+    uniform = torch.ones_like(at.log_density)
 
     def easy(step_size: Tensor) -> Tensor:
         return transition(density, at, noise, uniform, metric, step_size, 1)[1].acceptance > 0.5  # [C]
@@ -311,24 +357,25 @@ def _reasonable_step_size(density: Prepared, at: Position, metric: Metric, seed:
         step_size = torch.where(settled | (crossed & grows), step_size, following)
         settled = settled | crossed
         if settled.all():
-            return step_size
-    if not (settled | ~grows).all():
-        chain = int((~settled & grows).nonzero()[0])
+            break
+    endless, reached = together.pooled((~settled & grows).to(torch.uint8)), together.pooled(step_size)
+    if endless.any():
+        chain = int(endless.nonzero()[0])
         raise FitError(
             "HMC",
             want="a step that is ever too long",
-            got=f"none up to {float(step_size[chain]):.1e} in chain {chain}",
+            got=f"none up to {float(reached[chain]):.1e} in chain {chain}",
             fix="look for a log density that is flat, or add a prior",
         )
     return step_size  # where none is easy the run will find its chains standing still
 
 
-def _num_steps(options: HMC, length: Length, step_size: Tensor, seed: int, step: int) -> int:
-    """Leapfrog steps of trajectory number `step`."""
+def _num_steps(options: HMC, length: Length, common: float, seed: int, step: int) -> int:
+    """Leapfrog steps of trajectory number `step`; `common` is the mean step size of all chains, where a length is learnt."""
     if options.learns_length:
         warm = step < options.num_warmup
         time = van_der_corput(step + 1) * math.exp(length.log_length if warm else length.log_length_mean)
-        return min(max(math.ceil(time / _common(step_size)), 1), options.most_steps)
+        return min(max(math.ceil(time / common), 1), options.most_steps)
     if options.trajectory == "fixed":
         return options.most_steps
     shortest = math.ceil(options.most_steps / 2)
@@ -345,9 +392,9 @@ def van_der_corput(number: int) -> float:
     return value
 
 
-def _randomness(like: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def _randomness(like: Tensor, seed: int, step: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
     """Normals [C, P] and uniforms [C] of trajectory `step`: by (seed, chain, step), whatever runs beside."""
-    sources = [generator(seed, "chain", chain, step) for chain in range(len(like))]
+    sources = [generator(seed, "chain", chain, step) for chain in range(first, first + len(like))]
     noise = torch.stack([torch.randn(like.shape[1], generator=source, dtype=like.dtype) for source in sources])
     uniform = torch.stack([torch.rand((), generator=source, dtype=torch.float64) for source in sources])
     return noise.to(like.device), uniform.to(like.device)
@@ -388,19 +435,20 @@ def _draw(
     return Draw(at, after // options.thin - 1 if kept else None, columns, num_steps)
 
 
-def movement(accepted: Tensor, divergences: int, num_trajectories: int) -> str:
+def movement(accepted: Tensor, divergences: int, num_trajectories: int, *, first: int = 0) -> str:
     """What makes draws useless, and a way out: chains that stand still or trajectories that diverge; else nothing.
 
     Args:
         accepted: probabilities [C], summed over `num_trajectories` of each chain.
         divergences: of all chains.
+        first: number of the first chain.
     """
     each = accepted / num_trajectories  # [C]
     slow = (each < 0.2).nonzero().flatten().tolist() if num_trajectories >= ENOUGH_TO_JUDGE else []
     if not slow and divergences <= 0.05 * num_trajectories * len(each):
         return ""
     named = (
-        f"chains {', '.join(map(str, slow[:8]))} accepted {float(each[slow].mean()):.2f} of their trajectories, "
+        f"chains {', '.join(str(first + chain) for chain in slow[:8])} accepted {float(each[slow].mean()):.2f} of their trajectories, "
         if slow
         else ""
     )

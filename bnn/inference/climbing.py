@@ -103,16 +103,17 @@ def weighted_batches(
         yield moved(batch, model.device), len(batch.y) / rows
 
 
-def starts(model: BayesianModel, start: Start, num: int, seed: int, *, first: int = 0) -> Tensor:
-    """Positions [M, P] to climb from: those numbered `first` to `first + num - 1`.
+def starts(model: BayesianModel, start: Start, num: int, seed: int, *, first: int = 0, every: int = 1) -> Tensor:
+    """Positions [M, P] to climb from: `num` of them, numbered from `first` on, or every so-many-th.
 
     `"module"`: the module's values, all alike; `"reset"`: those after `reset_parameters` of its layers on a
     copy, so that each is another (what no layer resets stays); `"prior"`: draws of the prior.
     """
+    numbers = range(first, first + num * every, every)
     if start == "prior":
-        found = [model.sample_prior(seed, "start", index) for index in range(first, first + num)]
+        found = [model.sample_prior(seed, "start", index) for index in numbers]
     elif start == "reset":
-        found = [_reset(model, seed, index) for index in range(first, first + num)]
+        found = [_reset(model, seed, index) for index in numbers]
     else:
         found = [model.module_params()] * num
     return torch.stack([model.unconstrain(params).to(model.device) for params in found])

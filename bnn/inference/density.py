@@ -116,6 +116,7 @@ def prepare(
     memory: int | None,
     compile: bool | None,
     plan: Plan | None = None,
+    num_chains: int | None = None,
 ) -> Prepared:
     """The density of a target at positions such as `flat` [C, P], by the plan recorded or the rule.
 
@@ -127,6 +128,7 @@ def prepare(
         num_gradients: that will be asked for, about.
         compile: True or False overrule the rule.
         plan: of the run that goes on.
+        num_chains: of all ranks, by which the rule goes where `flat` holds some of them; those of `flat` where None.
 
     Raises:
         ConfigError: `compile=True`, or a plan that was compiled, without a compiler; `memory` for not even one row.
@@ -134,7 +136,10 @@ def prepare(
     """
     resumed = plan is not None
     if plan is None:
-        plan, graph = _plan(target, flat, num_gradients, memory, compile)
+        whole = num_chains in (None, len(flat))
+        every = flat if whole else flat[:1].expand(num_chains or 1, -1)  # [C, P]
+        plan, graph = _plan(target, every, num_gradients, memory, compile)
+        graph = graph if whole else None  # of other shapes
     else:
         graph = None
     if plan.mode == "compiled" and not has_compiler(flat.device):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from bnn.arrays import read_tensors
 from bnn.batches import Sampled, minibatches, moved, num_batches, num_rows
+from bnn.distributed import Ranks, ranks
 from bnn.errors import ConfigError, DataError, check_kinds, choose
 from bnn.inference.climbing import Climb, Gradient, climb, gradient_of, require_finite, starts, weighted_batches
 from bnn.model import BayesianModel
@@ -84,6 +85,7 @@ class Ensemble:
     group_size: int = 5
 
     name: ClassVar[str] = "ensemble"
+    split: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -161,6 +163,12 @@ class Task(NamedTuple):
     gradient: Gradient
     score: Score | None  # on held-out rows, with `patience`
     epoch: int  # batches of the training rows
+    together: Ranks  # of which this one trains every so-many-th member
+
+    def members(self, group: int) -> range:
+        """Numbers of the members of a group of this rank, of all ranks' members."""
+        first, every, size = self.together.rank, self.together.world_size, self.options.group_size
+        return range(first + group * size * every, first + (group + 1) * size * every, every)
 
 
 def first_look(flat: Tensor, score: Tensor, before: Watch | None) -> Watch:
@@ -305,7 +313,10 @@ def _run(
     task = _task(options, model, data, seed)
     log_joint = full_log_joint(model, data, options.batch_size, seed)
     size, num_steps = options.group_size, options.num_steps
+    num_samples = len(task.together.stride(num_samples))  # this rank's
     total = math.ceil(num_samples / size) * num_steps + num_samples
+    if not num_samples:
+        return  # more ranks than members
     drawn, info = (0, {}) if state is None else (state["drawn"], state["info"])
     group = _begin(task, 0, None) if state is None else Group.load(state, model.device)
     while drawn < num_samples:
@@ -322,7 +333,7 @@ def _run(
         rows = slice(drawn - first, min(num_samples - first, size))
         drawn = first + rows.stop
         params, _ = model.constrain(group.found[rows].cpu())  # [K, P]
-        chain = torch.arange(first, first + size)[rows]
+        chain = torch.tensor(task.members(group.number))[rows]
         values = log_joint(group.found)[rows].cpu()
         block = make_block(params, chain=chain, draw=torch.zeros_like(chain), log_joint=values)
         facts = {"drawn": drawn, "step": (group.number + 1) * num_steps + drawn, "num_steps": total}
@@ -336,17 +347,20 @@ def _task(options: Ensemble, model: BayesianModel, data: Data, seed: int) -> Tas
         training, held = split(data, options.held_out, seed)
         score = held_out_score(model, held, options.batch_size, seed)
     epoch = num_batches(training, options.batch_size)
-    return Task(options, model, seed, training, gradient_of(model, constrained=True), score, epoch)
+    return Task(options, model, seed, training, gradient_of(model, constrained=True), score, epoch, ranks())
 
 
 def _begin(task: Task, number: int, before: Watch | None) -> Group:
     """A group at its start."""
-    options, model, first = task.options, task.model, number * task.options.group_size
+    options, model, members = task.options, task.model, task.members(number)
     if options.checkpoints:
-        params = [read_checkpoint(path, model) for path in options.checkpoints[first : first + options.group_size]]
+        paths = options.checkpoints[members.start : members.stop : members.step]
+        params = [read_checkpoint(path, model) for path in paths]
         flat = torch.stack([model.unconstrain(member) for member in params])
     else:
-        found = starts(model, options.start, max(options.group_size, 2), task.seed, first=first)
+        found = starts(
+            model, options.start, max(options.group_size, 2), task.seed, first=members.start, every=members.step
+        )
         if torch.equal(found[0], found[1]):
             raise ConfigError(
                 "Ensemble(start='reset')",

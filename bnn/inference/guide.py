@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from bnn import adam
-from bnn.batches import minibatches, moved
+from bnn.batches import minibatches, moved, rows_of
+from bnn.distributed import ranks
 from bnn.drawing import NORMAL_FAMILIES, VIRTUAL_DRAWS, GuideDraws, frozen
 from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
@@ -178,6 +179,11 @@ class Guide:
     @property
     def name(self) -> str:
         return str(self.family) if self.is_own else "guide"
+
+    @property
+    def split(self) -> str:
+        """How ranks share a fit: nothing where noise belongs to the rows of one batch, or Pyro takes the steps."""
+        return "gradients" if self.is_own and self.variance_reduction in ("none", "antithetic") else ""
 
     @property
     def title(self) -> str:
@@ -344,14 +350,17 @@ def _optimise(
     last_good: float | None,
     num_data: int,
 ) -> Tensor:
-    """Take these steps; their ELBO a row, float64."""
-    losses = []
+    """Take these steps; their ELBO a row, float64. Ranks take their rows of each batch, and sum their gradients."""
+    losses, several = [], ranks().several
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
         batch, weight = next(batches)
-        loss = fitted.loss(batch, weight, step)
-        loss.backward()
+        if several:
+            loss = _summed_loss(fitted, batch, weight, step)
+        else:
+            loss = fitted.loss(batch, weight, step)
+            loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     elbos = -torch.stack(losses).double().cpu() / num_data
@@ -369,6 +378,26 @@ def _optimise(
             fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
         )
     return elbos
+
+
+def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tensor:
+    """The loss of a batch whose rows are split over ranks, with its gradient, which travels as one flat tensor.
+
+    loss(batch) = sum_r B_r / B loss(rows of r): each log likelihood is scaled by N / B_r, the rest counts once
+    """
+    together, parameters = ranks(), list(fitted.parameters.values())
+    own = together.share(len(batch.y))
+    loss = parameters[0].new_zeros(())
+    if len(own):
+        loss = fitted.loss(rows_of(batch, own), weight, step) * (len(own) / len(batch.y))
+        loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in gradients), loss.detach().to(gradients[0]).reshape(1)])
+    summed: list[Tensor]
+    *summed, total = together.total(flat).split([*(p.numel() for p in parameters), 1])
+    for parameter, gradient in zip(parameters, summed, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return torch.reshape(total, ())
 
 
 def _warn_if_rising(options: Guide, trend: Tensor) -> None:

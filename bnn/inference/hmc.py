@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bnn.batches import full_batch, moved
 from bnn.diagnostics import ENOUGH_DRAWS, MAX_RHAT, MIN_EBFMI, ebfmi, split_rhat
+from bnn.distributed import ranks
 from bnn.errors import ConfigError, check_kinds, choose
 from bnn.inference import starting
 from bnn.inference.chains import COLUMNS, Draw, movement, run_chains
@@ -119,6 +120,8 @@ class HMC:
 
     name: ClassVar[str] = "hmc"
     columns: ClassVar[tuple[str, ...]] = COLUMNS
+    split: ClassVar[str] = "chains"
+    together: ClassVar[tuple[str, ...]] = ("climb", "warm-up")
 
     @property
     def learns_length(self) -> bool:
@@ -146,13 +149,15 @@ class HMC:
         inner.check_rows(batch)
         scale = inner.prior_scale().to(inner.device, inner.layout.dtype)
 
-        def start() -> Tensor:
-            return starting.positions(inner, self.init, self.num_chains, seed)
+        together = ranks()
+        chains = together.share(self.num_chains)
 
-        for draw, following in run_chains(
-            self, target_of_model(inner, batch), start, scale, seed, num_samples // self.num_chains, state
-        ):
-            yield _block(self, model, draw), following
+        def start() -> Tensor:
+            return starting.positions(inner, self.init, self.num_chains, seed, chains=chains)
+
+        num_draws, target = num_samples // self.num_chains, target_of_model(inner, batch)
+        for draw, following in run_chains(self, target, start, scale, seed, num_draws, state, together=together):
+            yield _block(chains, model, draw), following
 
 
 class Info(NamedTuple):
@@ -383,11 +388,11 @@ def _in_dtype(options: HMC, model: BayesianModel, batch: Any) -> tuple[BayesianM
     return inner, pytree.tree_map(converted, batch)
 
 
-def _block(options: HMC, model: BayesianModel, draw: Draw) -> Block:
+def _block(chains: range, model: BayesianModel, draw: Draw) -> Block:
     """The chains' draws, one row a chain, where the draw is kept; else no row."""
     rows = slice(None) if draw.number is not None else slice(0, 0)
     params, _ = model.constrain(draw.at.flat[rows].cpu())  # [C, P], or none of them
-    chain = torch.arange(options.num_chains)[rows]
+    chain = torch.tensor(chains)[rows]
     return make_block(
         params,
         chain=chain,

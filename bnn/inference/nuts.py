@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnn.batches import full_batch, moved
+from bnn.distributed import ranks
 from bnn.errors import ConfigError, FitError, check_kinds
 from bnn.inference import starting
 from bnn.inference.density import prepare, target_of_model
@@ -85,6 +86,7 @@ class NUTS:
             raise ConfigError("NUTS(step_size=)", want="a positive number", got=str(self.step_size), fix="leave it out")
 
     name: ClassVar[str] = "nuts"
+    split: ClassVar[str] = "chains"
     columns: ClassVar[tuple[str, ...]] = ("acceptance", "divergent", "step_size", "energy")
 
     def run(
@@ -132,8 +134,10 @@ def _run(
         target_accept=options.target_accept,
         max_tree_depth=options.max_tree_depth,
     )
+    together = ranks()
+    own = together.share(options.num_chains)
     if state is None:
-        chains, step, totals = _start(options, kernel, seed), 0, [Totals()] * options.num_chains
+        chains, step, totals = _start(options, kernel, seed, own), 0, [Totals()] * len(own)
     else:
         chains, step = _restore(state, kernel, seed), state["step"]
         totals = [Totals(*values) for values in state["totals"]]
@@ -142,9 +146,12 @@ def _run(
         warm = step < options.num_warmup
         rounds: list[list[Info]] = []  # trajectories that lead to this draw, over chains
         for _ in range(1 if warm else options.thin):
-            moves = [_draw(options, kernel, chain, seed, number, step) for number, chain in enumerate(chains)]
+            moves = [
+                _draw(options, kernel, chain, seed, number, step) for number, chain in zip(own, chains, strict=True)
+            ]
             chains, infos = [chain for chain, _ in moves], [info for _, info in moves]
-            _require_moving(options, chains, step)
+            if not together.several:  # else nobody knows whether another rank's chains move
+                _require_moving(options, chains, step)
             rounds.append(infos)
             step += 1
             if not warm:
@@ -153,8 +160,8 @@ def _run(
         state = {**_save(chains), "totals": [list(one) for one in totals], "step": step, "num_steps": total}
         state |= {"phase": _phase(options, step, total), "info": _info(found, chains)}
         draw = (step - options.num_warmup) // options.thin - 1  # below 0 in warm-up
-        yield _block(potential, chains, rounds, None if warm else draw), state
-    _warn(totals)
+        yield _block(potential, own, chains, rounds, None if warm else draw), state
+    _warn(totals, first=own.start)
 
 
 def _draw(options: NUTS, kernel: Kernel, chain: Chain, seed: int, number: int, step: int) -> tuple[Chain, Info]:
@@ -196,14 +203,14 @@ def _phase(options: NUTS, step: int, total: int) -> dict[str, str | int]:
     return {"name": "sampling", **done, "thin": options.thin}
 
 
-def _block(potential: Potential, chains: list[Chain], rounds: list[list[Info]], draw: int | None) -> Block:
+def _block(potential: Potential, own: range, chains: list[Chain], rounds: list[list[Info]], draw: int | None) -> Block:
     """The chains' draws, one row a chain; no row in warm-up, which has no number of a draw."""
     model, rows = potential.model, slice(0, 0) if draw is None else slice(None)
     flat = potential.flat(torch.stack([chain.position for chain in chains]))[rows]  # [C, P], or none of them
     params, _ = model.constrain(flat.cpu())
     with torch.no_grad():
         heights = [model.log_density(one, potential.batch)[1].double().cpu() for one in flat]
-    chain = torch.arange(len(chains))[rows]
+    chain = torch.tensor(own)[rows]
     last = rounds[-1]
     columns = {
         "acceptance": [sum(infos[c].acceptance for infos in rounds) / len(rounds) for c in range(len(chains))],
@@ -232,7 +239,7 @@ def _info(totals: list[Totals], chains: list[Chain]) -> dict[str, float]:
     }
 
 
-def _warn(totals: list[Totals]) -> None:
+def _warn(totals: list[Totals], *, first: int = 0) -> None:
     """Say aloud what makes draws useless: chains that stand still or trajectories that diverge."""
     each = [one.acceptance / one.trajectories for one in totals]  # [C]
     slow = [
@@ -243,7 +250,9 @@ def _warn(totals: list[Totals]) -> None:
     divergences, trajectories = sum(one.divergences for one in totals), sum(one.trajectories for one in totals)
     if slow or divergences > 0.05 * trajectories:
         mean = sum(each[chain] for chain in slow) / max(len(slow), 1)
-        named = f"acceptance {mean:.2f} in chains {', '.join(map(str, slow[:8]))}, " if slow else ""
+        named = (
+            f"acceptance {mean:.2f} in chains {', '.join(str(first + chain) for chain in slow[:8])}, " if slow else ""
+        )
         warnings.warn(
             f"NUTS: {named}{divergences} of {trajectories} trajectories diverged: the draws do not represent the "
             "posterior; raise num_warmup, target_accept or the prior's precision",
@@ -251,14 +260,14 @@ def _warn(totals: list[Totals]) -> None:
         )
 
 
-def _start(options: NUTS, kernel: Kernel, seed: int) -> list[Chain]:
-    """The chains before their first draw.
+def _start(options: NUTS, kernel: Kernel, seed: int, own: range) -> list[Chain]:
+    """These chains before their first draw.
 
     Raises:
         FitError: the density or its gradient is not finite there.
     """
     chains = []
-    for number, position in enumerate(_positions(options, kernel.potential, seed)):
+    for number, position in zip(own, _positions(options, kernel.potential, seed, own), strict=True):
         with alone(position.device, seed, "start", number):
             chain = kernel.begin(position)
         if not bool(chain.potential.isfinite() & chain.gradient.isfinite().all()):
@@ -274,14 +283,22 @@ def _start(options: NUTS, kernel: Kernel, seed: int) -> list[Chain]:
     return chains
 
 
-def _positions(options: NUTS, potential: Potential, seed: int) -> Tensor:
-    """Where the chains start, z [C, P]."""
+def _positions(options: NUTS, potential: Potential, seed: int, own: range) -> Tensor:
+    """Where these chains start, z [C, P]."""
     model, batch = potential.model, potential.batch
-    flat = starting.positions(model, options.init, options.num_chains, seed)  # [C, P]
+    every = starting.positions(model, options.init, options.num_chains, seed)
+    flat = every[own.start : own.stop]  # [C, P]
     if starting.climbs(options.init):
         scale = potential.scale.to(flat.dtype)
         steps = starting.CLIMB_STEPS
-        density = prepare(target_of_model(model, batch), flat, num_gradients=steps, memory=None, compile=False)
+        density = prepare(
+            target_of_model(model, batch),
+            flat,
+            num_gradients=steps,
+            memory=None,
+            compile=False,
+            num_chains=options.num_chains,
+        )
         at = starting.first_climb(flat, scale)
         for step in range(steps):
             at = starting.climb_step(density, at, scale, step)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from bnn.distributed import ranks
 from bnn.errors import ConfigError, check_kinds
 from bnn.model import BayesianModel
 from bnn.types import Block, Data, State, make_block
@@ -23,6 +24,7 @@ class Prior:
 
     block_size: int = 64
     name: ClassVar[str] = "prior"
+    split: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -34,11 +36,12 @@ class Prior:
     ) -> Iterator[tuple[Block, State]]:
         del data  # the prior has seen none
         first = 0 if state is None else state["step"]
-        for start in range(first, num_samples, self.block_size):
-            indices = range(start, min(start + self.block_size, num_samples))
+        own = ranks().stride(num_samples)  # sample i whoever draws it
+        for start in range(first, len(own), self.block_size):
+            indices = own[start : start + self.block_size]
             draws = [model.sample_prior(seed, "prior", index) for index in indices]
             params = {name: torch.stack([draw[name] for draw in draws]) for name in model.layout.names}
             block = make_block(
                 params, chain=torch.zeros(len(indices), dtype=torch.int64), draw=torch.tensor(list(indices))
             )
-            yield block, {"step": indices[-1] + 1, "num_steps": num_samples, "info": {}}
+            yield block, {"step": start + len(indices), "num_steps": len(own), "info": {}}

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bnn.distributed import ranks
 from bnn.errors import ConfigError, NotConverged, check_kinds, choose
 from bnn.inference.climbing import (
     STARTS,
@@ -51,6 +52,8 @@ class _Options:
     thin: int = 50
     batch_size: int = 128
     preconditioner: Preconditioner = "rmsprop"
+
+    split: ClassVar[str] = "chains"
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,7 @@ class Setting(NamedTuple):
     gradient: Gradient
     batches: Iterator[tuple[Batch, float]]
     seed: int
+    chains: range  # of this rank
 
 
 def _run(
@@ -267,9 +271,10 @@ def _run(
     total = options.climb_steps + num_turns(options, num_samples // options.num_chains)
     step = 0 if state is None else state["step"]
     batches = weighted_batches(model, data, options.batch_size, seed=seed, start=step)
-    setting = Setting(options, friction, model, gradient_of(model), batches, seed)
+    chains = ranks().share(options.num_chains)
+    setting = Setting(options, friction, model, gradient_of(model), batches, seed, chains)
     if state is None:
-        climbed = Climb.of(starts(model, options.init, options.num_chains, seed))
+        climbed = Climb.of(starts(model, options.init, len(chains), seed, first=chains.start))
         state = {**climbed.save(), "step": 0, "drawn": 0, "heat": [0.0, 0], "info": {}}
     state = {**state, "num_steps": total}
     while state["step"] < options.climb_steps:
@@ -304,7 +309,7 @@ def _sampled(setting: Setting, at: Chains, state: State) -> tuple[Chains, State]
     for step in range(begin, begin + STEPS_PER_STATE):
         what = turn(options, step)
         slope, height = setting.gradient(at.flat, *next(setting.batches))
-        noise = _noise(options, at.flat, setting.seed, step) if what.noisy else None
+        noise = _noise(setting.chains, at.flat, setting.seed, step) if what.noisy else None
         at = transition(at, slope, noise, longest * what.share, friction)
         heights.append(height)
         if what.noisy and step >= options.num_warmup:
@@ -336,7 +341,7 @@ def _block(setting: Setting, at: Chains, state: State) -> Block:
     """The chains' draws, one row a chain, where the state follows one."""
     rows = slice(None) if state["draw"] else slice(0, 0)
     params, _ = setting.model.constrain(at.flat[rows].cpu())  # [C, P], or none of them
-    chain = torch.arange(setting.options.num_chains)[rows]
+    chain = torch.tensor(setting.chains)[rows]
     return make_block(params, chain=chain, draw=torch.full_like(chain, state["drawn"] - 1))
 
 
@@ -349,9 +354,9 @@ def _watched(setting: Setting, state: State, heights: list[Tensor], flat: Tensor
     return {"log_density_per_row": float(found.double().mean()) / rows}
 
 
-def _noise(options: _Options, like: Tensor, seed: int, step: int) -> Tensor:
+def _noise(chains: range, like: Tensor, seed: int, step: int) -> Tensor:
     """Standard normals [C, P] of a step: by (seed, chain, step), whatever runs beside."""
-    sources = [generator(seed, "chain", chain, step) for chain in range(options.num_chains)]
+    sources = [generator(seed, "chain", chain, step) for chain in chains]
     return torch.stack([torch.randn(like.shape[1], generator=one, dtype=like.dtype) for one in sources]).to(like.device)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnn.errors import ConfigError, choose
-from bnn.inference.climbing import Climb, climb, starts
+from bnn.inference.climbing import Climb, Start, climb, starts
 from bnn.inference.density import Density
 from bnn.model import BayesianModel
 from bnn.seeding import generator
@@ -29,8 +29,10 @@ def check_init(place: str, init: Any) -> None:
         raise ConfigError(place, want=f"one of {', '.join(INITS)}, or a bank", got=repr(init)[:100], fix="choose one")
 
 
-def positions(model: BayesianModel, init: Init | Sequence[Params], num_chains: int, seed: int) -> Tensor:
-    """Positions [C, P] in unconstrained space, before any climb.
+def positions(
+    model: BayesianModel, init: Init | Sequence[Params], num_chains: int, seed: int, *, chains: range | None = None
+) -> Tensor:
+    """Positions [C, P] in unconstrained space, before any climb; of these `chains` alone where they are named.
 
     `"prior"` and `"ensemble"`: a draw of the prior each; `"module"` and `"map"`: the module's values; a bank:
     rows of it, drawn without repeats.
@@ -39,8 +41,10 @@ def positions(model: BayesianModel, init: Init | Sequence[Params], num_chains: i
         BankMismatch: a bank of another module.
         ConfigError: a bank with fewer rows than chains.
     """
+    chains = range(num_chains) if chains is None else chains
     if isinstance(init, str):
-        return starts(model, "prior" if init in ("prior", "ensemble") else "module", num_chains, seed)
+        kind: Start = "prior" if init in ("prior", "ensemble") else "module"
+        return starts(model, kind, len(chains), seed, first=chains.start)
     bank: Any = init
     if bank.layout.fingerprint != model.layout.fingerprint:  # dtypes may differ: chains may move in another
         model.layout.require(bank.layout, place="init")
@@ -48,7 +52,7 @@ def positions(model: BayesianModel, init: Init | Sequence[Params], num_chains: i
         raise ConfigError(
             "init", want=f"a bank with a row for each of {num_chains} chains", got=f"{len(bank)}", fix="start fewer"
         )
-    rows = torch.randperm(len(bank), generator=generator(seed, "start"))[:num_chains]
+    rows = torch.randperm(len(bank), generator=generator(seed, "start"))[chains.start : chains.stop]
     params = bank.block(rows).params
     return model.unconstrain({e.name: params[e.name].to(e.dtype, copy=True) for e in model.layout.entries}).to(
         model.device

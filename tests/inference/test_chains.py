@@ -314,7 +314,7 @@ def test_divergences_are_those_of_the_phase(without_tracing: None) -> None:
 def steps_of(options: HMC, log_length: float, step_size: float, steps: range, seed: int = 0) -> list[int]:
     length = first_length(1.0, torch.zeros(C, P))._replace(log_length=log_length, log_length_mean=log_length + 1)
     each = step_size * torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)  # whose geometric mean is what counts
-    return [chains._num_steps(options, length, each, seed, step) for step in steps]
+    return [chains._num_steps(options, length, chains._common(each), seed, step) for step in steps]
 
 
 def test_numbers_of_leapfrog_steps(without_tracing: None) -> None:
@@ -366,8 +366,8 @@ def test_first_step_sizes_are_accepted_with_a_half_chain_by_chain() -> None:
     density = density_module.Prepared(target, Plan("eager", 1, 0), flat)
     at = chains.Position(flat, *density(flat))
     metric = chains.diagonal(torch.ones(P))
-    found = chains._reasonable_step_size(density, at, metric, 0)
     noise = torch.randn(5, P, generator=generator(0, "step size"))
+    found = chains._reasonable_step_size(density, at, metric, noise)
     none = torch.ones(5, dtype=torch.float64)
 
     def accepted(size: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""What ranks say to each other, without any fit; run as a script, once a rank, by `ranked.launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from bnn import distributed
+from bnn.errors import BnnError
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def collectives() -> None:
+    """What is said comes to all, whatever its form."""
+    with distributed.joined() as together:
+        rank = together.rank
+        uneven = together.pooled(torch.full((rank, 2), float(rank)))
+        state = {"tensor": torch.arange(3.0) + 1j if rank == 0 else None, "step": 4, "info": {"a": [1.5, None]}}
+        found = together.first_state(state if rank == 0 else None)
+        assert found is not None
+        told = {
+            "pooled": uneven.tolist(),
+            "total": together.total(torch.tensor([rank, 1.0])).tolist(),
+            "values": together.values({"rank": rank, "text": "ü" * rank}),
+            "first": together.first_value([rank, "x"]),
+            "flag": together.first_flag(rank == 0),
+            "nothing": together.first_state(None),
+            "tensor": str(found["tensor"]),
+            "plain": [found["step"], found["info"]],
+        }
+        together.barrier()
+        together.wait()
+    say(json.dumps(told))
+
+
+def silence(kind: str) -> None:
+    """Rank 1 ends, or stands still, while rank 0 waits for it."""
+    try:
+        with distributed.joined() as together:
+            if together.rank == 1 and kind == "error":
+                raise ValueError("no such file")
+            if together.rank == 1 and kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if together.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            started = time.monotonic()
+            try:
+                together.wait() if kind == "stopped" else together.barrier()
+            finally:
+                say(str(time.monotonic() - started))
+    except BnnError as error:
+        say(f"{type(error).__name__}: {error}")
+    except ValueError:
+        pass
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,82 @@
+"""Two and three ranks as processes of this machine: what they say to each other, and how they miss each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from ranked import TALK, launch
+
+from bnn import distributed
+from bnn.distributed import Ranks
+from bnn.errors import ConfigError
+
+
+@pytest.mark.parametrize(("total", "world_size"), [(8, 3), (3, 3), (2, 5), (0, 2), (7, 1)])
+def test_parts_cover_everything_once(total: int, world_size: int) -> None:
+    for split in (Ranks.share, Ranks.stride):
+        parts = [list(split(Ranks(rank, world_size), total)) for rank in range(world_size)]
+        assert sorted(number for part in parts for number in part) == list(range(total))
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+    shares = [number for rank in range(world_size) for number in Ranks(rank, world_size).share(total)]
+    assert shares == list(range(total))
+    assert Ranks(0, world_size).stride(total) == Ranks(0, world_size).stride(total + 1)[: -(-total // world_size)]
+
+
+def test_what_is_said_comes_to_all() -> None:
+    ended = launch(3, "collectives", script=TALK)
+    assert [process.returncode for process in ended] == [0, 0, 0], ended[0].err
+    told = [json.loads(process.out) for process in ended]
+    assert told[0] == told[1] == told[2]
+    assert told[0]["pooled"] == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    assert told[0]["total"] == [3.0, 3.0]
+    assert told[0]["values"] == [{"rank": rank, "text": "ü" * rank} for rank in range(3)]
+    assert told[0]["first"] == [0, "x"]
+    assert told[0]["flag"] is True
+    assert told[0]["nothing"] is None
+    assert told[0]["tensor"] == "tensor([0.+1.j, 1.+1.j, 2.+1.j])"
+    assert told[0]["plain"] == [4, {"a": [1.5, None]}]
+
+
+def test_without_torchrun_nothing_is_imported_or_made() -> None:
+    """A plain fit joins nobody, and costs no process group and no import of torch's elastic launcher."""
+    code = (
+        "import bnn.distributed as d, torch\n"
+        "with d.joined() as together:\n"
+        "    assert together is d.ranks() is d.ALONE and not together.several\n"
+        "    assert together.pooled(torch.ones(2)).tolist() == [1, 1] and together.values(3) == [3]\n"
+        "    together.wait(), together.barrier()\n"
+        "assert not torch.distributed.is_initialized()\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in distributed.LAUNCHED}
+    subprocess.run([sys.executable, "-c", code], check=True, env=clean, timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["error", "killed", "stopped"])
+def test_a_rank_that_is_lost_ends_the_others_in_time(kind: str) -> None:
+    """Rank 0 knows at once where the other's connection closes, and else after the timeout of 3 seconds."""
+    ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", first_only=True, script=TALK)
+    waited, _, said = ended[0].out.partition("\n")
+    assert said.startswith("RankLost: rank 0 of 2: want ")
+    assert "BNN_RANKS_TIMEOUT" in said
+    assert "--resume" in said
+    if kind == "error":
+        assert "rank 1 ended: ValueError: no such file" in said
+    if kind == "stopped":
+        assert "no sign of rank 1 for 3 s" in said
+        assert 2.5 < float(waited) < 8
+    else:
+        assert float(waited) < 2.5
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan"])
+def test_a_timeout_that_is_none_is_refused(seconds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(distributed.TIMEOUT_NAME, seconds)
+    with pytest.raises(ConfigError, match="seconds above 0"), distributed.joined():
+        pass

@@ -1,0 +1,162 @@
+"""What one rank does with a bank that is there; run as a script, once a rank, by `ranked.launch` or by torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import bnn
+from bnn import distributed
+from bnn.errors import BnnError
+from bnn.evaluation import Report
+from bnn.layout import Entry, layout_of
+from bnn.likelihoods import SCALE, Categorical, Gaussian, Likelihood, Poisson
+from bnn.types import make_block
+
+S, N, D, C, M = 43, 29, 3, 4, 13  # M rows outside
+BATCH = 8  # four batches, of which the last is short
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def net(likelihood: Likelihood, outputs: int = C) -> bnn.FunctionalModel:
+    """Under a bank of two chains, whose samples have weights of their own."""
+    module = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+    scales = [Entry(SCALE, (), torch.float64)] if isinstance(likelihood, Gaussian) else []
+    layout = layout_of(module, extra=scales)
+    params = {e.name: 0.7 * random(S, *e.shape, seed=place) for place, e in enumerate(layout.entries)}
+    if scales:
+        params[SCALE] = 0.3 + 0.1 * torch.arange(S, dtype=torch.float64) / S
+    number = torch.arange(S)
+    block = make_block(params, chain=number % 2, draw=number // 2, log_weight=0.5 * random(S, seed=99))
+    info = {"likelihood": likelihood.to_config(), "method": {"name": "hmc", "options": {}}}
+    return bnn.FunctionalModel(module, bnn.Bank.from_blocks([block], layout=layout, info=info)).settled()
+
+
+class Pairs(Dataset[Any]):
+    """Rows that are drawn anew whenever they are asked for, by the global stream."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.x[row] + 0.01 * torch.randn(D), self.y[row]
+
+
+def classes() -> tuple[Tensor, Tensor]:
+    return random(N, D, seed=1), torch.arange(N) * 7 % C
+
+
+def numbers() -> tuple[Tensor, Tensor]:
+    return random(N, D, seed=2), random(N, 2, seed=3)
+
+
+def of_classes(**options: Any) -> Report:
+    x, y = classes()
+    shifts = {"moved": {1: (x + 0.5, y), 3: (x - 1.0, y)}}
+    ood = 3.0 * random(M, D, seed=4), torch.zeros(M)
+    return bnn.evaluate(net(Categorical()), (x, y), ood=ood, shifts=shifts, num_bins=6, batch_size=BATCH, **options)
+
+
+def of_data_set(**options: Any) -> Report:
+    return bnn.evaluate(net(Categorical()), Pairs(*classes()), num_bins=6, batch_size=BATCH, **options)
+
+
+def of_loader(**options: Any) -> Report:
+    loader = DataLoader(TensorDataset(*classes()), batch_size=12)
+    return bnn.evaluate(net(Categorical()), loader, num_bins=6, figures="basic", **options)
+
+
+def of_targets(**options: Any) -> Report:
+    return bnn.evaluate(net(Gaussian(), 2), numbers(), loc=1.5, scale=2.0, batch_size=BATCH, **options)
+
+
+def of_counts(**options: Any) -> Report:
+    x, y = numbers()
+    return bnn.evaluate(net(Poisson(), 2), (x, y.abs().round()), batch_size=5, **options)
+
+
+def of_few(**options: Any) -> Report:
+    """Two rows in one batch: most ranks have none."""
+    x, y = classes()
+    return bnn.evaluate(net(Categorical()), (x[:2], y[:2]), num_bins=6, **options)
+
+
+REPORTS: dict[str, Callable[..., Report]] = {
+    "classes": of_classes,
+    "data set": of_data_set,
+    "loader": of_loader,
+    "targets": of_targets,
+    "counts": of_counts,
+    "few": of_few,
+}
+
+
+def told(report: Report) -> dict[str, Any]:
+    """Everything that a report says but for the time it took."""
+    return {
+        "metrics": {name: figure._asdict() for name, figure in report.metrics.items()},
+        "curves": json.loads(json.dumps(report.curves, default=lambda value: value.tolist())),
+        "rows": {name: values.tolist() for name, values in report.rows.items()},
+        "outside": {name: values.tolist() for name, values in report.outside.items()},
+        "diagnosis": None if report.diagnosis is None else report.diagnosis.text,
+        "shape": [report.num_rows, report.num_samples, report.num_chains],
+    }
+
+
+def evaluations(out: str, *meshes: str) -> None:
+    """All reports under each mesh, one file a rank."""
+    warnings.simplefilter("ignore")
+    with distributed.joined() as together:
+        found = {}
+        for mesh in meshes:
+            shape = (int(mesh[0]), int(mesh[2]))
+            found[mesh] = {name: told(make(mesh=shape)) for name, make in REPORTS.items()}
+        (Path(out) / f"{together.rank}.json").write_text(json.dumps(found))
+
+
+def refusals() -> None:
+    """What is said where ranks differ, or a batch cannot be judged: one line a case, on every rank."""
+    said: list[str] = []
+    with distributed.joined() as together:
+        odd = together.rank == 1
+        x, y = classes()
+        own = net(Categorical())
+        one = torch.arange(N)[:, None] == 20  # in the batch of rank 0, the third
+        cases: list[tuple[Any, Any, dict[str, Any]]] = [
+            (own, (x + 1e-9 * odd, y), {}),
+            (own, (x, y), {"num_bins": 5 + odd}),
+            (net(Categorical(), C + odd), (x, y), {}),
+            (own, (x, y), {"mesh": (2, 2)}),
+            (own, DataLoader(TensorDataset(torch.where(one, torch.nan, x), y), batch_size=BATCH), {}),
+            (own, (x, y), {"ood": (x[:, :2], y)}),
+        ]
+        for model, data, options in cases:
+            try:
+                bnn.evaluate(model, data, batch_size=BATCH, **options)
+                said.append("nothing")
+            except BnnError as error:
+                said.append(f"{type(error).__name__}: {error}")
+    say(json.dumps(said))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

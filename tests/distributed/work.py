@@ -1,0 +1,115 @@
+"""What one rank does; run as a script, once a rank, by `ranked.launch` or by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ranked
+import torch
+
+import bnn
+from bnn import distributed, together
+from bnn.bank import writer
+from bnn.errors import BnnError
+from bnn.inference import HMC, SWAG, Guide, Prior
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def fits(out: str, names: str) -> None:
+    """Methods that can be split, into folders of their names; then some again, with more samples, and one replaced."""
+    warnings.simplefilter("ignore")
+    model, data, every = ranked.model(), ranked.rows(), ranked.CHAINS | ranked.ROWS | ranked.GUIDES
+    with distributed.joined():
+        for name in names.split(","):
+            method, num_samples = every[name]
+            bnn.fit(model, data, method=method, num_samples=num_samples, out=Path(out) / name, seed=3)
+        for name in ("hmc", "prior", "mean-field"):
+            method, num_samples = every[name]
+            folder = Path(out) / name
+            bnn.fit(model, data, method=method, num_samples=2 * num_samples, out=folder, seed=3, resume=True)
+        method, num_samples = ranked.CHAINS["hmc"]
+        over = Path(out) / "over"
+        bnn.fit(model, data, method=Prior(), num_samples=9, out=over, seed=3)
+        bnn.fit(model, data, method=method, num_samples=num_samples, out=over, seed=5, overwrite=True)
+
+
+def refusals(out: str) -> None:
+    """What `fit` says where ranks differ, or a method cannot be split: one line a case, on every rank."""
+    told: list[str] = []
+    with distributed.joined() as together:
+        odd = together.rank == 1
+        x, y = ranked.rows()
+        wide = ranked.model()
+        other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double()
+        moved = ranked.model()
+        with torch.no_grad():
+            next(moved.module.parameters())[0, 0] += 1e-9 * odd
+        swapped = bnn.BayesianModel(
+            other if odd else wide.module, prior=wide.prior, likelihood=wide.likelihood, num_data=ranked.N
+        )
+        prior: dict[str, Any] = {"method": Prior(), "num_samples": 4}
+        cases: list[tuple[bnn.BayesianModel, Any, dict[str, Any]]] = [
+            (wide, (x, y), {**prior, "seed": int(odd)}),
+            (wide, (x, y), {**prior, "method": Prior(block_size=8 + odd)}),
+            (wide, (x, y), {**prior, "num_samples": 4 + odd}),
+            (wide, (x + 1e-12 * odd * (torch.arange(ranked.N) == 36)[:, None], y), prior),
+            (swapped, (x, y), prior),
+            (moved, (x, y), prior),
+            (wide, (x, y), {**prior, "resume": odd}),
+            (wide, (x, y), {"method": SWAG(), "num_samples": 4}),
+            (wide, (x, y), {"method": Guide("AutoNormal"), "num_samples": 4}),
+            (wide, (x, y), {"method": Guide(variance_reduction="flipout"), "num_samples": 4}),
+            (wide, (x, y), {"method": HMC(num_chains=1), "num_samples": 4}),
+            (wide, (x, y), {"method": HMC(num_chains=2, num_warmup=0), "num_samples": 4}),
+            (wide, (x, y), {**prior, "out": None}),
+            (wide, (x, y), {**prior, "writer": "mine"}),
+        ]
+        for model, data, options in cases:
+            try:
+                bnn.fit(model, data, **{"out": out, **options})
+                told.append("nothing")
+            except BnnError as error:
+                told.append(f"{type(error).__name__}: {error}")
+    say(json.dumps(told))
+
+
+def command_line(kills: str, *arguments: str) -> None:
+    """`python -m bnn`, with a commit at every chance, and rank 1 killed before it takes the given block of each attempt."""
+    together.STATE_SECONDS = 0.0
+    writer.ROW_SECONDS = 0.0
+    attempts = [int(number) for number in kills.split(",") if number]
+    take, calls = together.Checkpoints.take, 0
+
+    def counted(self: Any, block: Any, state: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == "1" and attempts[distributed.restarts() :][:1] == [calls]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        take(self, block, state)
+
+    together.Checkpoints.take = counted  # type: ignore[method-assign]
+    from bnn.cli import main
+
+    main(list(arguments))
+
+
+def odd_command(*arguments: str) -> None:
+    """The command line, with data that rank 1 has not."""
+    from bnn.cli import main
+
+    rank = os.environ["RANK"]
+    main(["missing.csv:y" if word == "diabetes" and rank == "1" else word for word in arguments])
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,125 @@
+"""Ranks as processes of this machine, and the fits that they are asked for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bnn
+from bnn.inference import HMC, NUTS, SGHMC, Ensemble, Guide, Prior
+from bnn.types import Method
+
+N, D, HIDDEN, OUT = 37, 3, 4, 2
+WORK = Path(__file__).parent / "distributed" / "work.py"
+TALK = WORK.with_name("talk.py")  # which imports no more than it needs
+
+CHAINS: dict[str, tuple[Method, int]] = {
+    "hmc": (HMC(num_chains=5, num_warmup=45, num_steps=3, init="prior", compile=False), 20),
+    "chees": (HMC(num_chains=5, num_warmup=45, num_steps=4, init="prior", compile=False, trajectory="chees"), 20),
+    "nuts": (NUTS(num_chains=3, num_warmup=8, init="prior", max_tree_depth=2), 9),
+    "sghmc": (SGHMC(num_chains=4, num_warmup=10, climb_steps=20, cycle_steps=None, thin=5, batch_size=10), 16),
+    "low-rank mass": (
+        HMC(num_chains=5, num_warmup=45, num_steps=3, init="prior", compile=False, mass="low-rank", rank=3),
+        20,
+    ),
+}
+ROWS: dict[str, tuple[Method, int]] = {
+    "prior": (Prior(block_size=3), 11),
+    "ensemble": (Ensemble(num_steps=40, batch_size=10, group_size=2), 7),
+}
+GUIDES: dict[str, tuple[Method, int]] = {
+    "mean-field": (Guide(num_steps=60, batch_size=10), 11),
+    "antithetic": (Guide("full-rank", num_steps=30, batch_size=12, variance_reduction="antithetic"), 11),
+    "flow": (Guide("flow", num_steps=30, batch_size=10, hidden=5), 11),
+    # 37 rows in batches of 12: the last has a single one, and one rank none.
+    "map": (Guide("map", num_steps=30, batch_size=12), 1),
+}
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(N, D, dtype=torch.float64, generator=source)
+    return x, (x @ torch.randn(D, OUT, dtype=torch.float64, generator=source)).argmax(dim=1)
+
+
+def model() -> bnn.BayesianModel:
+    module = nn.Sequential(nn.Linear(D, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT)).double()
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=source, dtype=torch.float64))
+    return bnn.BayesianModel(module, prior=bnn.priors.Normal(), likelihood=bnn.likelihoods.Categorical(), num_data=N)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def launch(
+    world_size: int,
+    *arguments: str | Path,
+    timeout: float = 120,
+    first_only: bool = False,
+    script: Path = WORK,
+    **environment: str,
+) -> list[Any]:
+    """Run a script once a rank; the processes as they ended, with what they said as `out` and `err`.
+
+    With `first_only` the others are killed once rank 0 has ended.
+    """
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, arguments)],
+                env={**os.environ, **paths(), **meeting, **own, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ended: list[Any] = []
+    try:
+        for process in processes:
+            if ended and first_only:
+                process.kill()
+            out, err = process.communicate(timeout=timeout)
+            ended.append(SimpleNamespace(returncode=process.returncode, out=out, err=err))
+    finally:
+        for process in processes[len(ended) :]:
+            process.kill()
+            process.communicate()
+    return ended
+
+
+def paths() -> dict[str, str]:
+    """Where the processes find the package and these tests."""
+    here = Path(__file__).parent
+    return {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+
+
+def sorted_rows(bank: bnn.Bank) -> tuple[Tensor, dict[str, Tensor]]:
+    """Chain and draw [2, S] and every other number of a bank, in the order of chain and draw."""
+    block = bank.block(slice(None))
+    order = torch.from_numpy(_order(block.chain, block.draw))
+    values = {**block.params, **block.columns, "log_joint": block.log_joint, "log_weight": block.log_weight}
+    return torch.stack([block.chain, block.draw])[:, order], {name: value[order] for name, value in values.items()}
+
+
+def _order(chain: Tensor, draw: Tensor) -> Any:
+    import numpy as np
+
+    return np.lexsort((draw.numpy(), chain.numpy()))
