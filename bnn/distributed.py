@@ -374,7 +374,9 @@ def _meet(timeout: float) -> Ranks:
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
-        own = PrefixStore("bnn", store)
+        round_name = _round(PrefixStore("bnn", store), rank, world_size, timeout)
+        store = PrefixStore(f"bnn/{round_name}", store)
+        own = PrefixStore("own", store)
         own.set(f"pulse/{rank}", "0")
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     except RuntimeError as error:
@@ -386,6 +388,36 @@ def _meet(timeout: float) -> Ranks:
             fix=f"look at the other ranks' messages and the hosts' firewall, or set {TIMEOUT_NAME} to more seconds",
         ) from error
     return Ranks(rank, world_size, store=own, timeout=timeout)
+
+
+def _round(store: Any, rank: int, world_size: int, timeout: float) -> str:
+    """A name that the ranks of this start share, and those of earlier ones in the same store do not.
+
+    torchrun may keep its store from start to start, with addresses of processes that are gone. Each rank says
+    hello by a name of its own; rank 0 tells whom it has heard, until all have answered to that.
+    """
+    own, end = os.urandom(8).hex(), time.monotonic() + timeout
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    heard = {0: own}
+    store.set(f"hello/{rank}", own)
+    while time.monotonic() < end:
+        if rank == 0:
+            for other in range(1, world_size):
+                heard[other] = read(f"hello/{other}")
+            store.set("round", json.dumps({"name": own, "heard": heard}))
+            if all(read(f"answer/{other}") == f"{own}/{heard[other]}" for other in range(1, world_size)):
+                return own
+        elif told := read("round"):
+            facts = json.loads(told)
+            if facts["heard"].get(str(rank)) == own:
+                answer = f"{facts['name']}/{own}"
+                store.set(f"answer/{rank}", answer)
+                return str(facts["name"])
+        time.sleep(0.02)
+    raise RuntimeError(f"not all {world_size} ranks came")
 
 
 def _beat(together: Ranks, stop: threading.Event) -> None:
