@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -20,6 +20,7 @@ from bnn.bank import files, remote
 from bnn.bank import format as fmt
 from bnn.bank.address import is_address
 from bnn.bank.codecs import Codec, Coding
+from bnn.bank.opening import find
 from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
 from bnn.bank.shards import (
     Described,
@@ -28,10 +29,8 @@ from bnn.bank.shards import (
     Shard,
     Verify,
     read_config,
-    read_manifests,
-    verify_files,
 )
-from bnn.bank.snapshot import Snapshot, as_of
+from bnn.bank.snapshot import Snapshot
 from bnn.bank.streaming import Stream, StreamedShard
 from bnn.bank.virtual import VirtualBank, is_virtual, open_virtual
 from bnn.bank.writer import BankWriter
@@ -177,8 +176,7 @@ class Bank(Sequence[Params]):
         """The bank as it is now, or as far as a snapshot of it reached; what is to be held is read when touched."""
         known = files.identity(folder)
         described = read_config(folder)
-        config, layout, identity = described.config, described.layout, described.identity
-        if snapshot is None and is_virtual(config):
+        if snapshot is None and is_virtual(described.config):
             if wanted != Placement():
                 raise ConfigError(
                     f"{folder}: residency={wanted.residency!r}",
@@ -188,59 +186,19 @@ class Bank(Sequence[Params]):
                 )
             made = open_virtual(folder, described, verify=verify != "never", allow_other_device=allow_other_device)
             return cast(Bank, made)  # the same interface, and registered below as one
-        manifests = read_manifests(folder, described, elsewhere=source.num_shards if source else 0)
-        if snapshot is not None:
-            manifests = as_of(snapshot, manifests, identity, folder)
-        if source is not None:
-            remote.have(source, described, manifests, states=verify == "full", prefetch=prefetch)
-        row_bytes = described.stored.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
-        for fact in described.beside:
-            if files.regular_size(folder / fact["file"]) != fact["bytes"]:
-                got = "another size, or no regular file"
-                raise fmt.corrupt(str(folder / fact["file"]), f"{fact['bytes']} bytes", got)
-        shards = []
-        for manifest in manifests:
-            origin = described.origin(manifest["writer"])
-            shards += [MappedShard(folder / fact["file"], fact, origin, verify, known) for fact in manifest["shards"]]
-        if source is not None:
-            for shard, fact in zip(shards, (fact for m in manifests for fact in m["shards"]), strict=True):
-                shard.fetch = partial(source.fetch, fact)
-        for shard in shards:
-            size = files.regular_size(shard.path)
-            if shard.fetch is not None and size != shard.bytes:
-                size = shard.bytes  # it comes when it is touched
-            if size != shard.bytes or size < shard.rows * row_bytes:
-                got = f"{size} bytes" if size is not None else "no regular file"
-                raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
-        files.check_same(folder, known)
-        if verify == "full":
-            problems = verify_files(folder)
-            if problems:
-                raise BankCorrupt(
-                    str(folder),
-                    want="the bytes of its manifests",
-                    got=problems[0],
-                    fix="restore the file from a copy, or make the bank again",
-                )
-        facts = [layout.fingerprint, *(f["sha256"] for m in manifests for f in m["shards"])]
-        facts += [] if described.coding is None else [described.coding.sha256]
-        info = {
-            **config,
-            "complete": bool(manifests) and all(m["complete"] for m in manifests),
-            "resumable": _is_resumable(config, manifests),
-            "diagnostics": {m["writer"]: m["info"] for m in manifests},
-        }
-        digest = hashlib.sha256("".join(facts).encode()).hexdigest()
-        if snapshot is not None and digest != snapshot.digest:
-            raise BankMismatch(
-                str(folder), want="the rows that were opened", got="others", fix="open it anew with Bank.open"
-            )
-        there, stream = placed(shards, described.names, wanted, str(folder))
-        coding = described.coding
-        bank = Bank(there, layout, info, path=folder, verify=verify, digest=digest, coding=coding, stream=stream)
-        bank._placement = wanted
-        marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
-        bank._snapshot, bank._source = Snapshot(identity, marks, digest), source
+        found = find(folder, known, described, verify=verify, snapshot=snapshot, source=source, prefetch=prefetch)
+        there, stream = placed(found.shards, described.names, wanted, str(folder))
+        bank = Bank(
+            there,
+            described.layout,
+            found.info,
+            path=folder,
+            verify=verify,
+            digest=found.snapshot.digest,
+            coding=described.coding,
+            stream=stream,
+        )
+        bank._placement, bank._snapshot, bank._source = wanted, found.snapshot, source
         if verify == "full":
             problems = bank.check_values()
             if problems:
@@ -703,9 +661,3 @@ class Bank(Sequence[Params]):
 
 
 Bank.register(VirtualBank)  # which shares no code with it, only the interface
-
-
-def _is_resumable(config: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a fit can go on behind the rows of every writer: a state follows them, or there are none yet."""
-    is_copy = any(key in config for key in ("thinned", "merged", "compacted", "lost", "codec"))
-    return not is_copy and all(m["state"] is not None or not m["rows"] for m in manifests)
