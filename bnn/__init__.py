@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnn import diagnostics, errors, inference, likelihoods, metrics, priors, samplers, uncertainty
+    from bnn import diagnostics, errors, importing, inference, likelihoods, metrics, priors, samplers, uncertainty
     from bnn.bank import Bank, materialise
     from bnn.calibrating import calibrate
     from bnn.evaluation import Report, diagnose, evaluate
@@ -37,6 +37,7 @@ __all__ = [
     "errors",
     "evaluate",
     "fit",
+    "importing",
     "inference",
     "likelihoods",
     "materialise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in load_file(path).items() if not name.startswith("@")}
     except (SafetensorError, ValueError) as error:
         raise DataError(str(path), want="a safetensors file", got=str(error)[:200], fix="check the path") from error
+
+
+def tensor_facts(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype (`F32`, as safetensors says it) and shape of every tensor of a safetensors file; its values are not read.
+
+    Raises:
+        DataError: the file is missing or malformed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(
+            str(path), want="a safetensors file", got=str(error)[:200], fix="mend it, or take it away"
+        ) from error
+
+
+def chosen_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Some tensors of a safetensors file, each read into memory of its own.
+
+    Raises:
+        DataError: the file is missing or malformed, or has no such tensor.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(
+            str(path), want="a safetensors file", got=str(error)[:200], fix="mend it, or take it away"
+        ) from error
 
 
 def _read_npy(path: Path, name: str | None) -> np.ndarray:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.bank import files
+from bnn.bank import files, remote
 from bnn.bank import format as fmt
+from bnn.bank.address import is_address
 from bnn.bank.codecs import Codec, Coding
+from bnn.bank.opening import find
 from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
 from bnn.bank.shards import (
     Described,
@@ -27,10 +29,8 @@ from bnn.bank.shards import (
     Shard,
     Verify,
     read_config,
-    read_manifests,
-    verify_files,
 )
-from bnn.bank.snapshot import Snapshot, as_of
+from bnn.bank.snapshot import Snapshot
 from bnn.bank.streaming import Stream, StreamedShard
 from bnn.bank.virtual import VirtualBank, is_virtual, open_virtual
 from bnn.bank.writer import BankWriter
@@ -95,6 +95,7 @@ class Bank(Sequence[Params]):
         self._coding = coding
         self._shards, self._verify, self._digest, self._base = list(shards), verify, digest, base
         self._snapshot: Snapshot | None = None  # of a bank on disk, by which it knows itself again
+        self._source: remote.Source | None = None  # of a bank at an address
         self._placement, self._stream = Placement(), stream
         self._more = fmt.more_columns(self.info, "bank.json")
         self._columns = fmt.column_dtypes(self._more)
@@ -115,11 +116,14 @@ class Bank(Sequence[Params]):
         host_budget: int | str | None = None,
         device_budget: int | str | None = None,
         allow_other_device: bool = False,
+        cache: str | Path | None = None,
+        prefetch: bool = False,
+        offline: bool = False,
     ) -> Bank:
         """Open a bank for reading: no lock is taken, nothing written, and later commits are not seen.
 
         Args:
-            path: the folder.
+            path: the folder; or an address, such as `https://...` or `s3://...`, that fsspec knows.
             verify: `"first-use"` compares the crc32 of a tensor when it is first touched or read, `"full"`
                 the sha256 of every file now, `"never"` nothing but sizes and headers. Of a virtual bank the guide's
                 file and sample 0 are compared now, but for `"never"`.
@@ -131,18 +135,29 @@ class Bank(Sequence[Params]):
             device_budget: bytes of a CUDA device that samples may take.
             allow_other_device: open a virtual bank also on a CPU or with a torch on which its samples were not made;
                 warns (`OtherDevice`) where sample 0 has other bits here.
+            cache: of an address, the folder that keeps copies of its files: shards come when they are first touched, and
+                whatever comes has the sha256 that its manifest says.
+            prefetch: have all shards now.
+            offline: ask nothing of the address: all copies are here.
 
         Raises:
             BankNotFound: no such folder, or no bank in it.
             BankCorrupt: a file is missing, cut or altered.
             BankMismatch: a file of another bank stands among its own; a virtual bank was made on another device.
             BankLimit: it would take more memory than its shards account for, or than a budget allows.
-            BankError: a newer format, or a virtual bank whose fit is not finished.
-            ConfigError: options that contradict each other, or a device that is not there.
+            BankError: a newer format, a virtual bank whose fit is not finished, or an address that cannot be read.
+            BankWriteError: the cache folder cannot be written to.
+            ConfigError: options that contradict each other, a device that is not there, or an address without a cache folder.
         """
         choose("verify", verify, ("first-use", "never", "full"))
         wanted = placement(residency, device, host_budget, device_budget)
-        bank = Bank._open(Path(path), verify, None, wanted, allow_other_device)
+        source = remote.prepare(str(path), cache=cache, offline=offline) if is_address(path) else None
+        if source is None and (cache is not None or prefetch or offline):
+            raise ConfigError(
+                str(path), want="an address, with cache=, prefetch= or offline=", got="a folder", fix="leave them out"
+            )
+        folder = Path(path) if source is None else source.folder
+        bank = Bank._open(folder, verify, None, wanted, allow_other_device, source, prefetch=prefetch)
         if not isinstance(bank, VirtualBank):
             load(bank._shards)
         return bank
@@ -154,12 +169,14 @@ class Bank(Sequence[Params]):
         snapshot: Snapshot | None,
         wanted: Placement = Placement(),  # noqa: B008
         allow_other_device: bool = False,
+        source: remote.Source | None = None,
+        *,
+        prefetch: bool = False,
     ) -> Bank:
         """The bank as it is now, or as far as a snapshot of it reached; what is to be held is read when touched."""
         known = files.identity(folder)
         described = read_config(folder)
-        config, layout, identity = described.config, described.layout, described.identity
-        if snapshot is None and is_virtual(config):
+        if snapshot is None and is_virtual(described.config):
             if wanted != Placement():
                 raise ConfigError(
                     f"{folder}: residency={wanted.residency!r}",
@@ -169,52 +186,19 @@ class Bank(Sequence[Params]):
                 )
             made = open_virtual(folder, described, verify=verify != "never", allow_other_device=allow_other_device)
             return cast(Bank, made)  # the same interface, and registered below as one
-        manifests = read_manifests(folder, described)
-        if snapshot is not None:
-            manifests = as_of(snapshot, manifests, identity, folder)
-        row_bytes = described.stored.num_bytes + 8 * len(fmt.column_dtypes(described.columns))
-        for fact in described.beside:
-            if files.regular_size(folder / fact["file"]) != fact["bytes"]:
-                got = "another size, or no regular file"
-                raise fmt.corrupt(str(folder / fact["file"]), f"{fact['bytes']} bytes", got)
-        shards = []
-        for manifest in manifests:
-            origin = described.origin(manifest["writer"])
-            shards += [MappedShard(folder / fact["file"], fact, origin, verify, known) for fact in manifest["shards"]]
-        for shard in shards:
-            size = files.regular_size(shard.path)
-            if size != shard.bytes or size < shard.rows * row_bytes:
-                got = f"{size} bytes" if size is not None else "no regular file"
-                raise fmt.corrupt(str(shard.path), f"{shard.bytes} bytes for {shard.rows} rows", got)
-        files.check_same(folder, known)
-        if verify == "full":
-            problems = verify_files(folder)
-            if problems:
-                raise BankCorrupt(
-                    str(folder),
-                    want="the bytes of its manifests",
-                    got=problems[0],
-                    fix="restore the file from a copy, or make the bank again",
-                )
-        facts = [layout.fingerprint, *(f["sha256"] for m in manifests for f in m["shards"])]
-        facts += [] if described.coding is None else [described.coding.sha256]
-        info = {
-            **config,
-            "complete": bool(manifests) and all(m["complete"] for m in manifests),
-            "resumable": _is_resumable(config, manifests),
-            "diagnostics": {m["writer"]: m["info"] for m in manifests},
-        }
-        digest = hashlib.sha256("".join(facts).encode()).hexdigest()
-        if snapshot is not None and digest != snapshot.digest:
-            raise BankMismatch(
-                str(folder), want="the rows that were opened", got="others", fix="open it anew with Bank.open"
-            )
-        there, stream = placed(shards, described.names, wanted, str(folder))
-        coding = described.coding
-        bank = Bank(there, layout, info, path=folder, verify=verify, digest=digest, coding=coding, stream=stream)
-        bank._placement = wanted
-        marks = {m["writer"]: (m["generation"], len(m["shards"])) for m in manifests}
-        bank._snapshot = Snapshot(identity, marks, digest)
+        found = find(folder, known, described, verify=verify, snapshot=snapshot, source=source, prefetch=prefetch)
+        there, stream = placed(found.shards, described.names, wanted, str(folder))
+        bank = Bank(
+            there,
+            described.layout,
+            found.info,
+            path=folder,
+            verify=verify,
+            digest=found.snapshot.digest,
+            coding=described.coding,
+            stream=stream,
+        )
+        bank._placement, bank._snapshot, bank._source = wanted, found.snapshot, source
         if verify == "full":
             problems = bank.check_values()
             if problems:
@@ -574,8 +558,10 @@ class Bank(Sequence[Params]):
         """
         if self.path is None or self._snapshot is None:
             return self
-        newer = Bank._open(self.path, self._verify, None, self._placement)
-        Bank._open(self.path, "never", self._snapshot)  # whose rows must all be there still
+        source = None if self._source is None else self._source.update()
+        folder = self.path if source is None else source.folder
+        newer = Bank._open(folder, self._verify, None, self._placement, source=source)
+        Bank._open(folder, "never", self._snapshot, source=source)  # whose rows must all be there still
         return newer
 
     def release(self) -> None:
@@ -594,7 +580,7 @@ class Bank(Sequence[Params]):
     def __reduce__(self) -> tuple[object, ...]:
         # A process that gets the bank opens the same commit of it: maps do not travel.
         if self.path is not None:
-            return Bank._open, (self.path, self._verify, self._snapshot, self._placement)
+            return Bank._open, (self.path, self._verify, self._snapshot, self._placement, False, self._source)
         return copyreg.__newobj__, (type(self),), {**self.__dict__, "_opened": {}}  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
@@ -675,9 +661,3 @@ class Bank(Sequence[Params]):
 
 
 Bank.register(VirtualBank)  # which shares no code with it, only the interface
-
-
-def _is_resumable(config: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a fit can go on behind the rows of every writer: a state follows them, or there are none yet."""
-    is_copy = any(key in config for key in ("thinned", "merged", "compacted", "lost", "codec"))
-    return not is_copy and all(m["state"] is not None or not m["rows"] for m in manifests)

@@ -44,6 +44,8 @@ class ShardFile:
             BankMismatch: another folder has its name now.
             BankLimit: no descriptor is left.
         """
+        if self.shard.fetch is not None:
+            self.shard.fetch()
         path = self.shard.path
         descriptor, size = files.open_regular(path)
         try:

@@ -214,6 +214,8 @@ class MappedShard:
         self.origin, self.crc32 = origin, fact["crc32"]
         self.verify, self._checked = verify != "never", set[str]()
         self._mapped: files.MappedFile | None = None
+        # Of a bank at an address: has the file here, before it is touched.
+        self.fetch: Callable[[], object] | None = None
 
     def tensor(self, name: str) -> Tensor:
         mapped = self._mapped or self._map()
@@ -260,6 +262,8 @@ class MappedShard:
         self._mapped = None
 
     def _map(self) -> files.MappedFile:
+        if self.fetch is not None:
+            self.fetch()
         mapped = open_shard(self.path, self.origin, rows=self.rows, first_row=self.first_row, size=self.bytes)
         files.check_same(self.path.parent, self.folder)
         if self.verify and self.origin.bank is not None and fmt.HEADER not in self._checked:
@@ -314,8 +318,8 @@ def check_shard(
             )
 
 
-def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
-    """The manifests of all writers in the order of their names, checked.
+def read_manifests(folder: Path, described: Described, *, elsewhere: int = 0) -> list[dict[str, Any]]:
+    """The manifests of all writers in the order of their names, checked; of a bank at an address shards are elsewhere.
 
     Raises:
         BankCorrupt: a manifest or a file name in it is not what the format allows.
@@ -326,6 +330,7 @@ def read_manifests(folder: Path, described: Described) -> list[dict[str, Any]]:
         sizes, facts = _manifests(folder, described.names)
     except OSError as error:
         raise files.unreadable(Path(error.filename or folder), error) from error
+    facts = max(facts, fmt.facts_limit(described.names, elsewhere))
     limit = fmt.MAX_MANIFEST_BYTES + facts
     if all(size <= limit for size in sizes.values()):  # a larger one is refused by its own name
         _check_together(folder, sizes, facts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, loo, plan, reduce
+from bnn.cli import common, importing, loo, plan, reduce
 from bnn.cli.reduce import BankPath, NewBank
 
 if TYPE_CHECKING:
@@ -26,13 +26,21 @@ app = typer.Typer(
 
 
 @app.command()
-def info(bank: BankPath, debug: common.Debug = False) -> None:
+def info(
+    bank: Annotated[str, typer.Argument(help="Folder of the bank, or its address.", metavar="BANK")],
+    cache: common.Cache = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask nothing of the address: all copies are here.")
+    ] = False,
+    debug: common.Debug = False,
+) -> None:
     """Say what a bank is: samples, method, model, data, diagnostics."""
     del debug
     from bnn.bank import Bank
     from bnn.cli.show import show_bank
 
-    show_bank(Bank.open(bank, verify="never", allow_other_device=True))  # nothing of a virtual bank is made
+    # Nothing of a virtual bank is made.
+    show_bank(Bank.open(bank, verify="never", allow_other_device=True, cache=cache, offline=offline))
 
 
 @app.command()
@@ -262,6 +270,7 @@ def export(
     typer.echo(f"{out}: {size(out.stat().st_size)}")
 
 
+app.command("import")(importing.import_)
 app.command("plan")(plan.plan)
 app.command("loo")(loo.loo)
 app.command("stack")(loo.stack)

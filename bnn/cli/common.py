@@ -95,6 +95,9 @@ AllowOtherDevice = Annotated[
     typer.Option("--allow-other-device", help="Open a virtual bank on another CPU or torch than it was made with."),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the package.module:function that a bank names.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder for copies of a bank's files, where BANK is an address.", show_default=False)
+]
 Config = Annotated[
     Path | None,
     typer.Option(help="TOML file with values for these flags; flags win.", callback=read_config, is_eager=True),

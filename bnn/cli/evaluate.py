@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    bank: Annotated[list[Path], typer.Option(help="Folder of a bank; repeatable.")],
+    bank: Annotated[list[str], typer.Option(help="Folder of a bank, or its address; repeatable.")],
     data: Annotated[
         str | None, typer.Option(help="Data; their test rows are used. [default: the bank's]", show_default=False)
     ] = None,
@@ -65,6 +65,7 @@ def evaluate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    cache: common.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
     allow_other_device: common.AllowOtherDevice = False,
@@ -75,6 +76,7 @@ def evaluate(
     del config, debug
     from bnn import evaluation
     from bnn.bank import Bank
+    from bnn.bank.address import is_address
     from bnn.cli.show import show_reports
     from bnn.data import load_outside
     from bnn.distributed import ranks
@@ -86,7 +88,10 @@ def evaluate(
     common.check_device(device)
     common.check_folder("--report", report)
     shape = None if mesh is None else _shape(mesh)
-    opened = {path: Bank.open(path, allow_other_device=allow_other_device) for path in bank}
+    opened = {
+        path: Bank.open(path, allow_other_device=allow_other_device, cache=cache if is_address(path) else None)
+        for path in bank
+    }
     reports: dict[str, evaluation.Report] = {}
     for path, found in opened.items():
         module = common.module_of(found, model=model, base=base, trust=trust)
@@ -107,7 +112,8 @@ def evaluate(
             for kind in shift or ()
         }
         net = FunctionalModel(module, found, device=device).settled()  # a report that can be made again
-        name = path.name if path.name not in reports else str(path).strip("/").replace("/", "-")
+        last = Path(path).name
+        name = last if last not in reports else path.strip("/").replace("/", "-")
         result = evaluation.evaluate(
             net,
             rows,
@@ -120,7 +126,7 @@ def evaluate(
             scale=dataset.units.scale,
             mesh=shape,
         )
-        result.about = {"bank": str(path), "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
+        result.about = {"bank": path, "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
         reports[name] = result
     if ranks().rank:  # rank 0 speaks for all
         return

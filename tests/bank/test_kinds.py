@@ -93,6 +93,21 @@ def coded(**options: Any) -> Callable[[Path], tuple[Bank, Bank]]:
     return make
 
 
+def at_an_address(maker: Callable[[Path], tuple[Bank, Bank]], **options: Any) -> Callable[[Path], tuple[Bank, Bank]]:
+    """A bank of some kind whose files stand in fsspec's memory, and come when they are touched."""
+
+    def make(folder: Path) -> tuple[Bank, Bank]:
+        fsspec = pytest.importorskip("fsspec", reason="fsspec (extra 'remote') is not installed")
+        _, ordinary = maker(folder)
+        assert ordinary.path is not None
+        there = fsspec.filesystem("memory")
+        for path in ordinary.path.iterdir():
+            there.pipe_file(f"/kinds{folder}/{path.name}", path.read_bytes())
+        return Bank.open(f"memory://kinds{folder}", cache=folder / "cache", **options), ordinary
+
+    return make
+
+
 needs_cuda = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -113,6 +128,10 @@ KINDS = {
     "coded, host": coded(residency="host"),
     "coded, device": coded(residency="device", device="cpu"),
     "coded, streamed": coded(residency="streamed", host_budget="1MB"),
+    "at an address": at_an_address(opened()),
+    "at an address, two writers": at_an_address(by_two_writers(), verify="full"),
+    "at an address, streamed": at_an_address(opened(), residency="streamed", host_budget=3 * SHARD_BYTES),
+    "at an address, coded": at_an_address(coded(), prefetch=True),
     "device, CUDA": pytest.param(opened(residency="device"), marks=needs_cuda),
     "streamed, CUDA": pytest.param(
         opened(residency="streamed", device="cuda", device_budget=3 * SHARD_BYTES), marks=needs_cuda

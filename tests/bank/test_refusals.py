@@ -451,7 +451,7 @@ def test_bytes_after_the_end_are_refused(tmp_path: Path, tail: bytes) -> None:
 
 
 def test_only_one_module_of_the_bank_touches_files() -> None:
-    """So that a fault put into `disk` reaches every call."""
+    """So that a fault put into `disk` reaches every call; `there` is a file system at an address."""
     import bnn.bank
 
     banned = {"open", "unlink", "rename", "mkdir", "rmdir", "iterdir", "exists", "is_file", "is_dir", "stat", "touch"}
@@ -463,7 +463,9 @@ def test_only_one_module_of_the_bank_touches_files() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in banned:
                 owner = ast.unparse(node.func.value)
-                assert owner in ("disk", "Bank") or "_replace" in node.func.attr, f"{path.name}:{node.lineno} {owner}"
+                assert owner in ("disk", "Bank", "there") or "_replace" in node.func.attr, (
+                    f"{path.name}:{node.lineno} {owner}"
+                )
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "open", f"{path.name}:{node.lineno}"
 

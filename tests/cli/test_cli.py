@@ -559,7 +559,10 @@ def test_units_of_information(bnn: Callable[..., tuple[int, str, str]], tmp_path
     for unit in ("nats", "bits"):
         code, out, _ = bnn(f"evaluate --bank bank --unit {unit} --report {unit}")
         assert code == 0
-        lines = [line.split("  ") for line in out.splitlines()[2:-1]]
+        told = out.splitlines()
+        end = next(place for place, line in enumerate(told) if line.startswith("value ±"))
+        assert all(line.startswith("bank: no ") for line in told[end + 1 :])  # why figures are missing
+        lines = [line.split("  ") for line in told[2:end]]
         shown[unit] = {
             line[0].replace(" ", "_"): re.findall(r"-?[0-9.]+", "".join(line[1:]))
             for line in lines
