@@ -120,7 +120,7 @@ def test_ranks_that_differ_are_refused_by_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_shares_of_a_batch_are_the_batch_of_one_process(num_workers: int) -> None:
-    """13 rows in batches of 5 over 3 ranks: neighbours, in order, with the same index, and None without rows."""
+    """7 rows in batches of 3 over 2 ranks: neighbours, in order, with the same index, and None without rows."""
     x = torch.arange(7)
     options: dict[str, Any] = {"batch_size": 3, "shuffle": True}
     whole = list(PairedLoader((x, x), SampleIndexSampler(4), **options))
