@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from bnn.distributed import ALONE, Ranks
 from bnn.errors import ConfigError, DataError
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import (
@@ -24,6 +26,7 @@ from bnn.likelihoods import (
 from bnn.mixtures import Mixture, NormalMixture, PoissonMixture, StudentTMixture, quantile
 from bnn.posthoc import Calibration, ClassSets, Interval
 from bnn.spread import Spread
+from bnn.turns import in_turn
 from bnn.types import Block
 from bnn.uncertainty import entropy, prior_shift
 
@@ -110,6 +113,7 @@ def predict(
     outputs: bool = False,
     tolerance: float | None = None,
     calibration: Calibration | None = None,
+    ranks: Ranks = ALONE,
     progress: bool | None = None,
 ) -> Predictive:
     """Predictive distribution under all samples of a bank, or as many as a tolerance asks for.
@@ -125,6 +129,9 @@ def predict(
     those of independent draws would, averaged over rows (batch means by chain). Where even all samples do not
     reach it, `errors.NotConverged` is warned of.
 
+    **On several ranks** each predicts on its own, unless `ranks=` is given: then all call it with the same arguments, batches of
+    a data set or loader are taken in turn, a batch is cut into shares of its rows, and all ranks have all predictions.
+
     Args:
         net: a module under a bank.
         x: inputs of N rows as the module takes them, or a data set or loader, whose targets are not looked at.
@@ -139,6 +146,7 @@ def predict(
         tolerance: standard error of the mean predictive at which to stop; in probability, or units of the target.
         calibration: of `bnn.calibrate` with the same bank: `calibrated` then holds conformal sets or intervals, and class
             probabilities are tempered. Expected entropy and mutual information stay those of the mixture.
+        ranks: that share the rows: what `bnn.distributed.joined()` gives.
         progress: show a bar on stderr for a data set or loader; by default where stderr is a terminal.
 
     Returns:
@@ -147,7 +155,8 @@ def predict(
     Raises:
         DataError: a sample gives NaN or Inf; its index is named.
         ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression;
-            other units for counts; levels outside (0, 1); outputs or a calibration beside a tolerance.
+            other units for counts; levels outside (0, 1); outputs or a calibration beside a tolerance; a tolerance for
+            one batch that ranks share.
         BankMismatch: a calibration of other samples.
 
     Examples:
@@ -162,29 +171,70 @@ def predict(
     """
     asked = _asked(net, likelihood, prior_shift, loc, scale, quantiles, outputs, tolerance)
     if calibration is None:
-        return _predicted(net, x, asked, progress)
+        return _predicted(net, x, asked, progress, ranks)
     if tolerance is not None:
         raise ConfigError(
             "calibration", want="all samples, as it was made with", got="a tolerance", fix="leave out one of them"
         )
     calibration.check(net.bank, asked.likelihood, prior_shift)
-    found = _predicted(net, x, asked._replace(quantiles=(*asked.quantiles, *calibration.quantiles)), progress)
+    found = _predicted(net, x, asked._replace(quantiles=(*asked.quantiles, *calibration.quantiles)), progress, ranks)
     if isinstance(found, ClassPredictive):
         return calibration.of_classes(found)
     found = calibration.of_targets(found, asked.scale)
     return found._replace(quantiles={level: found.quantiles[level] for level in asked.quantiles})
 
 
-def _predicted(net: FunctionalModel, x: Any, asked: _Asked, progress: bool | None) -> Predictive:
+def _predicted(net: FunctionalModel, x: Any, asked: _Asked, progress: bool | None, ranks: Ranks) -> Predictive:
     """The predictive of a batch, or of a data set or loader batch by batch."""
     batch = _of_classes if asked.likelihood.task == "classification" else _of_targets
     if not isinstance(x, (Dataset, DataLoader)):
-        return batch(net, x, asked)
-    loader = x if isinstance(x, DataLoader) else DataLoader(x, batch_size=BATCH_SIZE, generator=torch.Generator())
-    parts = [batch(net, rows, asked) for rows in _shown(loader, progress)]
+        if not ranks.several:
+            return batch(net, x, asked)
+        if asked.tolerance is not None:
+            raise ConfigError(
+                "tolerance",
+                want="a data set, whose batches ranks take whole",
+                got="one batch, whose rows decide together",
+                fix="leave out tolerance or ranks",
+            )
+        rows = {len(leaf) for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)}
+        shares: Iterable[Any] = _shares(x, max(rows), ranks.world_size)
+    else:
+        loader = x if isinstance(x, DataLoader) else DataLoader(x, batch_size=BATCH_SIZE, generator=torch.Generator())
+        shares = _shown(loader, progress if ranks.rank == 0 else False)
+    kind = ClassPredictive if asked.likelihood.task == "classification" else TargetPredictive
+    found = in_turn(shares, lambda share: _as_state(batch(net, share, asked)), ranks)
+    parts = [_from_state(kind, state) for state in found]
     if not parts:
         raise DataError("x", want="at least one row", got="none", fix="check the data set")
     return _joined(parts)
+
+
+def _shares(x: Any, size: int, count: int) -> Iterator[Any]:
+    """The rows of a batch, cut into as many neighbouring shares as there are rows for."""
+    count = max(1, min(count, size))
+    for place in range(count):
+        here = slice(size * place // count, size * (place + 1) // count)
+        yield pytree.tree_map(lambda leaf: leaf[here] if isinstance(leaf, Tensor) else leaf, x)  # noqa: B023
+
+
+def _as_state(found: Predictive) -> dict[str, Any]:
+    """A predictive for other ranks, before any calibration."""
+    plain = {name: value for name, value in found._asdict().items() if isinstance(value, Tensor)}
+    return {
+        **plain,
+        "levels": list(found.quantiles),
+        **{f"quantile.{place}": value for place, value in enumerate(found.quantiles.values())},
+    }
+
+
+def _from_state(kind: type[Predictive], state: Mapping[str, Any]) -> Predictive:
+    fields = {name: state[name] for name in kind._fields if name in state}
+    levels = {float(level): state[f"quantile.{place}"] for place, level in enumerate(state["levels"])}
+    if kind is TargetPredictive:
+        fields.setdefault("outputs", None)
+    found: Predictive = kind(**fields, quantiles=levels)
+    return found
 
 
 def mixture(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bnn.cli.tables import Columns
+    from bnn.distributed import Ranks
     from bnn.functional import FunctionalModel
     from bnn.newrows import NewRows
     from bnn.posthoc import Calibration
@@ -86,19 +87,22 @@ def predict(
 
     from bnn.bank import Bank
     from bnn.cli.tables import check_out, write_table
+    from bnn.distributed import ranks, restarts
     from bnn.functional import FunctionalModel
     from bnn.newrows import new_rows
     from bnn.posthoc import Calibration
 
     common.check_device(device)
-    check_out(out, overwrite=overwrite)
+    together = ranks()
+    if together.rank == 0:
+        check_out(out, overwrite=overwrite or restarts() > 0)  # a file that is there was written before the restart
     opened = Bank.open(bank)
     record = common.record_of(opened)
     calibration = _calibration(opened, Calibration, base) if calibrated else None
     _check_options(record["task"], level, calibration, abstain_above)
     module = common.module_of(opened, model=model, base=base, trust=trust)
     rows = new_rows(
-        Path(data_root or ".") / _file_of(data, record),
+        _file(data, record, data_root),
         record,
         input_shape=opened.info["model"]["options"]["input_shape"],
     )
@@ -114,7 +118,14 @@ def predict(
     )
     counts = _Counts()
     net = FunctionalModel(module, opened, device=device).settled()
-    write_table(out, _tables(net, rows, asked, counts))
+    if together.several:
+        _check_ranks(net, _file(data, record, data_root), asked, together)
+    tables = _tables(net, rows, asked, counts, together)
+    if together.rank:
+        for _ in tables:
+            pass  # rank 0 writes
+        return
+    write_table(out, tables)
     typer.echo(f"{out}: {counts.rows} rows, {counts.abstained} of them to abstain on")
 
 
@@ -151,6 +162,23 @@ def _check_options(
         raise ConfigError("--abstain-above", want="a number", got="NaN", fix="in nats for classes, else a variance")
 
 
+def _file(data: str, record: dict[str, Any], data_root: str | None) -> Path:
+    return Path(data_root or ".") / _file_of(data, record)
+
+
+def _check_ranks(net: FunctionalModel, path: Path, asked: _Asked, together: Ranks) -> None:
+    """Raise ConfigError on every rank unless all have the same bank, module, file and options."""
+    import hashlib
+
+    from bnn.evaluation.mesh import check_ranks
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    options = asked._asdict()
+    options["calibration"] = None if asked.calibration is None else repr(asked.calibration)
+    check_ranks(net, {}, {**options, "file": digest}, together)
+
+
 def _file_of(data: str, record: dict[str, Any]) -> str:
     """The file that `--data` names: `FILE.csv:TARGET` of the fit's target is FILE.csv."""
     path, _, target = data.rpartition(":")
@@ -159,29 +187,39 @@ def _file_of(data: str, record: dict[str, Any]) -> str:
     return data
 
 
-def _tables(net: FunctionalModel, rows: NewRows, asked: _Asked, counts: _Counts) -> Iterator[Columns]:
-    """The columns of each batch."""
+def _tables(net: FunctionalModel, rows: NewRows, asked: _Asked, counts: _Counts, together: Ranks) -> Iterator[Columns]:
+    """The columns of each batch, in order on all ranks, which predict them in turn."""
     import numpy as np
+    import torch
     from tqdm import tqdm
 
     from bnn.posthoc.calibration import quantiles_of
     from bnn.predictive import ClassPredictive, predict
+    from bnn.turns import in_turn
 
-    with tqdm(total=rows.total, desc="predict", unit="row", delay=1.0, disable=None) as bar:
-        for x in rows.batches:
-            found = predict(
-                net, x, prior_shift=asked.shares, loc=asked.loc, scale=asked.scale, quantiles=_levels(net, asked),
-                calibration=asked.calibration,
-            )  # fmt: skip
-            first = np.arange(counts.rows, counts.rows + len(x))
-            if isinstance(found, ClassPredictive):
-                columns = _class_columns(found, asked)
-            else:
-                columns = _target_columns(found, asked, quantiles_of(asked.level))
-            counts.rows += len(x)
+    def columns_of(x: Tensor) -> dict[str, Any]:
+        found = predict(
+            net, x, prior_shift=asked.shares, loc=asked.loc, scale=asked.scale, quantiles=_levels(net, asked),
+            calibration=asked.calibration,
+        )  # fmt: skip
+        if isinstance(found, ClassPredictive):
+            columns = _class_columns(found, asked)
+        else:
+            columns = _target_columns(found, asked, quantiles_of(asked.level))
+        state = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in columns.items()}
+        return {**state, "@names": list(columns)}  # in their order, which tensors and lists do not travel in
+
+    disable = None if together.rank == 0 else True
+    with tqdm(total=rows.total, desc="predict", unit="row", delay=1.0, disable=disable) as bar:
+        for state in in_turn(rows.batches, columns_of, together):
+            names = state["@names"]
+            columns = {n: state[n].numpy() if isinstance(state[n], torch.Tensor) else state[n] for n in names}
+            size = len(columns["abstain"])
+            first = np.arange(counts.rows, counts.rows + size)
+            counts.rows += size
             counts.abstained += int(columns["abstain"].sum())
             yield {"row": first, **columns}
-            bar.update(len(x))
+            bar.update(size)
 
 
 def _levels(net: FunctionalModel, asked: _Asked) -> tuple[float, ...]:

@@ -68,6 +68,9 @@ def train(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
     data_root: common.DataRoot = None,
     seed: common.Seed = 0,
+    own_indices: Annotated[
+        bool, typer.Option("--own-indices", help="Under torchrun, let each rank meet samples of its own at a step.")
+    ] = False,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     trust: common.Trust = False,
@@ -81,6 +84,7 @@ def train(
     from bnn import training as jobs
     from bnn.bank import Bank
     from bnn.cli.show import show_bank
+    from bnn.distributed import ranks
     from bnn.functional import FunctionalModel
 
     common.check_device(device)
@@ -108,6 +112,7 @@ def train(
         "log": log,
         "num_workers": num_workers,
         "seed": seed,
+        "shared_indices": not own_indices,
         "resume": resume,
         "overwrite": overwrite,
     }
@@ -125,7 +130,8 @@ def train(
         }
         net = FunctionalModel(module, taught_by, device=device)
         trained = jobs.distil(pupil, net, rows, targets=targets, noise=noise, mixup=mixup, record=record, **shared)  # type: ignore[arg-type]  # checked by distil
-    show_bank(trained)
+    if ranks().rank == 0:  # which speaks for all
+        show_bank(trained)
 
 
 def check_for_student(*, student: str, targets: str, noise: float, mixup: float) -> None:

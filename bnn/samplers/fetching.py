@@ -32,6 +32,8 @@ class Request(NamedTuple):
     epoch: int
     number: int
     rows: Any  # int64 array, or a list as a batch sampler of the user's gave it
+    first: int = 0  # place in the batch of the first of them, where they are a rank's share
+    total: int | None = None  # rows of the whole batch; None where they are all
 
 
 class Fetched(NamedTuple):
@@ -39,7 +41,9 @@ class Fetched(NamedTuple):
 
     number: int
     rows: Any  # as they were asked for
-    data: Any
+    data: Any  # None of a share without rows
+    first: int = 0
+    total: int = 0
 
 
 class TensorRows(Dataset[Any]):
@@ -103,13 +107,17 @@ class Fetcher(Dataset[Any]):
             self._whole = dataset
 
     def __getitems__(self, request: Request) -> Fetched:
-        rows = request.rows
+        rows, first = request.rows, request.first
+        total = len(rows) if request.total is None else request.total
+        if not len(rows):
+            return Fetched(request.number, rows, None, first, total)
         if self._whole is not None:
             data = self._whole.batch(torch.as_tensor(rows, dtype=torch.int64))
-            return Fetched(request.number, rows, data)
+            return Fetched(request.number, rows, data, first, total)
         rows = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
-        with _streams(self._seed, "fetch", request.epoch, request.number):
-            return Fetched(request.number, request.rows, self._rows(rows))
+        place = (request.number, first) if first else (request.number,)  # shares of a batch draw apart
+        with _streams(self._seed, "fetch", request.epoch, *place):
+            return Fetched(request.number, request.rows, self._rows(rows), first, total)
 
     def _rows(self, rows: list[int]) -> Any:
         if hasattr(self.dataset, "__getitems__"):
@@ -183,10 +191,15 @@ class Requests(Sampler[Request]):
         batch_size: B.
         drop_last: leave out a short last batch.
         seed: of what samplers that are not ours draw from the global streams.
+        rank: whose share of each batch is asked for, in [0, world_size).
+        world_size: ranks that share a batch.
     """
 
-    def __init__(self, sampler: Any, batch_size: int | None, drop_last: bool, seed: int) -> None:
+    def __init__(
+        self, sampler: Any, batch_size: int | None, drop_last: bool, seed: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.sampler, self.batch_size, self._drop_last, self._seed = sampler, batch_size, drop_last, seed
+        self._rank, self._world_size = rank, world_size
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -196,8 +209,12 @@ class Requests(Sampler[Request]):
         return length // self.batch_size if self._drop_last else -(-length // self.batch_size)
 
     def __iter__(self) -> Iterator[Request]:
-        epoch, start = self.epoch, self.start
-        return (Request(epoch, number, rows) for number, rows in enumerate(self._batches(epoch, start), start))
+        return self._shares(self.epoch, self.start, self._batches(self.epoch, self.start))
+
+    def _shares(self, epoch: int, start: int, batches: Iterable[Any]) -> Iterator[Request]:
+        for number, rows in enumerate(batches, start):
+            first, stop = (len(rows) * rank // self._world_size for rank in (self._rank, self._rank + 1))
+            yield Request(epoch, number, rows[first:stop], first, len(rows))
 
     def _batches(self, epoch: int, start: int) -> Iterable[Any]:
         if isinstance(self.sampler, EpochSampler):

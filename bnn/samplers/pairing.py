@@ -53,6 +53,10 @@ class PairedLoader:
         num_workers: as in `DataLoader`, like `drop_last`, `collate_fn`, `pin_memory`, `prefetch_factor`,
             `persistent_workers`, `worker_init_fn`, `timeout`, `multiprocessing_context` and `in_order`.
         seed: of the data order; the index sampler's by default.
+        rank: of this process, in [0, world_size).
+        world_size: processes that share each batch: a rank gets its neighbours among the rows, those of all ranks being the
+            batch of one process. A share without rows comes with None as its data. Which indices it meets the index
+            sampler says, which may be shared or not.
 
     Raises:
         ConfigError: options that contradict each other.
@@ -86,10 +90,13 @@ class PairedLoader:
         multiprocessing_context: Any = None,
         in_order: bool = True,
         seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._iterable = isinstance(dataset, IterableDataset)
         self.dataset: Any = TensorRows(dataset) if isinstance(dataset, (tuple, dict)) else dataset
         _check_options(self._iterable, batch_size, shuffle, sampler, batch_sampler, num_indices, per_row, drop_last)
+        _check_share(self._iterable, sampler if batch_sampler is None else batch_sampler, rank, world_size)
         if num_workers < 0:
             raise ConfigError(
                 "num_workers", want="at least 0", got=str(num_workers), fix="pass 0 to load in this process"
@@ -128,13 +135,22 @@ class PairedLoader:
                 sampler = ShuffledSampler(len(cast(Sized, rows)), shuffle=shuffle, seed=self.seed)
             order = sampler if batch_sampler is None else batch_sampler
             check_order(order, len(cast(Sized, rows)), of_batches=batch_sampler is not None)
-            self._requests = Requests(order, batch_size if batch_sampler is None else None, drop_last, self.seed)
+            self._requests = Requests(
+                order,
+                batch_size if batch_sampler is None else None,
+                drop_last,
+                self.seed,
+                rank=rank,
+                world_size=world_size,
+            )
             fetcher = Fetcher(rows, collate_fn, self.seed)
             self._loader = DataLoader(
                 fetcher, batch_sampler=cast("Sampler[list[int]]", self._requests), collate_fn=as_fetched, **shared
             )
         self.rows: Any = None
         """Row numbers of the batch that was handed out last, for importance weights; None for iterable data sets."""
+        self.total = 0
+        """Rows of the whole batch that was handed out last, of which `rows` are this rank's; 0 for iterable data sets."""
         self._epoch = self._batch = self._start = 0
         self._sets = 0  # how often the epoch was chosen: an iteration that runs meanwhile counts no more
         self._arrived = 0  # batches of an iterable data set before the present epoch
@@ -170,11 +186,11 @@ class PairedLoader:
             self._requests.epoch, self._requests.start = epoch, start
             length = len(self)
             for taken, fetched in enumerate(self._loader, start + 1):
-                number, self.rows, data = Fetched(*fetched)
+                number, self.rows, data, first, self.total = Fetched(*fetched)
                 # Counted before it is handed out: a state taken inside the loop's body goes on after it.
                 if sets == self._sets:
                     self._epoch, self._batch = epoch, taken
-                yield Pair(data, self._index(epoch * length + number, len(self.rows)))
+                yield Pair(data, self._index(epoch * length + number, len(self.rows), first))
         if sets == self._sets:
             self._epoch, self._batch = epoch + 1, 0
 
@@ -265,7 +281,7 @@ class PairedLoader:
             each = (self._batch_size or 1) if self._per_row else (self._num_indices or 1)
             bank.follow(self.index_sampler, start=batch * each)
 
-    def _index(self, position: int, num_rows: int) -> int | Tensor:
+    def _index(self, position: int, num_rows: int, place: int = 0) -> int | Tensor:
         if self._per_row:
             if self._batch_size is None or num_rows > self._batch_size:
                 raise ConfigError(
@@ -274,7 +290,7 @@ class PairedLoader:
                     got=f"batch_size {self._batch_size} and a batch of {num_rows} rows",
                     fix="give it the attribute batch_size",
                 )
-            first = position * self._batch_size
+            first = position * self._batch_size + place
             return self.index_sampler.at(range(first, first + num_rows))
         if self._num_indices is None:
             return int(self.index_sampler.at(position))
@@ -302,6 +318,29 @@ def check_order(order: Any, num_rows: int, *, of_batches: bool) -> None:
     if order.of_batches != of_batches:
         role = "batch_sampler" if order.of_batches else "sampler"
         raise ConfigError(name, want=f"it as {role}=", got="the other", fix=f"pass {role}={name}(...)")
+
+
+def _check_share(iterable: bool, order: Any, rank: int, world_size: int) -> None:
+    """Raise ConfigError where ranks cannot share batches, or an order is a rank's own already."""
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            "rank", want=f"at least 0 and below world_size={world_size}", got=str(rank), fix="count ranks from 0"
+        )
+    if world_size > 1 and iterable:
+        raise ConfigError(
+            "world_size",
+            want="a map-style data set, whose batches ranks share",
+            got="an iterable one",
+            fix="split it inside the data set, or give it __len__ and __getitem__",
+        )
+    split = getattr(order, "world_size", 1)
+    if world_size > 1 and split != 1:
+        raise ConfigError(
+            "sampler",
+            want="the order of all ranks, whose batches are shared here",
+            got=f"one of world_size={split}",
+            fix="leave rank and world_size out of the sampler",
+        )
 
 
 def _check_options(

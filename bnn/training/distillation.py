@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bnn.bank import Bank
 from bnn.batches import full_batch, moved
+from bnn.distributed import ALONE, Ranks, ranks
 from bnn.errors import ConfigError, choose
 from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
@@ -24,9 +25,18 @@ from bnn.priors import HalfCauchy
 from bnn.samplers import EpochSampler, PairedLoader
 from bnn.seeding import derive, generator
 from bnn.training.files import keep
-from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, row_weights, weighted_mean
+from bnn.training.lessons import (
+    check_ranks,
+    class_figures,
+    inputs_and_targets,
+    paired,
+    relative_weights,
+    row_weights,
+    weighted_mean,
+)
 from bnn.training.logs import Log, check_log
 from bnn.training.loop import HeldOut, OptimizerFactory, Precision, Problem, Recipe, SchedulerFactory, run
+from bnn.turns import in_turn
 from bnn.types import Block, Data, Params, State
 
 Targets: TypeAlias = Literal["paired", "predictive"]
@@ -48,6 +58,7 @@ class Lesson(NamedTuple):
     noise: float
     mixup: float
     seed: int
+    together: Ranks
 
 
 def distil(
@@ -78,6 +89,7 @@ def distil(
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     seed: int = 0,
+    shared_indices: bool = True,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -109,8 +121,9 @@ def distil(
             of a Gaussian has one noise scale of its own, `@likelihood.scale`.
         held_out: rows judged after every epoch.
         sampler, importance_weights, num_epochs, batch_size, lr, optimizer, scheduler, scheduler_interval,
-            clip_norm, precision, patience, monitor, log, num_workers, collate_fn, seed, resume, overwrite, progress,
-            record: as for `train`.
+            clip_norm, precision, patience, monitor, log, num_workers, collate_fn, seed, shared_indices, resume, overwrite,
+            progress, record: as for `train`, also what it says of several ranks. With noise or mixup every rank reads whole
+            batches, and then takes its share.
 
     Returns:
         The student as a bank of one sample.
@@ -137,14 +150,16 @@ def distil(
         )
     net = net.settled()  # a run that goes on meets the same bits: by rule, whatever ways are fast today
     layout = layout_of(student, extra=[Entry(SCALE, (), torch.float32)] if is_normal else [])
+    all_ranks, changed = ranks(), bool(noise or mixup)
     loader = paired(
         data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
         sampler=sampler, importance=importance_weights, judged=held_out is not None,
+        together=all_ranks, shared_indices=shared_indices, whole=changed,
     )  # fmt: skip
-    cache = whole_predictive(net, data, likelihood) if targets == "predictive" else None
+    cache = whole_predictive(net, data, likelihood, all_ranks) if targets == "predictive" else None
     lesson = Lesson(
         net, Skeleton(student, layout, detach=True), likelihood, relative_weights(net.bank), loader,
-        importance_weights, cache, noise, mixup, seed,
+        importance_weights, cache, noise, mixup, seed, all_ranks,
     )  # fmt: skip
     named = dict(student.named_parameters())
     start = {entry.name: named[entry.name].detach() for entry in layout.entries if entry.name != SCALE}
@@ -161,6 +176,7 @@ def distil(
         "batch_size": batch_size,
         "teacher": net.bank.digest,
         "strategy": net.strategy,
+        **({} if shared_indices else {"ranks": all_ranks.world_size}),
     }
     config = {
         "likelihood": _of_student(likelihood).to_config(),
@@ -177,12 +193,16 @@ def distil(
     }
     buffers = {n: t for n, t in student.state_dict().items() if n not in layout.names and n not in layout.aliases}
 
+    parts = {"student": (student, None), "module": (net.module, net.bank.layout)}
+    again = {"resume": resume, "overwrite": overwrite}
+    check_ranks(config, parts, {"rows": data, "held_out": held_out}, again, all_ranks)
+
     def steps(state: State | None) -> Iterator[tuple[Block, State]]:
-        return run(problem, recipe, loader, net.device, state)
+        return run(problem, recipe, loader, net.device, state, all_ranks)
 
     return keep(
         out, steps, title="distil", layout=layout, config=config, base=buffers, export="model.safetensors", log=log,
-        resume=resume, overwrite=overwrite, progress=progress,
+        resume=resume, overwrite=overwrite, progress=progress, together=all_ranks,
     )  # fmt: skip
 
 
@@ -210,8 +230,13 @@ def divergence(
     return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)  # 0 log 0 = 0
 
 
-def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    """What the whole bank says of every row: log probabilities [N, C], or mean and standard deviation [N, C]."""
+def whole_predictive(
+    net: FunctionalModel, data: Data, likelihood: Likelihood, together: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
+    """What the whole bank says of every row: log probabilities [N, C], or mean and standard deviation [N, C].
+
+    Ranks take batches of the rows in turn, and all have what is found.
+    """
     if isinstance(data, Dataset):
         parts: Iterator[Any] = iter(DataLoader(data, batch_size=CACHE_ROWS, generator=torch.Generator().manual_seed(0)))
     else:
@@ -220,15 +245,16 @@ def whole_predictive(net: FunctionalModel, data: Data, likelihood: Likelihood) -
             (pytree.tree_map(lambda leaf: leaf[start : start + CACHE_ROWS], x), y[start : start + CACHE_ROWS])  # noqa: B023
             for start in range(0, len(y), CACHE_ROWS)
         )
-    outputs, scales = [], []
-    for part in parts:
+
+    def said(part: Any) -> dict[str, Tensor]:
         predictive = predict(net, inputs_and_targets(part).x, likelihood=likelihood)
         if isinstance(predictive, TargetPredictive):
-            outputs.append(predictive.mean.float())
-            scales.append(predictive.variance.sqrt().float())
-        elif isinstance(predictive, ClassPredictive):
-            outputs.append(predictive.log_probs.float())
-    return torch.cat(outputs), torch.cat(scales) if scales else torch.ones(())
+            return {"outputs": predictive.mean.float(), "scales": predictive.variance.sqrt().float()}
+        return {"outputs": predictive.log_probs.float()}
+
+    found = list(in_turn(parts, said, together))
+    scales = [state["scales"] for state in found if "scales" in state]
+    return torch.cat([state["outputs"] for state in found]), torch.cat(scales) if scales else torch.ones(())
 
 
 def _of_student(likelihood: Likelihood) -> Likelihood:
@@ -259,10 +285,17 @@ def _check_inputs(targets: str, num_indices: int | None, noise: float, mixup: fl
 
 
 def _loss(lesson: Lesson) -> Callable[[Params, Any, int | Tensor, Any, int], Tensor]:
-    """The mean divergence of the student from what teaches it, over the rows of a batch."""
+    """This rank's part of the mean divergence of the student from what teaches it, over the rows of a batch."""
 
     def mean_divergence(values: Params, data: Any, index: int | Tensor, rows: Any, step: int) -> Tensor:
-        x = _changed(moved(inputs_and_targets(data, lesson.loader).x, lesson.net.device), lesson, step)
+        nothing = torch.zeros((), device=lesson.net.device)
+        if data is None:  # a rank without rows of this batch
+            return nothing
+        x = moved(inputs_and_targets(data, lesson.loader).x, lesson.net.device)
+        if lesson.noise or lesson.mixup:  # of the whole batch, as one process changes it
+            x, rows = _own(_changed(x, lesson, step), rows, lesson.together)
+            if not len(rows):
+                return nothing
         params = _from_log(values)
         scale = params.get(SCALE, torch.ones(()))
         student = lesson.student(params, x, device=lesson.net.device)
@@ -272,9 +305,16 @@ def _loss(lesson: Lesson) -> Callable[[Params, Any, int | Tensor, Any, int], Ten
         for weight, teacher, teacher_scale in taught:
             each = divergence(lesson.likelihood, teacher, student, teacher_scale, scale)
             total = total + weight * weighted_mean(each, weights)
-        return total / len(taught)
+        return total * (len(rows) / lesson.loader.total) / len(taught)
 
     return mean_divergence
+
+
+def _own(x: Any, rows: Any, together: Ranks) -> tuple[Any, Any]:
+    """A rank's share of the inputs of a batch and of their row numbers."""
+    share = together.share(len(rows))
+    own = slice(share.start, share.stop)
+    return pytree.tree_map(lambda leaf: leaf[own] if isinstance(leaf, Tensor) else leaf, x), rows[own]
 
 
 def _teachers(lesson: Lesson, x: Any, index: int | Tensor, rows: Any) -> Iterator[tuple[float, Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bnn.bank import Bank
 from bnn.batches import full_batch, moved
+from bnn.distributed import ranks
 from bnn.errors import ConfigError
 from bnn.fitting import digest_of, provenance, sampling_record, versions
 from bnn.functional import FunctionalModel, Skeleton
@@ -20,7 +21,15 @@ from bnn.layout import Layout, as_patterns, layout_of, matches
 from bnn.likelihoods import Bernoulli, Likelihood, as_columns, likelihood_from_config
 from bnn.samplers import EpochSampler, PairedLoader, TensorRows
 from bnn.training.files import keep
-from bnn.training.lessons import class_figures, inputs_and_targets, paired, relative_weights, row_weights, weighted_mean
+from bnn.training.lessons import (
+    check_ranks,
+    class_figures,
+    inputs_and_targets,
+    paired,
+    relative_weights,
+    row_weights,
+    weighted_mean,
+)
 from bnn.training.logs import Log, check_log
 from bnn.training.loop import HeldOut, OptimizerFactory, Precision, Problem, Recipe, SchedulerFactory, run
 from bnn.types import Batch, Block, Data, Params, State
@@ -68,6 +77,7 @@ def train(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    shared_indices: bool = True,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -81,6 +91,10 @@ def train(
     the module's values on. The module itself is not changed: `module.load_state_dict(trained[0],
     strict=False)` puts the result into it. **Samples were drawn given the old values of phi**: after
     training they are stale, and a posterior of theta given the new ones needs another fit.
+
+    **On several ranks**, inside `bnn.distributed.joined()`, every rank calls `train` with the same arguments. Each takes its share of the
+    rows of every batch, and gradients are summed: a step is that of one process on the whole batch, to rounding. Rank 0
+    writes. A run goes on with any number of ranks, unless each meets samples of its own.
 
     Args:
         module: the module whose parameters the bank holds in part.
@@ -112,6 +126,7 @@ def train(
         collate_fn: makes a batch (x, y) of a list of rows, such as one that pads text.
         device: where to compute; the module's own by default.
         seed: of the order of data and bank indices.
+        shared_indices: on several ranks, whether all meet the samples that one process would; else each meets its own.
         resume: go on with an unfinished run at `out`; it ends with the same bits as one that was not interrupted.
         overwrite: replace what is at `out`.
         progress: show a bar on stderr; by default where stderr is a terminal.
@@ -121,9 +136,10 @@ def train(
         The trained parameters as a bank of one sample.
 
     Raises:
-        ConfigError: an option out of range, or no parameter outside the bank.
+        ConfigError: an option out of range, no parameter outside the bank, or ranks that differ.
         BankExists, BankMismatch: as for `fit`.
         FitError: the loss is not finite.
+        RankLost: another rank ended, or was silent for longer than the timeout.
 
     Examples:
         >>> import tempfile, bnn
@@ -142,9 +158,11 @@ def train(
     likelihood = likelihood or likelihood_from_config(bank.info.get("likelihood"))
     net = FunctionalModel(module, bank, device=device)
     layout = free_layout(module, bank.layout, free)
+    all_ranks = ranks()
     loader = paired(
         data, bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
         sampler=sampler, importance=importance_weights, judged=held_out is not None,
+        together=all_ranks, shared_indices=shared_indices,
     )  # fmt: skip
     together = Layout((*bank.layout.entries, *layout.entries), {**bank.layout.aliases, **layout.aliases})
     whole = Skeleton(module, together, detach=True)
@@ -164,6 +182,7 @@ def train(
                 "num_indices": num_indices,
                 "loss": "likelihood" if loss is None else "given",
                 "bank": bank.digest,
+                **({} if shared_indices else {"ranks": all_ranks.world_size}),
             },
         },
         "sampling": sampling_record(data, sampler, importance=importance_weights),
@@ -177,12 +196,15 @@ def train(
         **(record or {}),
     }
 
+    again = {"resume": resume, "overwrite": overwrite}
+    check_ranks(config, {"module": (module, bank.layout)}, {"rows": data, "held_out": held_out}, again, all_ranks)
+
     def steps(state: State | None) -> Iterator[tuple[Block, State]]:
-        return run(problem, recipe, loader, net.device, state)
+        return run(problem, recipe, loader, net.device, state, all_ranks)
 
     return keep(
         out, steps, title="train", layout=layout, config=config, base={}, export="free.safetensors", log=log,
-        resume=resume, overwrite=overwrite, progress=progress,
+        resume=resume, overwrite=overwrite, progress=progress, together=all_ranks,
     )  # fmt: skip
 
 
@@ -238,12 +260,14 @@ def free_layout(module: nn.Module, held: Layout, free: str | Sequence[str]) -> L
 
 
 def _loss(setting: _Setting) -> Callable[[Params, Any, int | Tensor, Any, int], Tensor]:
-    """The mean loss of a batch over the samples that it meets."""
+    """This rank's part of the mean loss of a batch over the samples that it meets."""
     checked = False
 
     def mean_loss(values: Params, data: Any, index: int | Tensor, rows: Any, step: int) -> Tensor:
         nonlocal checked
         del step
+        if data is None:  # a rank without rows of this batch
+            return torch.zeros((), device=setting.net.device)
         batch = moved(inputs_and_targets(data, setting.loader), setting.net.device)
         weights = row_weights(setting.loader, rows) if setting.importance else None
         indices = [index] if isinstance(index, int) else index.tolist()
@@ -256,7 +280,7 @@ def _loss(setting: _Setting) -> Callable[[Params, Any, int | Tensor, Any, int], 
                 checked = True
             each = _row_losses(setting, outputs, params, batch)
             total = total + setting.weights[one].to(each) * weighted_mean(each, weights)
-        return total / len(indices)
+        return total * (len(batch.y) / setting.loader.total) / len(indices)
 
     return mean_loss
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bnn.batches import full_batch, sampled
+from bnn.distributed import Ranks
 from bnn.errors import ConfigError, DataError
+from bnn.fitting import data_facts, module_facts
 from bnn.functional import SampleSource
+from bnn.layout import Layout
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler, PairedLoader, SampleIndexSampler, TensorRows
+from bnn.together import check_alike
 from bnn.training.loop import HeldOut
 from bnn.types import Batch, Data
 
@@ -29,8 +33,11 @@ def paired(
     sampler: EpochSampler[Any] | None,
     importance: bool,
     judged: bool,
+    together: Ranks,
+    shared_indices: bool,
+    whole: bool = False,
 ) -> PairedLoader:
-    """Batches of the data, each with the bank indices it meets.
+    """Batches of the data, each with the bank indices it meets; of several ranks each gets its share, unless `whole` is said.
 
     Raises:
         ConfigError: a `DataLoader`, which has an order of its own; a sampler that waits for held-out figures
@@ -54,13 +61,17 @@ def paired(
             raise ConfigError(
                 "sampler", want="held_out= rows for a schedule by metric", got="none", fix="pass held_out"
             )
+    place = {"rank": together.rank, "world_size": together.world_size}
     indices = SampleIndexSampler(bank, seed=seed)
+    if not shared_indices:
+        indices = SampleIndexSampler(bank, seed=seed, rank=together.rank, world_size=together.world_size)
     rows = data if isinstance(data, Dataset) else TensorRows(tuple(full_batch(data)[:2]))
     options: dict[str, Any] = {
         "num_indices": num_indices,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "collate_fn": collate_fn,
+        **({} if whole else place),
     }
     if sampler is not None and sampler.of_batches:
         return PairedLoader(rows, indices, batch_sampler=sampler, **options)
@@ -109,5 +120,32 @@ def row_weights(loader: PairedLoader, rows: Any) -> Tensor:
     """Importance weights of the rows of a batch, times B / mean B: steps take a short batch for a whole one."""
     sampler = loader.sampler
     total = int(sampler.batch_sizes().sum()) if sampler.of_batches else len(sampler)
-    weights: Tensor = sampler.importance_weights(rows) * (len(rows) * len(loader) / total)
+    weights: Tensor = sampler.importance_weights(rows) * (loader.total * len(loader) / total)
     return weights
+
+
+def check_ranks(
+    config: Mapping[str, Any],
+    modules: Mapping[str, tuple[nn.Module, Layout | None]],
+    data: Mapping[str, Data | None],
+    options: Mapping[str, Any],
+    together: Ranks,
+) -> None:
+    """Raise ConfigError on every rank unless all have the same versions, options, modules and data.
+
+    Args:
+        config: as `bank.json` keeps it.
+        modules: by name, with the layout of a bank whose samples stand for values of theirs.
+        data: by name.
+        options: more of them.
+        together: the ranks; nothing is asked of one.
+    """
+    if not together.several:
+        return
+    facts: dict[str, Any] = {key: value for key, value in config.items() if key not in ("data", "provenance")}
+    for name, (module, layout) in modules.items():
+        held = set() if layout is None else {*layout.names, *layout.aliases}
+        values = {n: v for n, v in module.state_dict().items() if isinstance(v, Tensor) and n not in held}
+        facts[name] = module_facts(module, values)
+    facts["data"] = {name: None if one is None else data_facts(one) for name, one in data.items()}
+    check_alike({**facts, **options}, together)

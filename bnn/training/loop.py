@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bnn.checkpoint import pack, unpack
+from bnn.distributed import ALONE, Ranks
 from bnn.errors import ConfigError, DataError, FitError, choose
 from bnn.layout import Layout
 from bnn.samplers import DynamicClassSampler, PairedLoader
@@ -111,7 +113,8 @@ class Problem(NamedTuple):
     layout: Layout  # of the values, as the bank of the result keeps them
     start: Params
     loss: Callable[[Params, Any, int | Tensor, Any, int], Tensor]
-    """(values, data, bank index, row numbers, step) -> the mean loss of the batch, a scalar."""
+    """(values, data, bank index, row numbers, step) -> the mean loss of the batch, a scalar; of several ranks this one's
+    part of it, which all add up to."""
     finish: Callable[[Params], Params]
     """Values -> params as the bank keeps them."""
     held_out: Callable[[Params], HeldOut] | None
@@ -141,9 +144,14 @@ class _Machine(NamedTuple):
 
 
 def run(
-    problem: Problem, recipe: Recipe, loader: PairedLoader, device: torch.device, state: State | None
+    problem: Problem,
+    recipe: Recipe,
+    loader: PairedLoader,
+    device: torch.device,
+    state: State | None,
+    together: Ranks = ALONE,
 ) -> Iterator[tuple[Block, State]]:
-    """Optimise; yields blocks of no rows while it goes on, and the one row of the result at the end."""
+    """Optimise; yields blocks of no rows while it goes on, and the one row of the result at the end, on every rank."""
     if recipe.patience is not None and problem.held_out is None:
         raise ConfigError("patience", want="held_out= rows to judge by", got="none", fix="pass held_out")
     total = recipe.num_epochs * len(loader)
@@ -155,10 +163,10 @@ def run(
     yielded_at = time.monotonic()
     while progress.step < total and not progress.stopped:
         for data, index in loader:
-            progress = _step(problem, recipe, machine, progress, (data, index, loader.rows), device, total)
+            progress = _step(problem, recipe, machine, progress, (data, index, loader.rows), device, total, together)
             ended = progress.step % len(loader) == 0
             if ended:  # inside the loop: a state taken now has the whole epoch behind it
-                progress = _end_epoch(problem, recipe, machine, progress, loader)
+                progress = _end_epoch(problem, recipe, machine, progress, loader, together)
             late = ended and time.monotonic() - yielded_at > STATE_SECONDS
             if (late or progress.step % STEPS_PER_STATE == 0) and progress.step < total and not progress.stopped:
                 yield problem.layout.no_rows(), _save(machine, progress, loader, total)
@@ -191,6 +199,7 @@ def _step(
     pair: tuple[Any, int | Tensor, Any],
     device: torch.device,
     total: int,
+    together: Ranks,
 ) -> Progress:
     """One optimiser step on one batch."""
     machine.optimizer.zero_grad()
@@ -211,13 +220,16 @@ def _step(
                 got=f"{type(error).__name__}: {lines[0] if lines else ''}",
                 fix="check the shape and dtype of x, and the structure of the module",
             ) from error
+    scaler, optimizer = machine.scaler, machine.optimizer
     found = float(loss.detach())
+    if together.several:
+        found = _summed_gradients(machine, loss, together)
     if not math.isfinite(found):
         raise FitError(
             problem.name, want="a finite loss", got=f"{found} at step {progress.step}", fix="lower lr, or clip_norm"
         )
-    scaler, optimizer = machine.scaler, machine.optimizer
-    (loss if scaler is None else scaler.scale(loss)).backward()
+    if not together.several:
+        (loss if scaler is None else scaler.scale(loss)).backward()
     if recipe.clip_norm is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -231,6 +243,20 @@ def _step(
     if recipe.scheduler is not None and recipe.scheduler_interval == "step":
         _advance(machine, None)
     return progress._replace(step=progress.step + 1, losses=progress.losses + found, lr=lr)
+
+
+def _summed_gradients(machine: _Machine, loss: Tensor, together: Ranks) -> float:
+    """Gradients of this rank's part of the loss, summed over all ranks at once, and the whole loss."""
+    if loss.requires_grad:  # a rank without rows has a loss of 0 and no gradients
+        (loss if machine.scaler is None else machine.scaler.scale(loss)).backward()
+    values = list(machine.values.values())
+    parts = [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
+    kind = functools.reduce(torch.promote_types, {part.dtype for part in parts})
+    flat = torch.cat([part.to(kind).flatten() for part in parts] + [loss.detach().to(kind).reshape(1)])
+    summed = together.total(flat)
+    for value, part in zip(values, summed[:-1].split([value.numel() for value in values]), strict=True):
+        value.grad = part.to(value.dtype).view_as(value).clone()
+    return float(summed[-1])
 
 
 def _advance(machine: _Machine, figure: float | None) -> None:
@@ -254,7 +280,12 @@ def _advance(machine: _Machine, figure: float | None) -> None:
 
 
 def _end_epoch(
-    problem: Problem, recipe: Recipe, machine: _Machine, progress: Progress, loader: PairedLoader
+    problem: Problem,
+    recipe: Recipe,
+    machine: _Machine,
+    progress: Progress,
+    loader: PairedLoader,
+    together: Ranks,
 ) -> Progress:
     """Judge on held-out rows, write the curve, tell scheduler and sampler, and stop where nothing gets better."""
     epoch = progress.step // len(loader)
@@ -263,6 +294,7 @@ def _end_epoch(
     if problem.held_out is not None:
         with torch.no_grad():
             found = problem.held_out({name: tensor.detach() for name, tensor in machine.values.items()})
+        found = HeldOut(*together.first_value(list(found)))  # all stop where rank 0 does, also on unlike machines
         row |= found.figures
         figure = _figure(recipe.monitor, found.figures)
         sampler = loader.sampler

@@ -133,6 +133,46 @@ def evaluations(out: str, *meshes: str) -> None:
         (Path(out) / f"{together.rank}.json").write_text(json.dumps(found))
 
 
+def of_rows(together: distributed.Ranks) -> dict[str, Any]:
+    """Predictives of one batch, of a data set and of two rows."""
+    x, y = classes()
+    own, of_numbers = net(Categorical()), net(Gaussian(), 2)
+    data = TensorDataset(torch.cat([x] * 40), torch.cat([y] * 40))  # three batches of 512, of 1,160 rows
+    levels = (0.25, 0.9)
+    return {
+        "batch": bnn.predict(own, x, ranks=together, quantiles=levels, outputs=True),
+        "data set": bnn.predict(own, data, ranks=together, tolerance=0.2),
+        "targets": bnn.predict(of_numbers, x, ranks=together, loc=1.5, scale=2.0, quantiles=levels),
+        "few": bnn.predict(own, x[:2], ranks=together),
+    }
+
+
+def predictions(out: str) -> None:
+    """Predictives, one file a rank, and what is said of a tolerance."""
+    with distributed.joined() as together:
+        found = {name: plain(predictive) for name, predictive in of_rows(together).items()}
+        try:
+            bnn.predict(net(Categorical()), classes()[0], ranks=together, tolerance=0.2)
+        except BnnError as error:
+            found["tolerance"] = str(error)
+        (Path(out) / f"{together.rank}.json").write_text(json.dumps(found))
+
+
+def plain(predictive: Any) -> dict[str, Any]:
+    tensors = {name: value.tolist() for name, value in predictive._asdict().items() if isinstance(value, Tensor)}
+    return {**tensors, **{str(level): value.tolist() for level, value in predictive.quantiles.items()}}
+
+
+def command_lines(*lines: str) -> None:
+    """`python -m bnn` with each line, one after the other as one process of a rank."""
+    from bnn import cli
+
+    for line in lines[:-1]:
+        code = cli.run(line.split())
+        assert code == 0, line
+    cli.main(lines[-1].split())
+
+
 def refusals() -> None:
     """What is said where ranks differ, or a batch cannot be judged: one line a case, on every rank."""
     said: list[str] = []
