@@ -82,6 +82,7 @@ def launch(
     for rank in range(world_size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        meeting["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # where torch tells how sockets close on a busy machine
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(script), *map(str, arguments)],

@@ -171,12 +171,16 @@ class Codec:
         if name in self.exact:
             return values
         mean, scale = self._of(name, values.device)
-        delta = values.to(mean.dtype) - mean
-        if scale is not None:
-            delta = torch.where(scale > 0, delta / scale, 0.0)  # 0: the values of all samples are the mean
-        if self.name == "int8":
-            delta = delta.round_().clamp_(-STEPS, STEPS)  # by at most a last bit of the division
-        return delta.to(CODECS[self.name])
+        coded = torch.empty(values.shape, dtype=CODECS[self.name], device=values.device)
+        rows = max(TILE // max(mean.numel(), 1), 1)  # a few: large arrays in between would leave holes in the heap
+        for top in range(0, len(values), rows):
+            delta = values[top : top + rows].to(mean.dtype) - mean
+            if scale is not None:
+                delta = torch.where(scale > 0, delta / scale, 0.0)  # 0: the values of all samples are the mean
+            if self.name == "int8":
+                delta = delta.round_().clamp_(-STEPS, STEPS)  # by at most a last bit of the division
+            coded[top : top + rows] = delta
+        return coded
 
     def _decoded(self, name: str, delta: Tensor) -> Tensor:
         mean, scale = self._of(name, delta.device)
