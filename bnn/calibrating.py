@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, RandomSampler
-from tqdm import tqdm
 
-from bnn.batches import full_batch, num_rows, parts_of, reweights, samplers_of
-from bnn.errors import ConfigError, DataError, choose
+from bnn.errors import DataError, choose
+from bnn.evaluation.batches import batches
 from bnn.functional import FunctionalModel
 from bnn.likelihoods import (
     Bernoulli,
@@ -29,8 +25,7 @@ from bnn.posthoc import Calibration, Estimate, conformal, fit_temperature, tempe
 from bnn.posthoc.calibration import as_shares, quantiles_of
 from bnn.posthoc.temperature import nll_of_rows
 from bnn.predictive import BATCH_SIZE, ClassPredictive, TargetPredictive, predict
-from bnn.samplers import EpochSampler
-from bnn.types import Batch, Data
+from bnn.types import Data
 
 
 class Judged(NamedTuple):
@@ -107,7 +102,7 @@ def calibrate(
     second: list[Tensor] = []  # upper ends
     truth: list[Tensor] = []
     levels: tuple[float, ...] = () if likelihood.task == "classification" else quantiles_of(level)
-    for batch in _batches(data, batch_size, "calibrate", progress):
+    for batch in batches(data, batch_size, "calibrate", progress):
         found = predict(net, batch.x, likelihood=likelihood, prior_shift=prior_shift, quantiles=levels)
         if isinstance(found, ClassPredictive):
             first.append(found.log_probs)
@@ -169,7 +164,7 @@ def judge(
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     rows: dict[str, list[Tensor]] = {}
     levels = calibration.quantiles
-    for batch in _batches(data, batch_size, "judge", progress):
+    for batch in batches(data, batch_size, "judge", progress):
         found = predict(
             net, batch.x, likelihood=likelihood, prior_shift=prior_shift, loc=loc, scale=scale, quantiles=levels,
             calibration=calibration,
@@ -224,43 +219,3 @@ def _targets(y: Tensor, likelihood: Likelihood, found: TargetPredictive) -> Tens
             fix="give the module one output a target",
         )
     return columns
-
-
-def _batches(data: Data, batch_size: int, title: str, progress: bool | None) -> Iterator[Batch]:
-    """The rows once, in order.
-
-    Raises:
-        DataError: a loader that draws rows by weight or with replacement: they are not exchangeable with new ones.
-    """
-    if batch_size < 1:
-        raise ConfigError("batch_size", want="at least 1", got=str(batch_size), fix="raise it")
-    disable = None if progress is None else not progress
-    with tqdm(total=num_rows(data), desc=title, unit="row", delay=1.0, disable=disable) as bar:
-        for batch in _in_order(data, batch_size):
-            yield batch
-            bar.update(len(batch.y))
-
-
-def _in_order(data: Data, batch_size: int) -> Iterator[Batch]:
-    if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
-    if isinstance(data, DataLoader):
-        repeats = any(
-            (isinstance(sampler, RandomSampler) and sampler.replacement)
-            or (isinstance(sampler, EpochSampler) and not sampler.each_once)
-            for sampler in samplers_of(data)
-        )
-        if repeats or reweights(data):
-            raise DataError(
-                "calibrate",
-                want="rows in their natural shares, each once",
-                got="a loader that draws them by weight or with replacement",
-                fix="pass the data set itself",
-            )
-        for part in parts_of(data, 0, "calibrate"):
-            yield full_batch(part)
-        return
-    whole = full_batch(data)
-    for start in range(0, len(whole.y), batch_size):
-        here = slice(start, start + batch_size)
-        yield Batch(pytree.tree_map(lambda leaf: leaf[here], whole.x), whole.y[here])  # noqa: B023

@@ -247,7 +247,7 @@ def test_rows_that_cannot_calibrate_are_refused() -> None:
         calibrate(net, few, likelihood=Categorical())
     assert calibrate(net, (x[:9], y[:9]), likelihood=Categorical()).num_rows == 9
     loader = DataLoader(TensorDataset(x, y), sampler=WeightedRandomSampler([1.0] * 59 + [9.0], 60), batch_size=7)
-    with pytest.raises(DataError, match="rows in their natural shares"):
+    with pytest.raises(DataError, match="calibrate: want rows in their natural order, each once"):
         calibrate(net, loader, likelihood=Categorical())
     with pytest.raises(ConfigError, match="one of lac, aps"):
         calibrate(net, (x, y), score="raps", likelihood=Categorical())  # type: ignore[arg-type]

@@ -155,13 +155,14 @@ def write_tensors(
     *,
     sealed: bool = False,
     image: Image | None = None,
+    crc32: Mapping[str, int] | None = None,
 ) -> Written:
     """Write a safetensors file with aligned tensors, atomically.
 
     With `sealed` its metadata hold the crc32 of every tensor, so that it can be checked without a manifest. Where
-    `tensors` are all of an image, the file is written from that as it lies.
+    `tensors` are all of an image, the file is written from that as it lies. `crc32` are theirs, where they are known.
     """
-    crc32 = {name: zlib.crc32(fmt.tensor_bytes(tensor)) for name, tensor in tensors.items()}
+    crc32 = crc32_of(tensors) if crc32 is None else crc32
     if sealed:
         metadata = fmt.seal_tensors(metadata, crc32)
     header, places = fmt.encode_header({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
@@ -178,6 +179,11 @@ def write_tensors(
     else:
         size, sha256 = write_atomic(path, fmt.chunks_of(header, places, tensors))
     return Written(size, sha256, {**crc32, fmt.HEADER: zlib.crc32(header)})
+
+
+def crc32_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The checksum of the bytes of each tensor."""
+    return {name: zlib.crc32(fmt.tensor_bytes(tensor)) for name, tensor in tensors.items()}
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str | None:

@@ -116,8 +116,14 @@ class Part:
         if not self._announced:
             self._write_manifest(0, (), None, {}, complete=False)
 
-    def write_shard(self, before: tuple[dict[str, Any], ...], image: files.Image, rows: int) -> dict[str, Any]:
-        """Write the rows of an image as a shard; it counts once a manifest names it."""
+    def write_shard(
+        self,
+        before: tuple[dict[str, Any], ...],
+        image: files.Image,
+        rows: int,
+        crc32: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
+        """Write the rows of an image as a shard; it counts once a manifest names it. `crc32` as of `files.write_tensors`."""
         self.begin()
         name, first_row = f"{self.writer}-{self._next_number:06d}.safetensors", num_rows(before)
         if self._next_number >= MOST_FILES:
@@ -131,7 +137,7 @@ class Part:
         metadata = shard_metadata(self.layout, self._identity, self.writer, first_row, rows)
         tensors = {key: tensor[:rows] for key, tensor in image.tensors.items()}
         full = image if all(len(tensor) == rows for tensor in image.tensors.values()) else None
-        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True, image=full)
+        written = files.write_tensors(self.path / name, tensors, metadata, sealed=True, image=full, crc32=crc32)
         return {"file": name, "first_row": first_row, "rows": rows, **written._asdict()}
 
     def commit(self, shards: tuple[dict[str, Any], ...], state: State | None, *, complete: bool) -> None:

@@ -55,8 +55,9 @@ def _refusals_told(method: Callable[Concatenate[BankWriter, P], R]) -> Callable[
 class _Beside:
     """A full shard that a thread commits. Nothing else of the writer touches the disk before that has ended."""
 
-    def __init__(self, ready: _Ready, image: files.Image) -> None:
+    def __init__(self, ready: _Ready, image: files.Image, crc32: Mapping[str, int]) -> None:
         self.before, self.rows, self.state, self.image = ready.shards, ready.buffered, ready.state, image
+        self.crc32 = crc32
         self.lock = threading.Lock()  # of whoever writes it: the thread, or who needs it and was first
         self.fact: dict[str, Any] | None = None  # of the shard, once it is written
         self.error: BaseException | None = None  # what the disk refused, until it is told
@@ -221,12 +222,14 @@ class BankWriter:
         if len(image.raw) < BESIDE_BYTES:
             self._commit_gathered(complete=False)
             return
+        rows = self._ready.buffered
+        crc32 = files.crc32_of({name: tensor[:rows] for name, tensor in image.tensors.items()})  # while the disk works
         self._land()
         self._part.begin()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "bnn-bank-writer")
         ready = self._ready
-        beside = _Beside(ready, image)
+        beside = _Beside(ready, image, crc32)
         self._ready = ready._replace(buffered=0, image=ready.spare, beside=beside, spare=None)
         self._thread.submit(self._commit_beside, beside)
 
@@ -235,7 +238,7 @@ class BankWriter:
             if beside.fact is not None or beside.error is not None:
                 return
             try:
-                beside.fact = self._part.write_shard(beside.before, beside.image, beside.rows)
+                beside.fact = self._part.write_shard(beside.before, beside.image, beside.rows, beside.crc32)
                 self._part.commit((*beside.before, beside.fact), beside.state, complete=False)
             except BaseException as error:
                 beside.error = error

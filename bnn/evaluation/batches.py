@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 def batches(data: Data, batch_size: int, title: str, progress: bool | None, *, targets: bool = True) -> Iterator[Batch]:
     """The data once, in order, with a bar; without targets where those are not to be looked at."""
-    parts = parts_in_order(data, batch_size, count(), targets=targets)
+    parts = parts_in_order(data, batch_size, count(), targets=targets, place=title)
     with tqdm(total=num_rows(data), desc=title, unit="row", delay=1.0, disable=disabled(progress)) as bar:
         for part in parts:
             batch = part.take()
@@ -50,7 +50,13 @@ def disabled(progress: bool | None) -> bool | None:
 
 
 def parts_in_order(
-    data: Data, batch_size: int, numbers: Iterator[int], *, targets: bool = True, several: bool = False
+    data: Data,
+    batch_size: int,
+    numbers: Iterator[int],
+    *,
+    targets: bool = True,
+    several: bool = False,
+    place: str = "evaluate",
 ) -> Iterator[Part]:
     """The data once, in order; without targets where those are not to be looked at.
 
@@ -60,6 +66,7 @@ def parts_in_order(
         numbers: of the batches.
         targets: whether they are to be looked at.
         several: whether other ranks take parts too: then a data set is asked for the rows of those alone that are taken.
+        place: that errors name.
 
     Raises:
         DataError: what is no data, or a loader that takes some rows more often than others.
@@ -71,22 +78,22 @@ def parts_in_order(
         return full_batch((x, y if targets else torch.zeros(len(y))))
 
     if isinstance(data, Dataset) and several:
-        for place, start in enumerate(range(0, num_rows(data), batch_size)):
+        for number, start in enumerate(range(0, num_rows(data), batch_size)):
             rows = range(start, min(start + batch_size, num_rows(data)))
-            yield Part(next(numbers), start, lambda: batch_of(*_rows_of(data, rows, place)))  # noqa: B023
+            yield Part(next(numbers), start, lambda: batch_of(*_rows_of(data, rows, number)))  # noqa: B023
         return
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
-        _check_order(data)
+        _check_order(data, place)
         first = 0
-        for part in parts_of(data, 0, "evaluate"):
+        for part in parts_of(data, 0, place):
             yield Part(next(numbers), first, lambda: batch_of(*part))  # noqa: B023
             first += len(part[1])
         return
     if not isinstance(data, (tuple, list)):
         raise DataError(
-            "evaluate",
+            place,
             want="a pair of tensors, a data set or a DataLoader",
             got=f"a {type(data).__name__}",
             fix="pass the data set itself",
@@ -107,7 +114,7 @@ def _rows_of(data: Dataset[Any], rows: range, place: int) -> Any:
         return next(iter(DataLoader(data, batch_sampler=[list(rows)], generator=torch.Generator())))
 
 
-def _check_order(loader: DataLoader[Any]) -> None:
+def _check_order(loader: DataLoader[Any], place: str) -> None:
     """Raise DataError for a loader that does not take rows alike: its figures would be of other data."""
     repeats = any(
         (isinstance(sampler, RandomSampler) and sampler.replacement)
@@ -116,7 +123,7 @@ def _check_order(loader: DataLoader[Any]) -> None:
     )
     if repeats or reweights(loader):
         raise DataError(
-            "evaluate",
+            place,
             want="rows in their natural order, each once",
             got="a loader that draws them by weight or with replacement",
             fix="pass the data set itself; probabilities after balanced training are corrected by prior_shift=",

@@ -14,6 +14,7 @@ import sklearn.metrics
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import Table, random, table_net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -21,11 +22,9 @@ import bnn
 from bnn import metrics
 from bnn.errors import ConfigError, DataError
 from bnn.evaluation import Report, evaluate
-from bnn.layout import Entry, layout_of
-from bnn.likelihoods import SCALE, Categorical, Gaussian, Likelihood
+from bnn.likelihoods import Categorical, Gaussian, Likelihood
 from bnn.priors import HalfCauchy
 from bnn.seeding import generator
-from bnn.types import make_block
 
 ROWS, CLASSES = 13, 3  # N and C; S is 1, 2, 7 or 70, batches are of 5
 LEARNT = Gaussian(HalfCauchy(1.0))
@@ -33,38 +32,6 @@ streamed = pytest.mark.parametrize("num_samples", [1, 2, 7, 70])
 weights = pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
 batches = pytest.mark.parametrize("batch_size", [1, 5, 512])
 profile = settings(max_examples=10, deadline=None, derandomize=True)
-
-
-class Table(nn.Module):
-    """Outputs looked up by row number, so that a sample can be any [N, C] one likes."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.table[rows]
-
-
-def table_net(
-    tables: Tensor,
-    *,
-    log_weight: Tensor | None = None,
-    scales: Tensor | None = None,
-    likelihood: Likelihood | None = None,
-) -> bnn.FunctionalModel:
-    """A module under a bank whose sample s gives `tables[s]`, with weights and noise scales [S] of their own."""
-    module, size = Table(tuple(tables.shape[1:])), len(tables)
-    extra = [] if scales is None else [Entry(SCALE, (), scales.dtype)]
-    params = {"table": tables} if scales is None else {"table": tables, SCALE: scales}
-    zeros = torch.zeros(size, dtype=torch.int64)
-    block = make_block(params, chain=torch.arange(size), draw=zeros, log_weight=log_weight)
-    info = {} if likelihood is None else {"likelihood": likelihood.to_config()}
-    return bnn.FunctionalModel(module, bnn.Bank.from_blocks([block], layout=layout_of(module, extra=extra), info=info))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed, *shape), dtype=torch.float64)
 
 
 def labels(rows: int = ROWS, classes: int = CLASSES, seed: int = 0) -> Tensor:
