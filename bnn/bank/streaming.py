@@ -6,6 +6,7 @@ shard is the one wanted last; never while it is being filled or in use.
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -137,6 +138,7 @@ class Ring:
         ]
         for thread in self._threads:
             thread.start()
+            _running[thread] = self._jobs
         self._stop = weakref.finalize(self, _dismiss, self._jobs, THREADS)
 
     @property
@@ -358,6 +360,19 @@ def _serve(ring: weakref.ref[Ring], jobs: queue.SimpleQueue[Any]) -> None:
 def _dismiss(jobs: queue.SimpleQueue[Any], count: int) -> None:
     for _ in range(count):
         jobs.put(None)
+
+
+_running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Any]] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Wait for every thread before Python ends: one that it stops inside of torch takes the process down."""
+    running = list(_running.items())
+    for _, jobs in running:
+        jobs.put(None)
+    for thread, _ in running:
+        thread.join()
 
 
 class Stream:

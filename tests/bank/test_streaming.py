@@ -682,6 +682,31 @@ def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in told
 
 
+ENDS = """
+import sys, bnn
+bank = bnn.Bank.open(sys.argv[1], residency="streamed", host_budget="30MB")
+sampler = bnn.SampleIndexSampler(bank, window=4)
+bank.follow(sampler)
+for index in sampler:
+    bank[index]["weight"].sum()
+for _ in bank.blocks(7):
+    pass
+"""
+
+
+def test_python_ends_while_threads_read(tmp_path: Path) -> None:
+    """A thread that is stopped inside of torch takes the process down ("terminate called without an active exception")."""
+    layout = layout_of(nn.Linear(300, 300, bias=False))
+    writer = BankWriter(tmp_path / "bank", layout=layout, config={}, shard_rows=10)
+    for start in range(0, 200, 10):
+        flat = torch.ones(10, layout.num_values)
+        writer.append(make_block(layout.unflatten(flat), chain=torch.zeros(10), draw=torch.arange(start, start + 10)))
+    writer.close()
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path / "bank")], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 PEAK = """
 import os, sys, torch
 from torch import nn
