@@ -242,7 +242,7 @@ class ClassCollector:
         assert self.weight is not None
         report.add(
             name, float(views[0]), n=self.count, standard_error=error, bins=bins, note=note,
-            monte_carlo_error=self.views.jackknife(views, self.weight),
+            monte_carlo_error=self.views.monte_carlo_error(views, self.weight),
         )  # fmt: skip
 
     def beginnings(self) -> Iterator[tuple[str, list[float]]]:
@@ -306,7 +306,7 @@ def add_outside(
             name = kind if score == "predictive_entropy" else f"{kind}_{score}"
             report.add(
                 name, float(values[0]), n=sides.inside.shape[1], standard_error=error, outside=sides.outside.shape[1],
-                monte_carlo_error=views.jackknife(values, weight),
+                monte_carlo_error=views.monte_carlo_error(values, weight),
             )  # fmt: skip
 
 
