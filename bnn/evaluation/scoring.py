@@ -308,7 +308,7 @@ def _add_targets(task: _Task, part: Part, batch: Batch, collector: TargetCollect
 
 
 def _outside(task: _Task, ood: Data, views: Views, like: Shape) -> dict[str, Tensor]:
-    """Scores [1 + G, M] of rows outside, whose targets are not looked at."""
+    """Scores [1 + H, M] of rows outside, whose targets are not looked at."""
     found: dict[str, list[Tensor]] = {}
 
     def judged(part: Part) -> dict[str, Any]:
