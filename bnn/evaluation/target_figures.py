@@ -160,7 +160,8 @@ class TargetCollector:
             found.index_add_(0, self.views.group[some], weight[some, None, None] * change)
         of_group = torch.zeros(self.views.num_groups, dtype=torch.float64).index_add_(0, self.views.group, weight)
         halves = self.views.halves
-        return torch.tensordot(halves, found, dims=1) / (halves @ of_group)[:, None, None] - found.sum(dim=0)
+        means = (halves @ found.flatten(1)).view(-1, *y.shape) / (halves @ of_group)[:, None, None]
+        return means - found.sum(dim=0)
 
     def fresh(self) -> TargetCollector:
         """One that has taken nothing, of the same options."""
