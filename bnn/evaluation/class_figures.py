@@ -27,7 +27,7 @@ class ClassCollector:
     """Takes the batches of a data set, and keeps of each what figures of all rows need.
 
     Means are summed, and confidences counted in bins, for every view; scores of each row are kept for the bank and for
-    the bank without each run of draws, since they are ranked.
+    the H halves of its runs of draws, since they are ranked.
     """
 
     def __init__(self, views: Views, *, num_bins: int, whole: bool, ranked: bool) -> None:
@@ -36,9 +36,9 @@ class ClassCollector:
         self.count = 0
         self._sums: dict[str, Tensor] = {}  # [V] each
         self._rows: dict[str, list[Tensor]] = {}  # [B] each, of the whole bank
-        self._kept: dict[str, list[Tensor]] = {}  # [1 + G, B] each
+        self._kept: dict[str, list[Tensor]] = {}  # [1 + H, B] each
         self._bins = torch.zeros(3, views.num_views, num_bins, dtype=torch.float64)  # rows, confidence, correct
-        self._own: Tensor | None = None  # [2, 1 + G, C, M] probability and truth of each class in its own bins
+        self._own: Tensor | None = None  # [2, 1 + H, C, M] probability and truth of each class in its own bins
         self._probs: list[Tensor] = []  # [B, C]
 
     def add(self, found: ClassRows, y: Tensor) -> None:
@@ -97,10 +97,10 @@ class ClassCollector:
             kept += found.view_as(kept)
 
     def _count_classes(self, probs: Tensor, target: Tensor) -> None:
-        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + G, B]
+        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + H, B]
         classes, size, _ = probs.shape
         own = torch.arange(classes)[:, None, None]
-        row = torch.arange(size)[:, None] * classes + own  # [C, 1 + G, 1]
+        row = torch.arange(size)[:, None] * classes + own  # [C, 1 + H, 1]
         place = (_bin(probs, self.num_bins) + self.num_bins * row).flatten()
         truth = (target == own).expand_as(probs)
         shape = (size, classes, self.num_bins)
@@ -187,7 +187,7 @@ class ClassCollector:
         self._add(report, "mce", largest, error, bins=self.num_bins)
         self._add_adaptive(report, kept)
         assert self._own is not None
-        own = self._own[1] - self._own[0]  # [1 + G, C, M]
+        own = self._own[1] - self._own[0]  # [1 + H, C, M]
         probs = torch.cat(self._probs)  # [N, C]
         truth = torch.nn.functional.one_hot(rows["y"], probs.shape[1])
         signs = own[0].sign().gather(1, _bin(probs.T.contiguous(), self.num_bins))  # [C, N]
@@ -196,7 +196,7 @@ class ClassCollector:
         self._add(report, "classwise_ece", value, standard_error(of_row), bins=self.num_bins)
 
     def _add_adaptive(self, report: Report, kept: dict[str, Tensor]) -> None:
-        confidence, correct = 1.0 - kept["one_minus_max_prob"], kept["correct"]  # [1 + G, N]
+        confidence, correct = 1.0 - kept["one_minus_max_prob"], kept["correct"]  # [1 + H, N]
         confidence[0] = report.rows["confidence"]
 
         def bins_of(view: int) -> metrics.Bins:
@@ -211,7 +211,7 @@ class ClassCollector:
         self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
 
     def _add_selective(self, report: Report, kept: dict[str, Tensor]) -> None:
-        loss, score = 1.0 - kept["correct"], kept["one_minus_max_prob"]  # [1 + G, N]
+        loss, score = 1.0 - kept["correct"], kept["one_minus_max_prob"]  # [1 + H, N]
         order, last = ranked(-score)  # the surest rows first
         lost = loss.gather(1, order)
         every = Kept.of(torch.ones_like(lost), lost, last)
@@ -242,7 +242,7 @@ class ClassCollector:
         assert self.weight is not None
         report.add(
             name, float(views[0]), n=self.count, standard_error=error, bins=bins, note=note,
-            monte_carlo_error=self.views.jackknife(views, self.weight),
+            monte_carlo_error=self.views.monte_carlo_error(views, self.weight),
         )  # fmt: skip
 
     def beginnings(self) -> Iterator[tuple[str, list[float]]]:
@@ -262,7 +262,7 @@ class ClassCollector:
         return metrics.Bins(rows.to(torch.int64), confidence / filled, correct / filled)
 
     def scores(self) -> dict[str, Tensor]:
-        """Scores [1 + G, N] by which rows are ranked."""
+        """Scores [1 + H, N] by which rows are ranked."""
         return {name: torch.cat(self._kept[name], dim=1) for name in SCORES if name in self._kept}
 
 
@@ -290,7 +290,7 @@ def scores_of(found: ClassRows) -> dict[str, Tensor]:
 
 
 class Sides(NamedTuple):
-    """One score of rows inside [1 + G, N] and outside [1 + G, M]."""
+    """One score of rows inside [1 + H, N] and outside [1 + H, M]."""
 
     inside: Tensor
     outside: Tensor
@@ -306,7 +306,7 @@ def add_outside(
             name = kind if score == "predictive_entropy" else f"{kind}_{score}"
             report.add(
                 name, float(values[0]), n=sides.inside.shape[1], standard_error=error, outside=sides.outside.shape[1],
-                monte_carlo_error=views.jackknife(values, weight),
+                monte_carlo_error=views.monte_carlo_error(values, weight),
             )  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def _outside(sides: Sides) -> dict[str, tuple[Tensor, float | None]]:
     # Rows of each side in the order of their scores, so that resamples do not hang on the order of the data.
     inside, outside = (side.sort(dim=1).values for side in sides)
     sizes = inside.shape[1], outside.shape[1]
-    both = torch.cat([inside, outside], dim=1)  # [1 + G, N + M]
+    both = torch.cat([inside, outside], dim=1)  # [1 + H, N + M]
     is_outside = torch.arange(sum(sizes)) >= sizes[0]
     falling, rising = ranked(both), ranked(-both)
     found = {}
