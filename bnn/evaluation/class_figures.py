@@ -13,7 +13,7 @@ from torch import Tensor
 from bnn import metrics
 from bnn.evaluation.class_sums import ClassRows
 from bnn.evaluation.definitions import SCORES
-from bnn.evaluation.ranking import Kept, Outside, Ranked, by_influence, by_resampling, ranked
+from bnn.evaluation.ranking import Kept, Outside, Ranked, all_by_resampling, by_influence, by_resampling, ranked
 from bnn.evaluation.report import Report
 from bnn.evaluation.views import Views
 
@@ -149,9 +149,13 @@ class ClassCollector:
         for name in (*BASIC, *MORE) if self.whole else BASIC:
             if name in self._sums:
                 self._add_mean(report, name)
-        self._add_calibration(report, kept)
-        if self.whole:
-            self._add_selective(report, kept)
+        if not self.whole:
+            self._add_calibration(report)
+        else:
+            surest = Surest.of(kept["one_minus_max_prob"], kept["correct"])
+            jumps = self._errors_of_jumps(report, surest)
+            self._add_calibration(report, kept, jumps)
+            self._add_selective(report, surest, jumps)
         report.rows["correct"] = report.rows.pop("accuracy")
 
     def _add_mean(self, report: Report, name: str) -> None:
@@ -161,14 +165,41 @@ class ClassCollector:
             note = f"infinite: {int(rows.isinf().sum())} rows give their class no chance"
         self._add(report, name, views, standard_error(rows), note=note)
 
-    def _add_calibration(self, report: Report, kept: dict[str, Tensor]) -> None:
+    def _errors_of_jumps(self, report: Report, surest: Surest) -> dict[str, float | None]:
+        """Errors over rows of the figures that jump, of which influences tell too little, all from the same drawn rows."""
+        place, apart = (
+            _bin(report.rows["confidence"], self.num_bins),
+            report.rows["accuracy"] - report.rows["confidence"],
+        )
+        member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
+        both = torch.cat([member * apart[:, None], member], dim=1)
+
+        def largest_gap(weight: Tensor) -> Tensor:  # [R, N] -> [R]
+            gap, filled = (weight @ both).split(self.num_bins, dim=1)
+            return (gap.abs() / filled.clamp_min(1)).amax(dim=1)
+
+        def selective(weight: Tensor) -> Tensor:  # [R, N] -> [2, R]
+            drawn = surest.kept(weight)
+            return torch.stack([drawn.coverage_at_risk(), drawn.risk_at_coverage()])
+
+        names = ("mce", "coverage_at_risk_5", "risk_at_coverage_80")
+        if self.count < 2:
+            return dict.fromkeys(names)
+        return dict(zip(names, all_by_resampling([largest_gap, selective], (self.count,)), strict=True))
+
+    def _add_calibration(
+        self,
+        report: Report,
+        kept: dict[str, Tensor] | None = None,
+        jumps: Mapping[str, float | None] | None = None,
+    ) -> None:
         rows, bins = report.rows, self._bins
         gap = bins[2] - bins[1]  # [V, M], times the number of rows
         sign, place = gap[0].sign(), _bin(rows["confidence"], self.num_bins)
         apart = rows["accuracy"] - rows["confidence"]  # [N]
         of_row = sign[place] * apart
         self._add(report, "ece", gap.abs().sum(dim=1) / self.count, standard_error(of_row), bins=self.num_bins)
-        if not self.whole:
+        if kept is None or jumps is None:
             return
         share = (gap.square() / bins[0].clamp_min(1)).sum(dim=1) / self.count  # [V]
         root = share.sqrt()
@@ -177,14 +208,7 @@ class ClassCollector:
         slope = 2.0 * of_bin * apart - of_bin.square()
         self._add(report, "rmsce", root, _of_root(slope, float(root[0])), bins=self.num_bins)
         largest = (gap.abs() / bins[0].clamp_min(1)).amax(dim=1)
-        member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
-
-        def again(weight: Tensor) -> Tensor:  # [R, N] -> [R]
-            return ((weight @ (member * apart[:, None])).abs() / (weight @ member).clamp_min(1)).amax(dim=1)
-
-        # Of the largest of several gaps, some of few rows, influences tell too little.
-        error = by_resampling(again, (self.count,)) if self.count > 1 else None
-        self._add(report, "mce", largest, error, bins=self.num_bins)
+        self._add(report, "mce", largest, jumps["mce"], bins=self.num_bins)
         self._add_adaptive(report, kept)
         assert self._own is not None
         own = self._own[1] - self._own[0]  # [1 + G, C, M]
@@ -210,24 +234,17 @@ class ClassCollector:
         of_row = sign.repeat_interleave(whole.rows) * (correct[0] - confidence[0])[order]
         self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
 
-    def _add_selective(self, report: Report, kept: dict[str, Tensor]) -> None:
-        loss, score = 1.0 - kept["correct"], kept["one_minus_max_prob"]  # [1 + G, N]
-        order, last = ranked(-score)  # the surest rows first
-        lost = loss.gather(1, order)
-        every = Kept.of(torch.ones_like(lost), lost, last)
-
-        def again(figure: Callable[[Kept], Tensor]) -> Callable[[Tensor], Tensor]:
-            return lambda weight: figure(Kept.of(weight, lost[:1], last[:1]))
-
+    def _add_selective(self, report: Report, surest: Surest, jumps: Mapping[str, float | None]) -> None:
+        every = Kept.of(torch.ones_like(surest.lost), *surest)
         for name, figure in {"aurc": Kept.aurc, "augrc": Kept.augrc}.items():
-            error = by_influence(again(figure), (self.count,)) if self.count > 1 else None
+
+            def again(weight: Tensor, figure: Callable[[Kept], Tensor] = figure) -> Tensor:
+                return figure(surest.kept(weight))
+
+            error = by_influence(again, (self.count,)) if self.count > 1 else None
             self._add(report, name, figure(every), error)
-        for name, figure in {
-            "coverage_at_risk_5": Kept.coverage_at_risk,
-            "risk_at_coverage_80": Kept.risk_at_coverage,
-        }.items():
-            error = by_resampling(again(figure), (self.count,)) if self.count > 1 else None
-            self._add(report, name, figure(every), error)
+        self._add(report, "coverage_at_risk_5", every.coverage_at_risk(), jumps["coverage_at_risk_5"])
+        self._add(report, "risk_at_coverage_80", every.risk_at_coverage(), jumps["risk_at_coverage_80"])
 
     def _add(
         self,
@@ -287,6 +304,23 @@ def scores_of(found: ClassRows) -> dict[str, Tensor]:
         "mutual_information": found.mutual_information,
         "one_minus_max_prob": 1.0 - found.probs.amax(dim=0),
     }
+
+
+class Surest(NamedTuple):
+    """Rows in the order of their confidence, the surest first, in the bank and without each run of draws."""
+
+    lost: Tensor  # [1 + G, N] whether each is wrong
+    last: Tensor  # bool [1 + G, N] whether it is the last of those that tie
+
+    @staticmethod
+    def of(score: Tensor, correct: Tensor) -> Surest:
+        """From scores that are less of surer rows, and whether these are right, both [1 + G, N]."""
+        order, last = ranked(-score)
+        return Surest(1.0 - correct.gather(1, order), last)
+
+    def kept(self, weight: Tensor) -> Kept:
+        """Of the whole bank, with weights [R, N] of the rows."""
+        return Kept.of(weight, self.lost[:1], self.last[:1])
 
 
 class Sides(NamedTuple):
