@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bnn import metrics
+from bnn.evaluation.bins import counted, equal_places, equally_filled_places
 from bnn.evaluation.class_sums import ClassRows
 from bnn.evaluation.definitions import SCORES
-from bnn.evaluation.ranking import Kept, Outside, Ranked, all_by_resampling, by_influence, by_resampling, ranked
+from bnn.evaluation.ranking import Kept, Outside, Ranked, Surest, all_by_resampling, by_influence, by_resampling, ranked
 from bnn.evaluation.report import Report
 from bnn.evaluation.views import Views
 
@@ -90,27 +91,19 @@ class ClassCollector:
         return each
 
     def _count(self, confidence: Tensor, correct: Tensor) -> None:
-        place = _bin(confidence, self.num_bins) + self.num_bins * torch.arange(len(confidence))[:, None]  # [V, B]
-        flat, size = place.flatten(), self._bins[0].numel()
+        place = equal_places(confidence, self.num_bins)  # [V, B]
         for kept, weights in zip(self._bins, (None, confidence, correct), strict=True):
-            found = torch.bincount(flat, None if weights is None else weights.flatten(), minlength=size)
-            kept += found.view_as(kept)
+            kept += counted(place, weights, self.num_bins)
 
     def _count_classes(self, probs: Tensor, target: Tensor) -> None:
         probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + G, B]
-        classes, size, _ = probs.shape
-        own = torch.arange(classes)[:, None, None]
-        row = torch.arange(size)[:, None] * classes + own  # [C, 1 + G, 1]
-        place = (_bin(probs, self.num_bins) + self.num_bins * row).flatten()
-        truth = (target == own).expand_as(probs)
-        shape = (size, classes, self.num_bins)
-        counted = torch.stack(
-            [
-                torch.bincount(place, values.double().flatten(), minlength=math.prod(shape)).view(shape)
-                for values in (probs, truth)
-            ]
-        )
-        self._own = counted if self._own is None else self._own + counted
+        place, shape = equal_places(probs, self.num_bins), (*probs.shape[:2], self.num_bins)
+        confidence = counted(place.flatten(0, 1), probs.flatten(0, 1), self.num_bins).view(shape)
+        # Of a row one class is the true one, of which alone the place is asked.
+        own = place.gather(0, target.expand(1, *place.shape[1:]))[0] + self.num_bins * target  # [1 + G, B]
+        truth = counted(own, None, len(probs) * self.num_bins).view(shape[1], shape[0], self.num_bins)
+        found = torch.stack([confidence.transpose(0, 1), truth])
+        self._own = found if self._own is None else self._own + found
         self._probs.append(probs[:, 0].T.clone())
 
     def fresh(self) -> ClassCollector:
@@ -168,7 +161,7 @@ class ClassCollector:
     def _errors_of_jumps(self, report: Report, surest: Surest) -> dict[str, float | None]:
         """Errors over rows of the figures that jump, of which influences tell too little, all from the same drawn rows."""
         place, apart = (
-            _bin(report.rows["confidence"], self.num_bins),
+            equal_places(report.rows["confidence"], self.num_bins),
             report.rows["accuracy"] - report.rows["confidence"],
         )
         member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
@@ -195,7 +188,7 @@ class ClassCollector:
     ) -> None:
         rows, bins = report.rows, self._bins
         gap = bins[2] - bins[1]  # [V, M], times the number of rows
-        sign, place = gap[0].sign(), _bin(rows["confidence"], self.num_bins)
+        sign, place = gap[0].sign(), equal_places(rows["confidence"], self.num_bins)
         apart = rows["accuracy"] - rows["confidence"]  # [N]
         of_row = sign[place] * apart
         self._add(report, "ece", gap.abs().sum(dim=1) / self.count, standard_error(of_row), bins=self.num_bins)
@@ -214,7 +207,7 @@ class ClassCollector:
         own = self._own[1] - self._own[0]  # [1 + G, C, M]
         probs = torch.cat(self._probs)  # [N, C]
         truth = torch.nn.functional.one_hot(rows["y"], probs.shape[1])
-        signs = own[0].sign().gather(1, _bin(probs.T.contiguous(), self.num_bins))  # [C, N]
+        signs = own[0].sign().gather(1, equal_places(probs.T, self.num_bins))  # [C, N]
         of_row = (signs * (truth - probs).T).mean(dim=0)
         value = own.abs().sum(dim=(1, 2)) / (self.count * probs.shape[1])
         self._add(report, "classwise_ece", value, standard_error(of_row), bins=self.num_bins)
@@ -223,15 +216,10 @@ class ClassCollector:
         confidence, correct = 1.0 - kept["one_minus_max_prob"], kept["correct"]  # [1 + G, N]
         confidence[0] = report.rows["confidence"]
 
-        def bins_of(view: int) -> metrics.Bins:
-            return metrics.adaptive_bins(confidence[view], correct[view], num_bins=self.num_bins)
-
-        whole, value = bins_of(0), torch.full((len(confidence),), torch.nan, dtype=torch.float64)
-        for view in (~confidence.isnan().any(dim=1)).nonzero().flatten().tolist():
-            value[view] = metrics.ece(bins_of(view))
-        sign = (whole.accuracy - whole.confidence).sign()
-        order = confidence[0].argsort()  # bins hold rows in this order
-        of_row = sign.repeat_interleave(whole.rows) * (correct[0] - confidence[0])[order]
+        place = equally_filled_places(confidence, self.num_bins)
+        gap = counted(place, correct, self.num_bins) - counted(place, confidence, self.num_bins)  # [1 + G, M]
+        of_row = gap[0].sign()[place[0]] * (correct[0] - confidence[0])
+        value = gap.abs().sum(dim=1) / self.count
         self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
 
     def _add_selective(self, report: Report, surest: Surest, jumps: Mapping[str, float | None]) -> None:
@@ -306,23 +294,6 @@ def scores_of(found: ClassRows) -> dict[str, Tensor]:
     }
 
 
-class Surest(NamedTuple):
-    """Rows in the order of their confidence, the surest first, in the bank and without each run of draws."""
-
-    lost: Tensor  # [1 + G, N] whether each is wrong
-    last: Tensor  # bool [1 + G, N] whether it is the last of those that tie
-
-    @staticmethod
-    def of(score: Tensor, correct: Tensor) -> Surest:
-        """From scores that are less of surer rows, and whether these are right, both [1 + G, N]."""
-        order, last = ranked(-score)
-        return Surest(1.0 - correct.gather(1, order), last)
-
-    def kept(self, weight: Tensor) -> Kept:
-        """Of the whole bank, with weights [R, N] of the rows."""
-        return Kept.of(weight, self.lost[:1], self.last[:1])
-
-
 class Sides(NamedTuple):
     """One score of rows inside [1 + G, N] and outside [1 + G, M]."""
 
@@ -388,12 +359,6 @@ def _of_root(values: Tensor, root: float) -> float | None:
     """Of the root of a mean of values [N], by the delta method: d sqrt(m) = dm / (2 sqrt(m))."""
     error = standard_error(values)
     return None if error is None or root == 0 else error / (2.0 * root)
-
-
-def _bin(confidence: Tensor, num_bins: int) -> Tensor:
-    """Place among equal bins (a, b], of which the first also holds 0, as `metrics.calibration_bins` has it."""
-    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
-    return torch.bucketize(confidence.contiguous(), edges)
 
 
 def _first_of_largest(probs: Tensor, at_target: Tensor, confidence: Tensor, target: Tensor) -> Tensor:

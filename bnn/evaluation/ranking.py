@@ -108,6 +108,23 @@ class Kept(NamedTuple):
         return lost / kept
 
 
+class Surest(NamedTuple):
+    """Rows in the order of their confidence, the surest first, in the bank and without each run of draws."""
+
+    lost: Tensor  # [1 + G, N] whether each is wrong
+    last: Tensor  # bool [1 + G, N] whether it is the last of those that tie
+
+    @staticmethod
+    def of(score: Tensor, correct: Tensor) -> Surest:
+        """From scores that are less of surer rows, and whether these are right, both [1 + G, N]."""
+        order, last = ranked(-score)
+        return Surest(1.0 - correct.gather(1, order), last)
+
+    def kept(self, weight: Tensor) -> Kept:
+        """Of the whole bank, with weights [R, N] of the rows."""
+        return Kept.of(weight, self.lost[:1], self.last[:1])
+
+
 def by_influence(figure: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> float:
     """Standard error over rows of a smooth figure, by the infinitesimal jackknife.
 
