@@ -33,9 +33,10 @@ def equally_filled_places(confidence: Tensor, num_bins: int) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, place)
 
 
-def counted(place: Tensor, weight: Tensor | None, num_bins: int) -> Tensor:
-    """Weights [V, N] summed by the places of their rows among bins, float64 [V, M]; 1 each where there are none."""
-    flat = place + num_bins * torch.arange(len(place))[:, None]
-    weights = None if weight is None else weight.expand_as(place).flatten()
-    found = torch.bincount(flat.flatten(), weights, minlength=len(place) * num_bins)
-    return found.view(len(place), num_bins).double()
+def counted(place: Tensor, num_bins: int, *weights: Tensor) -> Tensor:
+    """Rows, and each of some weights [V, N], summed by the places [V, N] of rows among bins, float64 [1 + weights, V, M]."""
+    views = len(place)
+    flat = (place + num_bins * torch.arange(views)[:, None]).flatten()
+    found = [torch.bincount(flat, minlength=views * num_bins).double()]
+    found += [torch.bincount(flat, weight.flatten(), minlength=views * num_bins) for weight in weights]
+    return torch.stack(found).view(-1, views, num_bins)

@@ -67,7 +67,7 @@ class ClassCollector:
             self._rows.setdefault(name, []).append(values[0].clone())  # a view would keep all of them
         confidence, correct = confidence.cpu(), correct.cpu()
         self._rows.setdefault("y", []).append(y)
-        self._rows.setdefault("predicted", []).append(probs[:, 0].argmax(dim=0).cpu())
+        self._rows.setdefault("predicted", []).append(probs[:, 0].max(dim=0).indices.cpu())
         self._rows.setdefault("confidence", []).append(confidence[0].clone())
         self._count(confidence, correct)
         if self.ranked:
@@ -92,16 +92,15 @@ class ClassCollector:
 
     def _count(self, confidence: Tensor, correct: Tensor) -> None:
         place = equal_places(confidence, self.num_bins)  # [V, B]
-        for kept, weights in zip(self._bins, (None, confidence, correct), strict=True):
-            kept += counted(place, weights, self.num_bins)
+        self._bins += counted(place, self.num_bins, confidence, correct)
 
     def _count_classes(self, probs: Tensor, target: Tensor) -> None:
         probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + G, B]
         place, shape = equal_places(probs, self.num_bins), (*probs.shape[:2], self.num_bins)
-        confidence = counted(place.flatten(0, 1), probs.flatten(0, 1), self.num_bins).view(shape)
+        confidence = counted(place.flatten(0, 1), self.num_bins, probs.flatten(0, 1))[1].view(shape)
         # Of a row one class is the true one, of which alone the place is asked.
         own = place.gather(0, target.expand(1, *place.shape[1:]))[0] + self.num_bins * target  # [1 + G, B]
-        truth = counted(own, None, len(probs) * self.num_bins).view(shape[1], shape[0], self.num_bins)
+        truth = counted(own, len(probs) * self.num_bins)[0].view(shape[1], shape[0], self.num_bins)
         found = torch.stack([confidence.transpose(0, 1), truth])
         self._own = found if self._own is None else self._own + found
         self._probs.append(probs[:, 0].T.clone())
@@ -217,7 +216,8 @@ class ClassCollector:
         confidence[0] = report.rows["confidence"]
 
         place = equally_filled_places(confidence, self.num_bins)
-        gap = counted(place, correct, self.num_bins) - counted(place, confidence, self.num_bins)  # [1 + G, M]
+        _, sure, right = counted(place, self.num_bins, confidence, correct)
+        gap = right - sure  # [1 + G, M]
         of_row = gap[0].sign()[place[0]] * (correct[0] - confidence[0])
         value = gap.abs().sum(dim=1) / self.count
         self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
@@ -364,6 +364,7 @@ def _of_root(values: Tensor, root: float) -> float | None:
 def _first_of_largest(probs: Tensor, at_target: Tensor, confidence: Tensor, target: Tensor) -> Tensor:
     """Whether the target is the most probable class, the first of several, [V, B] of 0 and 1."""
     largest = at_target == confidence
-    if int((probs == confidence).sum()) > confidence.numel():
-        largest = probs.argmax(dim=0) == target
+    less = -float((probs - confidence).sign_().sum())  # places that are: quicker than to count what is equal
+    if less != probs.numel() - confidence.numel():
+        largest = probs.max(dim=0).indices == target
     return largest.double()

@@ -33,7 +33,7 @@ def test_bins_of_equally_many_rows_are_those_of_the_metrics(ties: bool, num_bins
     confidence = confidences(ties=ties)
     correct = (torch.rand(VIEWS, ROWS, generator=generator(2), dtype=torch.float64) < 0.4).double()
     place = equally_filled_places(confidence, num_bins)
-    rows, sums, right = (counted(place, weight, num_bins) for weight in (None, confidence, correct))
+    rows, sums, right = counted(place, num_bins, confidence, correct)
     for view in range(VIEWS):
         bins = metrics.adaptive_bins(confidence[view], correct[view], num_bins=num_bins)
         assert rows[view].tolist() == bins.rows.tolist()
@@ -46,4 +46,4 @@ def test_what_is_no_number_spoils_its_own_view_alone() -> None:
     confidence = confidences(ties=False)
     confidence[1, 5] = torch.nan
     for place in (equal_places(confidence, 7), equally_filled_places(confidence, 7)):
-        assert counted(place, confidence, 7).sum(dim=1).isnan().tolist() == [False, True, False]
+        assert counted(place, 7, confidence)[1].sum(dim=1).isnan().tolist() == [False, True, False]
