@@ -168,7 +168,8 @@ class ClassCollector:
 
         def largest_gap(weight: Tensor) -> Tensor:  # [R, N] -> [R]
             gap, filled = (weight @ both).split(self.num_bins, dim=1)
-            return (gap.abs() / filled.clamp_min(1)).amax(dim=1)
+            largest: Tensor = (gap.abs() / filled.clamp_min(1)).amax(dim=1)
+            return largest
 
         def selective(weight: Tensor) -> Tensor:  # [R, N] -> [2, R]
             drawn = surest.kept(weight)
