@@ -159,5 +159,5 @@ def test_the_page_on_evaluating_shows_what_it_costs() -> None:
     assert "\n".join(lines) in (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
     assert all(cell["why"] for cell in run["left_out"])
     for row in run["rows"]:
-        assert row["turns"] >= 1 and row["seconds"] > 0, row
+        assert row["seconds"] > 0, row
         assert row["way"] != "forward passes" or row["over_forward_passes"] == 1, row
