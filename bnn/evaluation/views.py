@@ -65,9 +65,9 @@ class Views(NamedTuple):
             grown = level < len(self.sizes) - 1  # the last beginning is the whole bank, which the runs make up
             place = np.concatenate([place, self.num_groups + level[grown]])
             column = np.concatenate([column, column[grown]])
-        present, row = np.unique(place, return_inverse=True)
+        present = np.flatnonzero(np.bincount(place))
         weights = np.zeros((len(present), len(chosen)))
-        weights[row, column] = weight[column]
+        weights[np.searchsorted(present, place), column] = weight[column]
         return torch.from_numpy(present), torch.from_numpy(weights)
 
     def matrix(self) -> Tensor:
