@@ -95,11 +95,11 @@ class ClassCollector:
         self._bins += counted(place, self.num_bins, confidence, correct)
 
     def _count_classes(self, probs: Tensor, target: Tensor) -> None:
-        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + G, B]
+        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + H, B]
         place, shape = equal_places(probs, self.num_bins), (*probs.shape[:2], self.num_bins)
         confidence = counted(place.flatten(0, 1), self.num_bins, probs.flatten(0, 1))[1].view(shape)
         # Of a row one class is the true one, of which alone the place is asked.
-        own = place.gather(0, target.expand(1, *place.shape[1:]))[0] + self.num_bins * target  # [1 + G, B]
+        own = place.gather(0, target.expand(1, *place.shape[1:]))[0] + self.num_bins * target  # [1 + H, B]
         truth = counted(own, len(probs) * self.num_bins)[0].view(shape[1], shape[0], self.num_bins)
         found = torch.stack([confidence.transpose(0, 1), truth])
         self._own = found if self._own is None else self._own + found
@@ -218,7 +218,7 @@ class ClassCollector:
 
         place = equally_filled_places(confidence, self.num_bins)
         _, sure, right = counted(place, self.num_bins, confidence, correct)
-        gap = right - sure  # [1 + G, M]
+        gap = right - sure  # [1 + H, M]
         of_row = gap[0].sign()[place[0]] * (correct[0] - confidence[0])
         value = gap.abs().sum(dim=1) / self.count
         self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
