@@ -94,7 +94,12 @@ def placement(
             raise ConfigError(place, want=f"no {name}", got=f"{given}", fix="leave it out: it would bound nothing")
     needed = "device_budget" if _is_cuda(where) else "host_budget"
     if residency == "streamed" and (on_device if _is_cuda(where) else host) is None:
-        raise ConfigError(place, want=f"a {needed}", got="none", fix=f"say how much memory: {needed}='2GB'")
+        raise ConfigError(
+            place,
+            want=f"a {needed}",
+            got="none",
+            fix=f"say how much memory: {needed}='2GB', --{needed.replace('_', '-')} 2GB",
+        )
     return Placement(residency, None if where is None else str(where), host, on_device)
 
 
@@ -214,6 +219,8 @@ def _check_budget(place: str, option: str, budget: int | None, least: int, what:
             want=f"{option} of at least {least} bytes, for {what}",
             got=f"{budget}",
             fix=f"raise it, or make smaller shards: 'bnn bank compact --shard-bytes {max(budget // 4, 1)}'"
+            if "shards" in what and budget >= 4 * mmap.PAGESIZE
+            else "raise it"
             if "shards" in what
             else "raise it, or use residency='streamed'",
         )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common, importing, loo, plan, reduce
-from bnn.cli.reduce import BankPath, NewBank
+from bnn.cli import common, importing, loo, plan, reading, reduce
+from bnn.cli.reduce import NewBank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bnn.bank import Bank
     from bnn.data import DataSet
     from bnn.evaluation.verdict import Diagnosis
+
+BankPath = Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")]
 
 app = typer.Typer(
     help="Look at a bank, check and judge it, make another one of it or of several, and plan one.",
@@ -27,8 +29,8 @@ app = typer.Typer(
 
 @app.command()
 def info(
-    bank: Annotated[str, typer.Argument(help="Folder of the bank, or its address.", metavar="BANK")],
-    cache: common.Cache = None,
+    bank: reading.BankArgument,
+    cache: reading.Cache = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Ask nothing of the address: all copies are here.")
     ] = False,
@@ -104,13 +106,14 @@ def repair(
 
 @app.command()
 def diagnose(
-    bank: BankPath,
+    bank: reading.BankArgument,
     data: Annotated[
         str | None, typer.Option(help="Data; test rows are probe inputs. [default: the bank's]", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-    ] = None,
+    model: reading.Model = None,
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     trust: common.Trust = False,
@@ -118,11 +121,17 @@ def diagnose(
 ) -> int:
     """Say whether the chains of a bank can be trusted; exit 1 where they are bad, or too few to tell."""
     del debug
-    from bnn.bank import Bank
     from bnn.cli.show import show_diagnosis
-    from bnn.errors import BnnError
+    from bnn.errors import BnnError, choose
 
-    opened = Bank.open(bank, allow_other_device=True)  # no sample of a virtual bank is judged
+    choose("--residency", residency, ("mapped", "host", "streamed"))  # chains are judged by the CPU
+    opened = reading.open_bank(
+        bank,
+        residency=residency,
+        host_budget=host_budget,
+        cache=cache,
+        allow_other_device=True,  # no sample of a virtual bank is judged
+    )
     rebuilt, missing = None, None
     try:
         module = common.module_of(opened, model=model, trust=trust)
@@ -148,10 +157,13 @@ app.command("cast")(reduce.cast)
 
 @app.command()
 def merge(
-    bank: Annotated[list[Path], typer.Argument(help="Folders of two banks or more.", metavar="BANK BANK...")],
+    bank: Annotated[
+        list[str], typer.Argument(help="Folders of two banks or more, or their addresses.", metavar="BANK BANK...")
+    ],
     out: NewBank,
     overwrite: common.Overwrite = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    cache: reading.Cache = None,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Put the samples of several banks of one module and likelihood into a new one; chains are renumbered."""
@@ -159,7 +171,7 @@ def merge(
     from bnn import bank as banks
     from bnn.cli.show import show_bank
 
-    opened = [banks.Bank.open(path, allow_other_device=allow_other_device) for path in bank]
+    opened = reading.open_banks(bank, cache=cache, allow_other_device=allow_other_device)
     with common.bar("merge", "sample") as progress:
         found = banks.merge(opened, out, overwrite=overwrite, progress=progress)
     show_bank(found)
@@ -167,10 +179,11 @@ def merge(
 
 @app.command()
 def materialise(
-    bank: BankPath,
+    bank: reading.BankArgument,
     out: NewBank,
     overwrite: common.Overwrite = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    cache: reading.Cache = None,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Make every sample of a virtual bank and write them as an ordinary one, which is the same on every machine."""
@@ -178,7 +191,7 @@ def materialise(
     from bnn import bank as banks
     from bnn.cli.show import show_bank
 
-    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    opened = reading.open_bank(bank, cache=cache, allow_other_device=allow_other_device)
     with common.bar("materialise", "sample") as progress:
         found = banks.materialise(opened, out, overwrite=overwrite, progress=progress)
     show_bank(found)
@@ -186,7 +199,7 @@ def materialise(
 
 @app.command()
 def compact(
-    bank: BankPath,
+    bank: reading.BankArgument,
     out: NewBank,
     shard_bytes: Annotated[str, typer.Option(help="Bytes of a shard, at most, such as 64MB.")] = "256MiB",
     order: Annotated[
@@ -194,7 +207,8 @@ def compact(
     ] = "striped",
     seed: common.Seed = 0,
     overwrite: common.Overwrite = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    cache: reading.Cache = None,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Copy a bank into few shards of one size, its rows spread over them so that any shard stands for the whole."""
@@ -202,7 +216,7 @@ def compact(
     from bnn import bank as banks
     from bnn.cli.show import show_bank
 
-    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    opened = reading.open_bank(bank, cache=cache, allow_other_device=allow_other_device)
     with common.bar("compact", "sample") as progress:
         found = banks.compact(
             opened,
@@ -218,7 +232,7 @@ def compact(
 
 @app.command()
 def export(
-    bank: BankPath,
+    bank: reading.BankArgument,
     out: Annotated[Path, typer.Option(help="File to write, safetensors.", metavar="FILE")],
     index: Annotated[
         int | None, typer.Option(help="The sample of this bank index, as a state dict.", show_default=False)
@@ -234,7 +248,8 @@ def export(
         ),
     ] = None,
     overwrite: common.Overwrite = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    cache: reading.Cache = None,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Write one sample, the mean or the chains of a bank as a safetensors file for other tools."""
@@ -251,7 +266,7 @@ def export(
         raise ConfigError("bank export", want="--index, --mean or --chains", got=got, fix="say one of them")
     if params and not chains:
         raise ConfigError("--params", want="--chains", got=said[0], fix="leave it out: a state dict is whole")
-    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    opened = reading.open_bank(bank, cache=cache, allow_other_device=allow_other_device)
     if index is not None:
         if not 0 <= index < len(opened):
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 
 if TYPE_CHECKING:
     from bnn.calibrating import Judged
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    bank: Annotated[Path, typer.Option(help="Folder of the bank.")],
+    bank: reading.BankOption,
     data: Annotated[
         str | None,
         typer.Option(help="Data; a share of their test rows is used. [default: the bank's]", show_default=False),
@@ -24,30 +24,25 @@ def calibrate(
     share: Annotated[float, typer.Option(help="Share of the test rows to calibrate on; the rest judges it.")] = 0.5,
     level: Annotated[float, typer.Option(help="Share of new rows that a set or interval is to hold.")] = 0.9,
     sets: Annotated[str, typer.Option(help="Sets of classes: lac, small, or aps, larger for hard rows.")] = "lac",
-    model: Annotated[
-        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-    ] = None,
-    split: Annotated[
-        int | None,
-        typer.Option(
-            help="Split of a UCI folder, or seed of the 20 % test split. [default: the bank's]", show_default=False
-        ),
-    ] = None,
-    prior_shift: Annotated[
-        bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    model: reading.Model = None,
+    split: reading.Split = None,
+    prior_shift: reading.PriorShift = False,
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     seed: common.Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the calibration beside the bank.")] = False,
     trust: common.Trust = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
     """Calibrate the predictive of a bank on a share of the test rows, and keep that as calibration.json beside it."""
     del config, debug
     from bnn import calibrating, posthoc
-    from bnn.bank import Bank
     from bnn.data import held_out
     from bnn.errors import BankExists, choose
     from bnn.functional import FunctionalModel
@@ -56,10 +51,22 @@ def calibrate(
     choose("--sets", sets, tuple(SCORES))
     check_level(level)
     common.check_device(device)
-    opened = Bank.open(bank)
-    if (bank / posthoc.FILE).exists() and not overwrite:
+    opened = reading.open_bank(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
+    assert opened.path is not None
+    if (opened.path / posthoc.FILE).exists() and not overwrite:
         raise BankExists(
-            str(bank / posthoc.FILE), want="nothing there", got="a calibration, which is kept", fix="say --overwrite"
+            str(opened.path / posthoc.FILE),
+            want="nothing there",
+            got="a calibration, which is kept",
+            fix="say --overwrite",
         )
     module = common.module_of(opened, model=model, trust=trust)
     dataset = common.data_of(opened, data=data, root=data_root, split=split, trust=trust)

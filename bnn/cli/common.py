@@ -90,14 +90,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run at --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
-AllowOtherDevice = Annotated[
-    bool,
-    typer.Option("--allow-other-device", help="Open a virtual bank on another CPU or torch than it was made with."),
-]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the package.module:function that a bank names.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder for copies of a bank's files, where BANK is an address.", show_default=False)
-]
 Config = Annotated[
     Path | None,
     typer.Option(help="TOML file with values for these flags; flags win.", callback=read_config, is_eager=True),

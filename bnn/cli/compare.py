@@ -8,34 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 
 if TYPE_CHECKING:
     from bnn.evaluation import Comparison
 
 
 def compare(
-    bank: Annotated[list[Path], typer.Option(help="Folder of a bank, the reference first; two at least.")],
+    bank: Annotated[
+        list[str], typer.Option(help="Folder of a bank, or its address; the reference first, two at least.")
+    ],
     data: Annotated[
         str | None, typer.Option(help="Data; their test rows are used. [default: the banks']", show_default=False)
     ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeats a package.module:function that a bank names; repeatable.", show_default=False),
-    ] = None,
+    model: reading.Models = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for the figures.", metavar="FILE", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
     """Say how close the predictives of banks are to that of the first, on the test rows of their data."""
     del config, debug
     from bnn import evaluation
-    from bnn.bank import Bank
     from bnn.bank.files import write_atomic
     from bnn.errors import ConfigError
     from bnn.functional import FunctionalModel
@@ -43,7 +46,15 @@ def compare(
     if len(bank) < 2:
         raise ConfigError("--bank", want="two banks at least", got=str(len(bank)), fix="name the reference first")
     common.check_device(device)
-    opened = [Bank.open(path) for path in bank]
+    opened = reading.open_banks(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
     common.check_same_data(opened)
     dataset = common.data_of(opened[0], data=data, root=data_root, split=None, trust=trust)
     said = common.models_of(opened, model)
@@ -55,13 +66,13 @@ def compare(
     for path, each, net in zip(bank[1:], opened[1:], nets[1:], strict=True):
         result = evaluation.compare(nets[0], net, dataset.test, loc=dataset.units.loc, scale=dataset.units.scale)
         result.about.update(
-            reference=str(bank[0]),
-            bank=str(path),
+            reference=bank[0],
+            bank=path,
             digests=[opened[0].digest, each.digest],
             data=dataset.record["spec"],
         )
-        found[str(path)] = result
-    _show(str(bank[0]), found)
+        found[path] = result
+    _show(bank[0], found)
     if json_file is not None:
         told = {"format": "bnn-comparison", "version": 1, "comparisons": [each.to_dict() for each in found.values()]}
         write_atomic(json_file, [(json.dumps(told, indent=2) + "\n").encode()])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 
 if TYPE_CHECKING:
     from bnn.bank import Bank
@@ -30,26 +33,10 @@ def evaluate(
     rest: Annotated[
         bool, typer.Option("--rest", help="Take only the test rows that the calibration beside the bank did not use.")
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-    ] = None,
-    split: Annotated[
-        int | None,
-        typer.Option(
-            help="Split of a UCI folder, or seed of the 20 % test split. [default: the bank's]", show_default=False
-        ),
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            help="Values of parameters outside the bank: free.safetensors of 'bnn train --free', or its folder. "
-            "[default: the bank's]",
-            show_default=False,
-        ),
-    ] = None,
-    prior_shift: Annotated[
-        bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
-    ] = False,
+    model: reading.Model = None,
+    split: reading.Split = None,
+    base: reading.Base = None,
+    prior_shift: reading.PriorShift = False,
     unit: Annotated[str, typer.Option(help="Show information in nats or bits.")] = "nats",
     num_bins: Annotated[int, typer.Option(help="Bins of the calibration errors.")] = 15,
     figures: Annotated[str, typer.Option(help="all, or basic: the main figures alone, without curves.")] = "all",
@@ -64,19 +51,20 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
-    cache: common.Cache = None,
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
     """Score the posterior predictive of one or more banks on the test rows of their data."""
     del config, debug
     from bnn import evaluation
-    from bnn.bank import Bank
-    from bnn.bank.address import is_address
     from bnn.cli.show import show_reports
     from bnn.data import load_outside
     from bnn.distributed import ranks
@@ -88,12 +76,18 @@ def evaluate(
     common.check_device(device)
     common.check_folder("--report", report)
     shape = None if mesh is None else _shape(mesh)
-    opened = {
-        path: Bank.open(path, allow_other_device=allow_other_device, cache=cache if is_address(path) else None)
-        for path in bank
-    }
+    bank = list(dict.fromkeys(bank))
+    opened = reading.open_banks(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
     reports: dict[str, evaluation.Report] = {}
-    for path, found in opened.items():
+    for path, found in zip(bank, opened, strict=True):
         module = common.module_of(found, model=model, base=base, trust=trust)
         dataset = common.data_of(found, data=data, root=data_root, split=split, trust=trust)
         outside = None if ood is None else load_outside(ood, dataset, root=data_root, split=dataset.record["split"])
@@ -112,8 +106,7 @@ def evaluate(
             for kind in shift or ()
         }
         net = FunctionalModel(module, found, device=device).settled()  # a report that can be made again
-        last = Path(path).name
-        name = last if last not in reports else path.strip("/").replace("/", "-")
+        name = _name(path, reports)
         result = evaluation.evaluate(
             net,
             rows,
@@ -128,11 +121,19 @@ def evaluate(
         )
         result.about = {"bank": path, "digest": found.digest, "data": dataset.record["spec"], "ood": ood}
         reports[name] = result
+        found.release()  # its buffers, before those of the next one
     if ranks().rank:  # rank 0 speaks for all
         return
     show_reports(reports, unit=unit)
     if report is not None:
         evaluation.save_reports(reports, report)
+
+
+def _name(path: str, taken: Collection[str]) -> str:
+    """What a bank is called in the report: its folder's name, or more of its path where another one has that."""
+    last = Path(path).name
+    longer = re.sub(r"[^\w.]+", "-", path).strip("-.")
+    return next(name for name in chain((last, longer), (f"{last}-{n}" for n in count(2))) if name not in taken)
 
 
 def _shape(mesh: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 
 if TYPE_CHECKING:
     from bnn.bank import Bank
@@ -18,32 +18,41 @@ if TYPE_CHECKING:
 Data = Annotated[
     str | None, typer.Option(help="The data that the bank was fitted to. [default: the bank's]", show_default=False)
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")]
 
 
 def loo(
-    bank: Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")],
+    bank: reading.BankArgument,
     data: Data = None,
-    model: Annotated[
-        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-    ] = None,
+    model: reading.Model = None,
     out: Annotated[
         Path | None,
         typer.Option(help="File for the log likelihood [S, N], safetensors.", metavar="FILE", show_default=False),
     ] = None,
     overwrite: common.Overwrite = False,
-    device: Device = "cpu",
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Leave-one-out cross-validation and WAIC of a bank, on the rows that it was fitted to."""
     del debug
     from bnn import evaluation
-    from bnn.bank import Bank
 
     common.check_device(device)
-    opened = Bank.open(bank)
+    opened = reading.open_bank(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
     dataset = common.data_of(opened, data=data, root=data_root, split=None, trust=trust)
     rows = _seen(opened, dataset)
     values = _values(opened, dataset, rows, model=model, trust=trust, device=device, out=out, overwrite=overwrite)
@@ -52,20 +61,24 @@ def loo(
 
 
 def stack(
-    bank: Annotated[list[Path], typer.Argument(help="Folders of two banks or more.", metavar="BANK BANK...")],
+    bank: Annotated[
+        list[str], typer.Argument(help="Folders of two banks or more, or their addresses.", metavar="BANK BANK...")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the new bank.")],
     data: Data = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeats a package.module:function that a bank names; repeatable.", show_default=False),
-    ] = None,
+    model: reading.Models = None,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Weigh by the test rows, not by leaving out training rows.")
     ] = False,
     overwrite: common.Overwrite = False,
-    device: Device = "cpu",
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Weigh banks so that together they predict unseen rows best, and put their samples into a new one."""
@@ -73,7 +86,6 @@ def stack(
     import torch
 
     from bnn import evaluation
-    from bnn.bank import Bank
     from bnn.cli.show import plain, show_bank
     from bnn.errors import BankExists, ConfigError
 
@@ -82,7 +94,15 @@ def stack(
     if (out / "bank.json").exists() and not overwrite:  # before long work
         raise BankExists(str(out), want="a new folder", got="a bank, which is kept", fix="say --overwrite")
     common.check_device(device)
-    opened = [Bank.open(path) for path in bank]
+    opened = reading.open_banks(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
     common.check_same_data(opened)
     said = common.models_of(opened, model)
     densities, told = [], []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 from bnn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class _Counts:
 
 
 def predict(
-    bank: Annotated[Path, typer.Option(help="Folder of the bank.")],
+    bank: reading.BankOption,
     data: Annotated[str, typer.Option(help="New rows: FILE.csv, with or without the target, or FILE.npz with x.")],
     out: Annotated[Path, typer.Option(help="Table to write: FILE.csv or FILE.parquet.", metavar="FILE")],
     level: Annotated[
@@ -60,24 +60,18 @@ def predict(
         float | None,
         typer.Option(help="Abstain where total uncertainty is larger. [default: see the guide]", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            help="Values of parameters outside the bank: free.safetensors of 'bnn train --free', or its folder. "
-            "[default: the bank's]",
-            show_default=False,
-        ),
-    ] = None,
-    prior_shift: Annotated[
-        bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    model: reading.Model = None,
+    base: reading.Base = None,
+    prior_shift: reading.PriorShift = False,
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
     trust: common.Trust = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
@@ -85,7 +79,6 @@ def predict(
     del config, debug
     import torch
 
-    from bnn.bank import Bank
     from bnn.cli.tables import check_out, write_table
     from bnn.distributed import ranks, restarts
     from bnn.functional import FunctionalModel
@@ -96,7 +89,15 @@ def predict(
     together = ranks()
     if together.rank == 0:
         check_out(out, overwrite=overwrite or restarts() > 0)  # a file that is there was written before the restart
-    opened = Bank.open(bank)
+    opened = reading.open_bank(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
     record = common.record_of(opened)
     calibration = _calibration(opened, Calibration, base) if calibrated else None
     _check_options(record["task"], level, calibration, abstain_above)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,17 +15,13 @@ if TYPE_CHECKING:
     from bnn.bank import Bank
     from bnn.functional import FunctionalModel
 
-BankPath = Annotated[Path, typer.Argument(help="Folder of the bank.", metavar="BANK")]
 NewBank = Annotated[Path, typer.Option(help="Folder for the new bank.")]
-Model = Annotated[
-    str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-]
 
 MOST_ROWS = 1024  # of a probe set
 
 
 def cast(
-    bank: BankPath,
+    bank: reading.BankArgument,
     codec: Annotated[str, typer.Option(help="bf16, fp16 or int8.")],
     out: NewBank,
     probe: Annotated[
@@ -39,23 +35,23 @@ def cast(
             show_default=False,
         ),
     ] = None,
-    model: Model = None,
+    model: reading.Model = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     trust: common.Trust = False,
     overwrite: common.Overwrite = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Keep the samples of a bank in fewer bytes in a new one, with the largest errors that this makes."""
     del debug
-    from bnn import bank as banks
     from bnn import reduction
     from bnn.bank.codecs import CODECS
     from bnn.cli.show import show_bank
     from bnn.errors import choose
 
     choose("--codec", codec, tuple(CODECS))
-    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    opened = reading.open_bank(bank, cache=cache, allow_other_device=allow_other_device)
     net, x = None, None
     if probe is not None:
         net, x = _probe(opened, probe, model=model, root=data_root, trust=trust)
@@ -74,7 +70,7 @@ def cast(
 
 
 def thin(
-    bank: BankPath,
+    bank: reading.BankArgument,
     out: NewBank,
     every: Annotated[int | None, typer.Option(help="Keep every n-th draw of each chain.", show_default=False)] = None,
     best: Annotated[
@@ -85,12 +81,13 @@ def thin(
         str | None,
         typer.Option(help="Data on whose test rows --best chooses. [default: the bank's]", show_default=False),
     ] = None,
-    model: Model = None,
+    model: reading.Model = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     seed: common.Seed = 0,
     trust: common.Trust = False,
     overwrite: common.Overwrite = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     debug: common.Debug = False,
 ) -> None:
     """Keep every n-th draw of each chain in a new bank (of an ensemble every n-th sample), or the best few samples."""
@@ -105,7 +102,7 @@ def thin(
         raise ConfigError("bank thin", want="--every or --best", got=got, fix="say one of them")
     if probe is not None and best is None:
         raise ConfigError("--probe", want="--best", got="--every", fix="leave it out: draws are counted, not judged")
-    opened = banks.Bank.open(bank, allow_other_device=allow_other_device)
+    opened = reading.open_bank(bank, cache=cache, allow_other_device=allow_other_device)
     with common.bar("thin", "sample") as progress:
         if every is not None:
             found = banks.thin(opened, out, every=every, overwrite=overwrite, progress=progress)

@@ -55,6 +55,7 @@ def _made_of(info: Mapping[str, Any]) -> list[str]:
     """Lines where a bank was made of others, or of what was left of one."""
     lines = []
     thinned, merged, lost = info.get("thinned"), info.get("merged"), info.get("lost")
+    compacted = info.get("compacted")
     codec, decoded = info.get("codec"), info.get("decoded")
     if isinstance(codec, dict):
         lines += _coded(codec)
@@ -64,6 +65,8 @@ def _made_of(info: Mapping[str, Any]) -> list[str]:
         lines += _best(thinned)
     elif isinstance(thinned, dict):
         lines.append(f"thinned     every {thinned.get('every')} draws, of {str(thinned.get('of'))[:12]}")
+    if isinstance(compacted, dict):
+        lines.append(f"compacted   rows {info.get('row_order')}, of {str(compacted.get('of'))[:12]}")
     if isinstance(merged, list):
         parts = [one if isinstance(one, dict) else {} for one in merged]
         told = ", ".join(

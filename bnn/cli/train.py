@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bnn.cli import common
+from bnn.cli import common, reading
 
 
 def train(
-    bank: Annotated[Path, typer.Option(help="Folder of the bank.")],
+    bank: reading.BankOption,
     out: Annotated[
         Path,
         typer.Option(
@@ -40,6 +40,12 @@ def train(
     num_indices: Annotated[
         int | None, typer.Option(help="Samples that a batch meets. [default: 1]", show_default=False)
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Shards of the bank that batches meet samples of at a time. [default: all]", show_default=False
+        ),
+    ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of noise on a student's inputs.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Alpha of mixed inputs of a student; 0 is off.")] = 0.0,
     balance: common.Balance = None,
@@ -47,9 +53,7 @@ def train(
         str | None,
         typer.Option(help="Repeats a package.module:function that the bank names as its data.", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Repeats a package.module:function that the bank names.", show_default=False)
-    ] = None,
+    model: reading.Model = None,
     num_epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 128,
     optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd (with momentum 0.9).")] = "adam",
@@ -65,7 +69,11 @@ def train(
     ] = None,
     log: Annotated[str, typer.Option(help="csv, or tensorboard beside it.")] = "csv",
     num_workers: Annotated[int, typer.Option(help="Processes that load data.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    device: reading.Device = "cpu",
+    residency: reading.Residency = "mapped",
+    host_budget: reading.HostBudget = None,
+    device_budget: reading.DeviceBudget = None,
+    cache: reading.Cache = None,
     data_root: common.DataRoot = None,
     seed: common.Seed = 0,
     own_indices: Annotated[
@@ -74,7 +82,7 @@ def train(
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     trust: common.Trust = False,
-    allow_other_device: common.AllowOtherDevice = False,
+    allow_other_device: reading.AllowOtherDevice = False,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> None:
@@ -82,13 +90,20 @@ def train(
     del config, debug
     from bnn import modules
     from bnn import training as jobs
-    from bnn.bank import Bank
     from bnn.cli.show import show_bank
     from bnn.distributed import ranks
     from bnn.functional import FunctionalModel
 
     common.check_device(device)
-    taught_by = Bank.open(bank, allow_other_device=allow_other_device)
+    taught_by = reading.open_bank(
+        bank,
+        residency=residency,
+        device=device,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        cache=cache,
+        allow_other_device=allow_other_device,
+    )
     module = common.module_of(taught_by, model=model, trust=trust)
     dataset = common.data_of(taught_by, data=data, root=data_root, split=None, trust=trust)
     decides = patience is not None or (balance is not None and ("recall" in balance or "loss" in balance))
@@ -99,6 +114,7 @@ def train(
         "out": out,
         "held_out": held_out,
         "num_indices": num_indices,
+        "window": window,
         "sampler": sampler,
         "importance_weights": importance,
         "num_epochs": num_epochs,

@@ -69,6 +69,7 @@ def distil(
     out: str | Path,
     targets: Targets = "paired",
     num_indices: int | None = None,
+    window: int | None = None,
     noise: float = 0.0,
     mixup: float = 0.0,
     likelihood: Likelihood | None = None,
@@ -114,6 +115,7 @@ def distil(
         targets: `"paired"` with the samples that a batch meets, or `"predictive"`, for data that give the
             same inputs whenever a row is asked for.
         num_indices: samples a batch meets; None is one.
+        window: shards of the bank that samples are drawn from at once, as for `train`.
         noise: standard deviation of normal noise added to inputs of teacher and student, at least 0.
         mixup: alpha of Beta(alpha, alpha), by which inputs are mixed with those of another row; 0 is off.
             Teacher and student see the mixed inputs, so that the teacher says what they are.
@@ -138,7 +140,7 @@ def distil(
     """
     recipe = Recipe(num_epochs, lr, optimizer, scheduler, scheduler_interval, clip_norm, precision, patience, monitor)
     check_log(log)
-    _check_inputs(targets, num_indices, noise, mixup)
+    _check_inputs(targets, num_indices, window, noise, mixup)
     likelihood = likelihood or likelihood_from_config(net.bank.info.get("likelihood"))
     is_normal = isinstance(likelihood, Gaussian)
     if not isinstance(likelihood, Categorical | Gaussian):
@@ -152,7 +154,8 @@ def distil(
     layout = layout_of(student, extra=[Entry(SCALE, (), torch.float32)] if is_normal else [])
     all_ranks, changed = ranks(), bool(noise or mixup)
     loader = paired(
-        data, net.bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
+        data, net.bank, batch_size=batch_size, num_indices=num_indices, window=window, num_workers=num_workers,
+        collate_fn=collate_fn, seed=seed,
         sampler=sampler, importance=importance_weights, judged=held_out is not None,
         together=all_ranks, shared_indices=shared_indices, whole=changed,
     )  # fmt: skip
@@ -171,6 +174,7 @@ def distil(
         **recipe.to_config(start),
         "targets": targets,
         "num_indices": num_indices,
+        **({} if window is None else {"window": window}),
         "noise": noise,
         "mixup": mixup,
         "batch_size": batch_size,
@@ -271,14 +275,14 @@ def _sampling(net: FunctionalModel, data: Data, sampler: Any, *, importance: boo
     return taught if taught.get("posterior") == "balanced" else own
 
 
-def _check_inputs(targets: str, num_indices: int | None, noise: float, mixup: float) -> None:
+def _check_inputs(targets: str, num_indices: int | None, window: int | None, noise: float, mixup: float) -> None:
     choose("targets", targets, TARGETS)
     if not (0 <= noise < float("inf") and 0 <= mixup < float("inf")):
         raise ConfigError("distil", want="noise and mixup of at least 0", got=f"{noise}, {mixup}", fix="0 is off")
-    if targets == "predictive" and (noise or mixup or num_indices is not None):
+    if targets == "predictive" and (noise or mixup or num_indices is not None or window is not None):
         raise ConfigError(
             "targets='predictive'",
-            want="neither noise, mixup nor num_indices beside it",
+            want="neither noise, mixup, num_indices nor window beside it",
             got="one of them",
             fix="the predictive is computed once, of the rows as they are: use targets='paired'",
         )

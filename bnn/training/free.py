@@ -62,6 +62,7 @@ def train(
     sampler: EpochSampler[Any] | None = None,
     importance_weights: bool = False,
     num_indices: int | None = None,
+    window: int | None = None,
     num_epochs: int = 100,
     batch_size: int = 128,
     lr: float = 3e-3,
@@ -110,6 +111,8 @@ def train(
         sampler: order of the rows, such as `samplers.ClassBalancedSampler`; each once, shuffled, by default.
         importance_weights: whether to weigh rows by 1 / (N pi_i), so that the target stays that of all rows.
         num_indices: samples a batch meets, whose losses are averaged; None is one.
+        window: shards of the bank that samples are drawn from at once, as of `SampleIndexSampler`, so that a bank which is
+            larger than memory is read once a pass; None for all.
         num_epochs: passes over the data, at least 1.
         batch_size: rows a step.
         lr: of Adam, falling exponentially to a hundredth over the run.
@@ -160,7 +163,8 @@ def train(
     layout = free_layout(module, bank.layout, free)
     all_ranks = ranks()
     loader = paired(
-        data, bank, batch_size=batch_size, num_indices=num_indices, num_workers=num_workers, collate_fn=collate_fn, seed=seed,
+        data, bank, batch_size=batch_size, num_indices=num_indices, window=window, num_workers=num_workers,
+        collate_fn=collate_fn, seed=seed,
         sampler=sampler, importance=importance_weights, judged=held_out is not None,
         together=all_ranks, shared_indices=shared_indices,
     )  # fmt: skip
@@ -180,6 +184,7 @@ def train(
                 **recipe.to_config(start),
                 "batch_size": batch_size,
                 "num_indices": num_indices,
+                **({} if window is None else {"window": window}),
                 "loss": "likelihood" if loss is None else "given",
                 "bank": bank.digest,
                 **({} if shared_indices else {"ranks": all_ranks.world_size}),

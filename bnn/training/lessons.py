@@ -27,6 +27,7 @@ def paired(
     *,
     batch_size: int,
     num_indices: int | None,
+    window: int | None,
     num_workers: int,
     collate_fn: Callable[[list[Any]], Any] | None,
     seed: int,
@@ -62,9 +63,9 @@ def paired(
                 "sampler", want="held_out= rows for a schedule by metric", got="none", fix="pass held_out"
             )
     place = {"rank": together.rank, "world_size": together.world_size}
-    indices = SampleIndexSampler(bank, seed=seed)
+    indices = SampleIndexSampler(bank, seed=seed, window=window)
     if not shared_indices:
-        indices = SampleIndexSampler(bank, seed=seed, rank=together.rank, world_size=together.world_size)
+        indices = SampleIndexSampler(bank, seed=seed, rank=together.rank, world_size=together.world_size, window=window)
     rows = data if isinstance(data, Dataset) else TensorRows(tuple(full_batch(data)[:2]))
     options: dict[str, Any] = {
         "num_indices": num_indices,

@@ -486,7 +486,7 @@ def test_targets_optimisers_and_patience_of_a_student(bnn: Callable[..., tuple[i
         ("--free * --mixup 0.1", "--mixup: want no --free beside it"),
         ("--free 3", "free: want patterns that match parameters outside the bank: 1.weight, 1.bias, got '3'"),
         ("--targets mean", "targets: want one of paired, predictive, got 'mean'"),
-        ("--targets predictive --noise 0.1", "targets='predictive': want neither noise, mixup nor num_indices"),
+        ("--targets predictive --noise 0.1", "targets='predictive': want neither noise, mixup, num_indices nor window"),
         ("--optimizer adagrad", "--optimizer: want one of adam, adamw, sgd, got 'adagrad'"),
         ("--precision int8", "precision: want one of float32, bfloat16, float16"),
         ("--patience 0", "patience: want at least 1 epoch"),

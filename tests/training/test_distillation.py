@@ -538,7 +538,7 @@ def test_noise_and_mixup_are_refused_where_they_mean_nothing(tmp_path: Path, opt
     module, net, _ = table()
     with pytest.raises(ConfigError, match="inputs of real numbers, got whole numbers"):
         distil(module, net, Ages(), out=tmp_path / "s", num_epochs=1, **options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="targets='predictive': want neither noise, mixup nor num_indices"):
+    with pytest.raises(ConfigError, match="targets='predictive': want neither noise, mixup, num_indices nor window"):
         distil(module, net, Ages(), out=tmp_path / "s", targets="predictive", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "s").exists()
 
@@ -550,7 +550,7 @@ def test_noise_and_mixup_are_refused_where_they_mean_nothing(tmp_path: Path, opt
         ({"mixup": float("inf")}, "noise and mixup of at least 0"),
         ({"noise": float("nan")}, "noise and mixup of at least 0"),
         ({"targets": "mean"}, "targets: want one of paired, predictive, got 'mean'"),
-        ({"targets": "predictive", "num_indices": 2}, "want neither noise, mixup nor num_indices beside it"),
+        ({"targets": "predictive", "num_indices": 2}, "want neither noise, mixup, num_indices nor window beside it"),
         ({"num_indices": 0}, "num_indices: want at least 1"),
     ],
 )
