@@ -29,7 +29,7 @@ from bnn.seeding import generator
 from bnn.traffic import counted
 
 ROWS, BATCH, SAMPLES, EVALUATED = 4096, 1024, 256, 8192
-CHAINS = HMC(num_chains=8, num_warmup=45, num_steps=16, trajectory="fixed", init="prior", compile=False)
+CHAINS = HMC(num_chains=8, num_warmup=45, num_steps=8, trajectory="fixed", init="prior", compile=False)
 DRAWS = 10  # of each chain
 GUIDE = Guide("mean-field", num_steps=150, batch_size=BATCH)
 KEPT = 16  # draws of the guide
@@ -117,6 +117,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     number, of = (int(word) for word in sys.argv[2:4]) if len(sys.argv) > 2 else (0, 1)
     told: dict[str, Any] = {}
+    judged()  # made whole by each process, before they split what they make
     with distributed.joined() as together:
         for name, job in JOBS.items():
             times = []
