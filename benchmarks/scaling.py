@@ -22,7 +22,6 @@ from typing import Any
 from bnn.cli.bench import machine
 
 WORK = Path(__file__).parent / "peers" / "scaling_rank.py"
-JOBS = ("chains", "guide", "evaluation")
 
 
 def processes(folder: Path, *commands: list[str]) -> list[dict[str, Any]]:
@@ -68,7 +67,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 told[name].append(way(Path(folder)))
     rows = []
-    for name in JOBS:
+    for name in [name for name in told["one"][0][0] if name != "sent"]:
         took = {
             way: statistics.median(seconds for run in runs for each in run for seconds in each[name]["seconds"])
             for way, runs in told.items()

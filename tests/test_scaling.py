@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +136,18 @@ def test_a_network_that_cannot_be_is_refused(bandwidth: float, latency: float) -
     with pytest.raises(ConfigError):
         network_of(bandwidth, latency)
     assert network_of(5.0, 0.0) == Network(5.0, 0.0)
+
+
+def test_the_page_says_what_the_model_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "beyond-one-machine.md").read_text(encoding="utf-8")
+    methods: dict[str, Any] = {
+        "HMC, a trajectory of warm-up": HMC(num_chains=1024, trajectory="jittered"),
+        "HMC with ChEES, a trajectory of warm-up": HMC(num_chains=1024, trajectory="chees"),
+        "mean-field, a step": Guide(),
+    }
+    for name, method in methods.items():
+        for ranks in (8, 64, 1024):
+            calls = fit_calls(method, ranks, num_values=100_000, itemsize=4, num_parameters=200_000)
+            talk = talk_of(calls.step, ranks, Network())
+            cells = f"{ranks:,} | {talk.payload:,} | {talk.sent:,.0f} | {talk.seconds * 1e3:,.1f} ms"
+            assert f"| {name} | {cells} |" in page

@@ -13,8 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from bnn.scaling import fit_calls
 from bnn.seeding import generator
 from bnn.traffic import counted
 
-ROWS, BATCH, SAMPLES, EVALUATED = 4096, 1024, 256, 8192
+ROWS, SAMPLES, EVALUATED = 4096, 512, 16_384
 CHAINS = HMC(num_chains=8, num_warmup=45, num_steps=8, trajectory="fixed", init="prior", compile=False)
-DRAWS = 10  # of each chain
-GUIDE = Guide("mean-field", num_steps=150, batch_size=BATCH)
+DRAWS = 30  # of each chain
+STEPS = {1024: 300, 4096: 100}  # of a guide, by rows of a batch
 KEPT = 16  # draws of the guide
 
 Job = Callable[[Path], dict[str, float]]
@@ -55,9 +54,10 @@ def chains(out: Path) -> dict[str, float]:
     return {"log_joint": float(last.mean()), "spread": float(last.std()), "samples": len(bank)}
 
 
-def guide(out: Path) -> dict[str, float]:
+def guide(out: Path, batch_size: int) -> dict[str, float]:
+    method = Guide("mean-field", num_steps=STEPS[batch_size], batch_size=batch_size)
     model, data = model_of("mlp:280,280", ROWS)
-    bank = bnn.fit(model, data, method=GUIDE, num_samples=KEPT, out=out, progress=False)
+    bank = bnn.fit(model, data, method=method, num_samples=KEPT, out=out, progress=False)
     values = torch.cat([value.flatten(1) for value in bank.block(slice(None)).params.values()], dim=1)
     return {"norm": float(values.double().norm()), "samples": len(bank)}
 
@@ -79,18 +79,27 @@ def evaluation(out: Path) -> dict[str, float]:
     return {name: float(figure.value) for name, figure in report.metrics.items() if figure.value is not None}
 
 
-JOBS: dict[str, Job] = {"chains": chains, "guide": guide, "evaluation": evaluation}
+GUIDES = {f"guide, batches of {size:,}": size for size in STEPS}
+JOBS: dict[str, Job] = {
+    "chains": chains,
+    **{name: partial(guide, batch_size=size) for name, size in GUIDES.items()},
+    "evaluation": evaluation,
+}
 
 
 def sent() -> dict[str, list[float]]:
     """Bytes a step, counted and as the model has them, of a rank."""
     together, found = distributed.ranks(), {}
-    for name, method, spec in (("chains", CHAINS, "mlp:64,64"), ("guide", replace(GUIDE, num_steps=50), "mlp:280,280")):
+    works: dict[str, tuple[Any, str]] = {"chains": (CHAINS, "mlp:64,64")}
+    works |= {
+        name: (Guide("mean-field", num_steps=50, batch_size=size), "mlp:280,280") for name, size in GUIDES.items()
+    }
+    for name, (method, spec) in works.items():
         model, data = model_of(spec, 256)
         size = model.layout.num_values
         calls = fit_calls(method, together.world_size, num_values=size, itemsize=4, num_parameters=2 * size)
         with counted() as traffic:
-            for _, state in method.run(model, data, num_samples=8, seed=0):  # type: ignore[attr-defined]
+            for _, state in method.run(model, data, num_samples=8, seed=0):
                 if state["step"] >= calls.num_steps:
                     break
         kinds = ("all_gather", "all_reduce")  # of the run itself; flags and the last commit belong to the fit
@@ -121,7 +130,7 @@ def main() -> None:
     with distributed.joined() as together:
         for name, job in JOBS.items():
             times = []
-            for turn in range(3):  # the first warms up
+            for turn in range(2):  # the first warms up
                 begin(folder, f"{name}-{turn}", number, of)
                 start = time.perf_counter()
                 figures = job(folder / f"{name}-{turn}-{number}")
