@@ -98,7 +98,7 @@ def placement(
             place,
             want=f"a {needed}",
             got="none",
-            fix=f"say how much memory: {needed}='2GB', --{needed.replace('_', '-')} 2GB",
+            fix=f"say how much memory: {needed}='2GB', --{'-'.join(needed.split('_'))} 2GB",
         )
     return Placement(residency, None if where is None else str(where), host, on_device)
 
@@ -219,7 +219,7 @@ def _check_budget(place: str, option: str, budget: int | None, least: int, what:
             want=f"{option} of at least {least} bytes, for {what}",
             got=f"{budget}",
             fix=f"raise it, or make smaller shards: 'bnn bank compact --shard-bytes {max(budget // 4, 1)}'"
-            if "shards" in what and budget >= 4 * mmap.PAGESIZE
+            if "shards" in what and budget >= 2 * mmap.PAGESIZE  # two of a page each
             else "raise it"
             if "shards" in what
             else "raise it, or use residency='streamed'",
