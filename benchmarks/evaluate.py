@@ -4,9 +4,12 @@
 
 DIR holds `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`; without it digits alone are run. Samples come from a
 bank of 64, again and again, so that the largest number of them asks for no disk. Ways take turns, and a figure is the
-median of the turns. "basic" is accuracy, NLL, Brier score, ECE and entropies with both their errors, "all" every figure and
-curve. The rivals hold [S, N, C] and reckon the basic figures from it, without errors; where that takes more than `--held`
-bytes they are left out. Peaks are of processes of their own, above what one holds when its data and bank are there.
+median of the turns. "forward passes" runs the samples on the batches with the same strategy and looks at no output; "basic" is
+accuracy, NLL, Brier score, ECE and entropies with both their errors, "all" every figure and curve. The rivals hold [S, N, C]
+and reckon the basic figures from it, without errors; where that takes more than `--held` bytes they are left out. So is what
+would make one turn of a row longer than twice `--budget`, as smaller sizes tell: `left_out` names it. Peaks are of processes
+of their own, above what one holds when its data and bank are there, with large arrays given back to the system at once so that
+holes in the heap do not count; of ways that take longer than `--longest` seconds there are none.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +40,7 @@ from bnn.types import Block, Params
 
 DISTINCT, BATCH = 64, 512
 MODULES = {"digits": "mlp:64,64,relu", "mnist": "mlp:512,512,relu"}
-SAMPLES = {"digits": (10, 100, 1000, 10_000), "mnist": (10, 100)}
+SAMPLES = {"digits": (10, 100, 1000, 10_000), "mnist": (10, 100, 1000, 10_000)}
 BINS = 15
 
 
@@ -163,19 +167,43 @@ if importlib.util.find_spec("torchmetrics"):
     WAYS["held, torchmetrics"] = in_torchmetrics
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], budget: float) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each way, and what each found; one turn for warmth, then three to eleven within the budget."""
-    found = {name: way() for name, way in ways.items()}
+class Turns(NamedTuple):
+    """What ways took, taking turns."""
+
+    seconds: dict[str, float]  # the median
+    count: int
+    found: dict[str, Any]
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], budget: float) -> Turns:
+    """One to eleven turns within a budget of seconds. The first is for warmth, but where it alone fills half of that."""
+    found: dict[str, Any] = {}
     took: dict[str, list[float]] = {name: [] for name in ways}
     began = time.perf_counter()
-    for turn in range(11):
+    for turn in range(12):
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            found[name] = way()
             took[name].append(time.perf_counter() - start)
-        if turn >= 2 and time.perf_counter() - began > budget:
+        spent = time.perf_counter() - began
+        if turn == 0 and spent < 0.5 * budget:
+            took = {name: [] for name in ways}
+        elif spent * (turn + 2) / (turn + 1) > budget:
             break
-    return {name: statistics.median(seconds) for name, seconds in took.items()}, found
+    count = len(next(iter(took.values())))
+    return Turns({name: statistics.median(seconds) for name, seconds in took.items()}, count, found)
+
+
+def within(ways: Sequence[str], expected: Mapping[str, float], most: float) -> tuple[list[str], dict[str, str]]:
+    """The ways whose turn is expected to end within so many seconds, first come, and why the others are left out."""
+    kept, why, total = [], {}, 0.0
+    for way in ways:
+        total += expected.get(way, 0.0)
+        if total <= most and "forward passes" not in why:
+            kept.append(way)
+        else:
+            why[way] = f"a turn of the row would take about {total:,.0f} s"
+    return kept, why
 
 
 def check(found: dict[str, Any]) -> None:
@@ -192,7 +220,11 @@ def peak(name: str, size: int, way: str, mnist: Path | None) -> int:
     """Bytes that a way takes above what its data and samples do, in a process of its own."""
     command = [sys.executable, __file__, "--peak", name, str(size), way]
     run = subprocess.run(
-        [*command, *(["--mnist", str(mnist)] if mnist else [])], capture_output=True, text=True, check=True
+        [*command, *(["--mnist", str(mnist)] if mnist else [])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)},
     )
     return int(run.stdout.split()[-1])
 
@@ -218,43 +250,99 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--most", type=int, default=10_000, help="largest number of samples")
     parser.add_argument("--held", type=float, default=1e9, help="bytes of outputs that rivals may hold")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of turns for each row")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of turns for each row")
+    parser.add_argument("--longest", type=float, default=15.0, help="seconds of a way whose peak is measured")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
         print_peak(options.peak[0], int(options.peak[1]), options.peak[2], options.mnist)
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
     for name in MODULES if options.mnist else ["digits"]:
+        expected: dict[str, float] = {}  # seconds of each way for a sample
         for size in (number for number in SAMPLES[name] if number <= options.most):
-            net, x, y = task(name, size, options.mnist)
-            chosen = {
-                way: run for way, run in WAYS.items() if "held" not in way or size * len(x) * 10 * 4 <= options.held
-            }
-            took, found = in_turns({way: partial(run, net, x, y) for way, run in chosen.items()}, options.budget)
-            check(found)
-            peaks = {way: peak(name, size, way, options.mnist) for way in chosen}
-            base = took["forward passes"]
-            rows += [
-                {
-                    "task": name,
-                    "module": MODULES[name],
-                    "rows": len(x),
-                    "samples": size,
-                    "way": way,
-                    "seconds": took[way],
-                    "over_forward_passes": took[way] / base,
-                    "peak_bytes": peaks[way],
-                }
-                for way in chosen
-            ]
-            for row in rows[-len(chosen) :]:
-                print(
-                    f"{row['over_forward_passes']:6.2f} of the forward passes: {name}, {size:,} samples x {len(x):,} rows, "
-                    f"{row['way']}, {row['seconds'] * 1e3:,.1f} ms, {row['peak_bytes'] / 1e6:,.0f} MB"
-                )
+            more, without = measured(name, size, expected, options)
+            rows += more
+            left_out += [{"task": name, "samples": size, **cell} for cell in without]
+            expected |= {row["way"]: row["seconds"] / size for row in more}
+            for row in more:
+                print(line(row), flush=True)
+            for cell in without:
+                print(f"left out: {name}, {size:,} samples, {cell['way']}, {cell['what']}: {cell['why']}", flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        facts = {"machine": machine(), "rows": rows, "left_out": left_out}
+        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def measured(
+    name: str, size: int, expected: Mapping[str, float], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows of one task and number of samples, and the cells that are left out, with the reason."""
+    seconds = {way: size * of_sample for way, of_sample in expected.items()}
+    known = [way for way in WAYS if not expected or way in expected]
+    kept, why = within(known, seconds, 2.0 * options.budget)
+    why |= {way: "left out of fewer samples" for way in WAYS if way not in known}
+    left_out = [{"way": way, "what": "all", "why": reason} for way, reason in why.items()]
+    if not kept:
+        return [], left_out
+    net, x, y = task(name, size, options.mnist)
+    held = size * len(x) * 10 * 4
+    for way in [way for way in kept if "held" in way and held > options.held]:
+        kept.remove(way)
+        left_out.append({"way": way, "what": "all", "why": f"outputs of {held / 1e9:.1f} GB"})
+    turns = in_turns({way: partial(WAYS[way], net, x, y) for way in kept}, options.budget)
+    check(turns.found)
+    rows = []
+    for way in kept:
+        took, bytes_ = turns.seconds[way], None
+        if took <= options.longest:
+            bytes_ = peak(name, size, way, options.mnist)
+        else:
+            left_out.append({"way": way, "what": "peak_bytes", "why": f"a run takes {took:,.0f} s"})
+        rows.append(
+            {
+                "task": name,
+                "module": MODULES[name],
+                "rows": len(x),
+                "samples": size,
+                "way": way,
+                "turns": turns.count,
+                "seconds": took,
+                "over_forward_passes": took / turns.seconds["forward passes"],
+                "peak_bytes": bytes_,
+            }
+        )
+    return rows, left_out
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row for people."""
+    bytes_ = "no peak" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
+    return (
+        f"{row['over_forward_passes']:6.2f} of the forward passes: {row['task']}, {row['samples']:,} samples x "
+        f"{row['rows']:,} rows, {row['way']}, {row['seconds'] * 1e3:,.1f} ms, {bytes_}, turns: {row['turns']}"
+    )
+
+
+def table(run: Mapping[str, Any]) -> list[str]:
+    """Lines of the table on the page about evaluation."""
+    lines = [
+        "| module | samples | forward passes, s | basic | all | held, torch | peak of all, MB | held, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in MODULES:
+        for size in SAMPLES[name]:
+            of = {row["way"]: row for row in run["rows"] if (row["task"], row["samples"]) == (name, size)}
+            if not of:
+                continue
+            ratios = [
+                f"{of[way]['over_forward_passes']:.2f}" if way in of else "-" for way in ("basic", "all", "held, torch")
+            ]
+            peaks = [of.get(way, {}).get("peak_bytes") for way in ("all", "held, torch")]
+            cells = [*ratios, *("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in peaks)]
+            lines.append(f"| {name} | {size:,} | {of['forward passes']['seconds']:.3g} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

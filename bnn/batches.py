@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sized
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -182,6 +183,11 @@ def rows_of(batch: Batch, rows: range) -> Batch:
     return Batch(*pytree.tree_map(lambda t: t[rows.start : rows.stop] if isinstance(t, Tensor) else t, tuple(batch)))
 
 
+def finite(values: Tensor) -> bool:
+    """Whether all are: the least and the largest tell, in one pass without an array of flags."""
+    return not values.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(values))
+
+
 def check(batch: Batch) -> Batch:
     """The batch itself, if its values are finite and its lengths agree.
 
@@ -197,7 +203,7 @@ def check(batch: Batch) -> Batch:
                 got=str(len(leaf)),
                 fix="pass inputs and targets of the same length",
             )
-        if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+        if leaf.is_floating_point() and not finite(leaf):
             row = int((~torch.isfinite(leaf.flatten(1) if leaf.dim() > 1 else leaf.unsqueeze(1))).any(1).nonzero()[0])
             raise DataError(
                 "data", want="finite numbers", got=f"NaN or Inf in row {row} of {name}", fix="drop or impute such rows"

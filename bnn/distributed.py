@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnn.errors import ConfigError, RankLost
+from bnn.traffic import count
 
 TIMEOUT = 300.0  # seconds that a rank waits for a sign of another one
 TIMEOUT_NAME = "BNN_RANKS_TIMEOUT"  # of the environment, for another number of seconds
@@ -81,11 +82,13 @@ class Ranks:
         with self._told("what every rank has to say"):
             sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.world_size)]
             own = torch.tensor([len(tensor)], device=tensor.device)
+            count("all_gather", own.nbytes)
             distributed.all_gather(sizes, own, group=self._group)
             counts = [int(size) for size in sizes]
             padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
             padded[: len(tensor)] = tensor
             found = [torch.empty_like(padded) for _ in counts]
+            count("all_gather", padded.nbytes)
             distributed.all_gather(found, padded, group=self._group)
         return [rows[:count] for rows, count in zip(found, counts, strict=True)]
 
@@ -95,6 +98,7 @@ class Ranks:
             return tensor
         summed = tensor.clone().contiguous()
         with self._told("a sum over ranks"):
+            count("all_reduce", summed.nbytes)
             torch.distributed.all_reduce(summed, group=self._group)
         return summed
 
@@ -103,6 +107,7 @@ class Ranks:
         found = torch.empty(shape, dtype=dtype) if tensor is None else tensor.contiguous()
         if self.several:
             with self._told("what rank 0 has to say"):
+                count("broadcast", found.nbytes)
                 torch.distributed.broadcast(found, group=self._group, group_src=0)
         return found
 

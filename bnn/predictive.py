@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from bnn.batches import finite
 from bnn.distributed import ALONE, Ranks
 from bnn.errors import ConfigError, DataError
 from bnn.functional import FunctionalModel
@@ -504,17 +505,12 @@ def _outputs(
                 got=type(outputs).__name__,
                 fix="wrap the module so that it returns its logits or means",
             )
-        if not _finite(outputs):
+        if not finite(outputs):
             bad = int(indices[int((~torch.isfinite(outputs.flatten(1))).any(dim=1).nonzero()[0])])
             raise DataError(
                 f"sample {bad}", want="finite outputs", got="NaN or Inf", fix="check the inputs, or drop the sample"
             )
         yield indices, block, outputs
-
-
-def _finite(outputs: Tensor) -> bool:
-    """Whether all are: the least and the largest tell, in one pass without an array of flags."""
-    return not outputs.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(outputs))
 
 
 def _shown(loader: DataLoader[Any], progress: bool | None) -> Iterator[Any]:

@@ -254,8 +254,9 @@ def _errors(bank: Bank, codec: Codec, deviation: Mapping[str, Tensor], done: _Do
     for _, block in bank.blocks(rows_at_once(bank.layout)):
         decoded = codec.decode(codec.encode(block.params))
         for name, values in decoded.items():
-            error = (values.double() - block.params[name].double()).abs_().amax(dim=0)
-            largest[name] = torch.maximum(largest[name], error)
+            for value, original in zip(values, block.params[name], strict=True):  # in place, so that no hole is left
+                error = (value.double() - original.double()).abs_()
+                torch.maximum(largest[name], error, out=largest[name])
         done.after(block)
     bank.release()
     found = {}

@@ -149,3 +149,15 @@ def test_the_page_on_applying_shows_the_committed_grid() -> None:
         assert 0 < row["share_of_ceiling"] < 2.5, row  # above 1 where biases go inside products, or blocks are smaller
     deep = run["sixty_layers_over_plain"]
     assert f'{deep["bnn, loop"]:.2f} times its plain call by loop, {deep["bnn, auto"]:.2f} by `"auto"`' in page
+
+
+def test_the_page_on_evaluating_shows_what_it_costs() -> None:
+    if not (RESULTS / "evaluate.json").is_file():
+        pytest.skip("benchmarks/results/evaluate.json is missing: no run of benchmarks/evaluate.py is kept yet")
+    run = found("evaluate")
+    lines = runpy.run_path(str(ROOT / "benchmarks" / "evaluate.py"))["table"](run)
+    assert "\n".join(lines) in (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    assert all(cell["why"] for cell in run["left_out"])
+    for row in run["rows"]:
+        assert row["seconds"] > 0, row
+        assert row["way"] != "forward passes" or row["over_forward_passes"] == 1, row

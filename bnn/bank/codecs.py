@@ -237,29 +237,51 @@ def moments_of(layout: Layout, blocks: Iterable[Params]) -> Moments:
     Raises:
         BankError: an entry is not of real numbers, or a sample is not finite.
     """
-    count = 0
-    shift, first, second, least, greatest = (Params() for _ in range(5))
+    count, sums = 0, dict[str, _Sums]()
     for params in blocks:
         fmt.check_rows(params, "bank", count)
         for name in layout.names:
-            values = params[name].double()
-            if not count:
-                shift[name], zero = values[0].clone(), torch.zeros_like(values[0])
-                first[name], second[name] = zero.clone(), zero.clone()
-                least[name], greatest[name] = values[0].clone(), values[0].clone()
-            least[name] = torch.minimum(least[name], values.amin(dim=0))
-            greatest[name] = torch.maximum(greatest[name], values.amax(dim=0))
-            values = values - shift[name]
-            first[name] += values.sum(dim=0)
-            second[name] += values.square_().sum(dim=0)
+            if name not in sums:
+                sums[name] = _Sums.begun(params[name][0])
+            sums[name].add(params[name])
         count += len(params[layout.names[0]])
-    mean, deviation = {}, {}
-    for name in layout.names:
-        about = first[name] / count
-        mean[name] = shift[name] + about
-        deviation[name] = (second[name] / count - about.square()).clamp_min_(0).sqrt_()
-        deviation[name][least[name] == greatest[name]] = 0.0  # whatever the sums were rounded to
-    return Moments(mean, deviation, least, greatest)
+    found = Moments({}, {}, {}, {})
+    for entry in layout.entries:
+        shift, first, second, least, greatest = sums[entry.name]
+        about = first / count
+        deviation = (second / count - about.square()).clamp_min_(0).sqrt_()
+        deviation[least == greatest] = 0.0  # whatever the sums were rounded to
+        for kept, value in zip(found, (shift + about, deviation, least, greatest), strict=True):
+            kept[entry.name] = value.view(entry.shape)
+    return found
+
+
+class _Sums(NamedTuple):
+    """Of one entry over samples, float64 [M], changed in place: what was kept anew would leave holes in the heap."""
+
+    shift: Tensor  # the first sample: squares of what is near 0 lose nothing
+    first: Tensor
+    second: Tensor
+    least: Tensor
+    greatest: Tensor
+
+    @staticmethod
+    def begun(sample: Tensor) -> _Sums:
+        shift = sample.double().flatten()
+        return _Sums(shift, torch.zeros_like(shift), torch.zeros_like(shift), shift.clone(), shift.clone())
+
+    def add(self, values: Tensor) -> None:
+        """Take rows [K, *shape], a few columns of all of them at a time."""
+        rows = values.reshape(len(values), -1)  # [K, M]
+        width = max(TILE // max(len(rows), 1), 1)
+        for left in range(0, rows.shape[1], width):
+            shift, first, second, least, greatest = (total[left : left + width] for total in self)
+            few = rows[:, left : left + width].double()
+            torch.minimum(least, few.amin(dim=0), out=least)
+            torch.maximum(greatest, few.amax(dim=0), out=greatest)
+            few = few - shift
+            first.add_(few.sum(dim=0))
+            second.add_(few.square_().sum(dim=0))
 
 
 def check_codable(layout: Layout) -> None:

@@ -426,6 +426,7 @@ def new_writer(
         overwrite=overwrite,
         codec=codec,
         shard_rows=shard_rows,
+        beside=False,  # the memory of a second shard is another's, where what is read fills it too
     )
 
 

@@ -138,10 +138,12 @@ def repair(
                 writer=part.writer,
                 overwrite=replaces,
                 codec=codec,
+                beside=False,
             )
             writers_of_new.append(writer)
             _copy(folder, damaged, part, writer, told)
             writer.commit()
+            writer.spare_memory()  # each part has a writer of its own, all of which stay
     except BaseException:
         for writer in writers_of_new[1:]:
             writer.release()

@@ -95,6 +95,8 @@ class BankWriter:
         overwrite: replace a bank that is there.
         codec: by which the blocks that are appended were coded; `config` has what `bank.json` says of it under `codec`.
         shard_rows: samples of a shard, at most; by default as many as fit into 256 MiB.
+        beside: whether large shards that are full are committed by a thread while the next one fills, which takes
+            memory for two.
 
     Raises:
         BankExists: the folder is there and neither `resume` nor `overwrite` was said.
@@ -118,6 +120,7 @@ class BankWriter:
         overwrite: bool = False,
         codec: Codec | None = None,
         shard_rows: int | None = None,
+        beside: bool = True,
     ) -> None:
         self.path, self.writer = Path(path), writer
         self.layout = layout if codec is None else codec.stored  # of the blocks
@@ -126,6 +129,7 @@ class BankWriter:
         )
         self._ready = _Ready(self._part.shards, 0, self._part.state)
         self._capacity = rows_per_shard(self.layout.num_bytes) if shard_rows is None else shard_rows
+        self._beside = beside
         self._thread: ThreadPoolExecutor | None = None  # that commits full shards
         self._first_row_at = time.monotonic()
 
@@ -215,11 +219,16 @@ class BankWriter:
         self._settle()
         self._commit_gathered(complete=complete)
 
+    def spare_memory(self) -> None:
+        """After a commit: give back the memory of a shard, which the next row takes anew."""
+        if not self.has_news:
+            self._ready = self._ready._replace(image=None, spare=None)
+
     def _commit_full(self) -> None:
         """Commit the shard that is full: beside, where it is worth a thread and memory for another."""
         image = self._ready.image
         assert image is not None
-        if len(image.raw) < BESIDE_BYTES:
+        if not self._beside or len(image.raw) < BESIDE_BYTES:
             self._commit_gathered(complete=False)
             return
         rows = self._ready.buffered

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from bnn.cli import common, fit
+from bnn.cli import common, fit, many
 
 if TYPE_CHECKING:
     from bnn.data import DataSet
@@ -64,6 +64,11 @@ def plan(
         typer.Option(help="Folder that the bank is meant for: its disk is asked and measured.", show_default=False),
     ] = None,
     trial: Annotated[float, typer.Option(help="Seconds for which the method is run in memory; 0 is not at all.")] = 5.0,
+    num_ranks: Annotated[
+        int | None, typer.Option("--ranks", help="Ranks of torchrun, to be foreseen too.", show_default=False)
+    ] = None,
+    bandwidth: Annotated[str, typer.Option(help="Bytes a second that a rank can send, such as 1.25GB.")] = "1.25GB",
+    latency: Annotated[float, typer.Option(help="Seconds of one message between ranks.")] = 50e-6,
     config: common.Config = None,
     debug: common.Debug = False,
 ) -> int:
@@ -76,6 +81,9 @@ def plan(
 
     if not 0 <= trial < float("inf"):
         raise ConfigError("--trial", want="0 seconds or more", got=str(trial), fix="leave it out for 5")
+    if num_ranks is not None and not trial:
+        raise ConfigError("--ranks", want="a trial, by which it foresees", got="--trial 0", fix="leave --trial out")
+    between = many.network(bandwidth, latency)
     common.check_folder("--out", out)
     flags = {"num_chains": num_chains, "num_warmup": num_warmup, "num_steps": num_steps, "batch_size": batch_size}
     chosen = fit.make_method(
@@ -96,6 +104,7 @@ def plan(
     typer.echo(f"sample      {planned.num_values:,} values, {size(planned.row_bytes)} with its columns")
     typer.echo(f"bank        {num_samples:,} samples, {size(planned.num_bytes)} ({planned.num_bytes:,} bytes)")
     typer.echo(f"shards      {shards} of at most {planned.rows_per_shard:,} rows; more where rows come slowly")
+    write_seconds = 0.0
     if out is not None:
         free = free_bytes(out)
         typer.echo(f"disk        {size(free)} free at {out}")
@@ -108,7 +117,16 @@ def plan(
         for verb, rate in (("write", speed.write), ("read", speed.read)):
             told = f"{duration(planned.num_bytes / rate)} at {size(rate)} a second" if rate else "not measured here"
             typer.echo(f"{verb:11} {told}")
-    if trial:
+        write_seconds = planned.num_bytes / speed.write
+    if num_ranks is not None:
+        many.tell(
+            many.foresee(
+                chosen, bayesian_model, dataset, num_ranks, num_samples=num_samples, seed=seed, trial=trial,
+                network=between, write_seconds=write_seconds,
+            ),
+            between,
+        )  # fmt: skip
+    elif trial:
         run = with_progress(
             chosen.run(bayesian_model, dataset.train, num_samples=num_samples, seed=seed), f"try {chosen.name}", None
         )

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bnn import metrics
+from bnn.evaluation.bins import counted, equal_places, equally_filled_places
 from bnn.evaluation.class_sums import ClassRows
 from bnn.evaluation.definitions import SCORES
-from bnn.evaluation.ranking import Kept, Outside, Ranked, by_influence, by_resampling, ranked
+from bnn.evaluation.ranking import Kept, Outside, Ranked, Surest, all_by_resampling, by_influence, by_resampling, ranked
 from bnn.evaluation.report import Report
 from bnn.evaluation.views import Views
 
@@ -27,7 +28,7 @@ class ClassCollector:
     """Takes the batches of a data set, and keeps of each what figures of all rows need.
 
     Means are summed, and confidences counted in bins, for every view; scores of each row are kept for the bank and for
-    the bank without each run of draws, since they are ranked.
+    the H halves of its runs of draws, since they are ranked.
     """
 
     def __init__(self, views: Views, *, num_bins: int, whole: bool, ranked: bool) -> None:
@@ -36,9 +37,9 @@ class ClassCollector:
         self.count = 0
         self._sums: dict[str, Tensor] = {}  # [V] each
         self._rows: dict[str, list[Tensor]] = {}  # [B] each, of the whole bank
-        self._kept: dict[str, list[Tensor]] = {}  # [1 + G, B] each
+        self._kept: dict[str, list[Tensor]] = {}  # [1 + H, B] each
         self._bins = torch.zeros(3, views.num_views, num_bins, dtype=torch.float64)  # rows, confidence, correct
-        self._own: Tensor | None = None  # [2, 1 + G, C, M] probability and truth of each class in its own bins
+        self._own: Tensor | None = None  # [2, 1 + H, C, M] probability and truth of each class in its own bins
         self._probs: list[Tensor] = []  # [B, C]
 
     def add(self, found: ClassRows, y: Tensor) -> None:
@@ -66,7 +67,7 @@ class ClassCollector:
             self._rows.setdefault(name, []).append(values[0].clone())  # a view would keep all of them
         confidence, correct = confidence.cpu(), correct.cpu()
         self._rows.setdefault("y", []).append(y)
-        self._rows.setdefault("predicted", []).append(probs[:, 0].argmax(dim=0).cpu())
+        self._rows.setdefault("predicted", []).append(probs[:, 0].max(dim=0).indices.cpu())
         self._rows.setdefault("confidence", []).append(confidence[0].clone())
         self._count(confidence, correct)
         if self.ranked:
@@ -90,27 +91,18 @@ class ClassCollector:
         return each
 
     def _count(self, confidence: Tensor, correct: Tensor) -> None:
-        place = _bin(confidence, self.num_bins) + self.num_bins * torch.arange(len(confidence))[:, None]  # [V, B]
-        flat, size = place.flatten(), self._bins[0].numel()
-        for kept, weights in zip(self._bins, (None, confidence, correct), strict=True):
-            found = torch.bincount(flat, None if weights is None else weights.flatten(), minlength=size)
-            kept += found.view_as(kept)
+        place = equal_places(confidence, self.num_bins)  # [V, B]
+        self._bins += counted(place, self.num_bins, confidence, correct)
 
     def _count_classes(self, probs: Tensor, target: Tensor) -> None:
-        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + G, B]
-        classes, size, _ = probs.shape
-        own = torch.arange(classes)[:, None, None]
-        row = torch.arange(size)[:, None] * classes + own  # [C, 1 + G, 1]
-        place = (_bin(probs, self.num_bins) + self.num_bins * row).flatten()
-        truth = (target == own).expand_as(probs)
-        shape = (size, classes, self.num_bins)
-        counted = torch.stack(
-            [
-                torch.bincount(place, values.double().flatten(), minlength=math.prod(shape)).view(shape)
-                for values in (probs, truth)
-            ]
-        )
-        self._own = counted if self._own is None else self._own + counted
+        probs, target = probs[:, : self.views.left_out.stop].cpu(), target.cpu()  # [C, 1 + H, B]
+        place, shape = equal_places(probs, self.num_bins), (*probs.shape[:2], self.num_bins)
+        confidence = counted(place.flatten(0, 1), self.num_bins, probs.flatten(0, 1))[1].view(shape)
+        # Of a row one class is the true one, of which alone the place is asked.
+        own = place.gather(0, target.expand(1, *place.shape[1:]))[0] + self.num_bins * target  # [1 + H, B]
+        truth = counted(own, len(probs) * self.num_bins)[0].view(shape[1], shape[0], self.num_bins)
+        found = torch.stack([confidence.transpose(0, 1), truth])
+        self._own = found if self._own is None else self._own + found
         self._probs.append(probs[:, 0].T.clone())
 
     def fresh(self) -> ClassCollector:
@@ -149,9 +141,13 @@ class ClassCollector:
         for name in (*BASIC, *MORE) if self.whole else BASIC:
             if name in self._sums:
                 self._add_mean(report, name)
-        self._add_calibration(report, kept)
-        if self.whole:
-            self._add_selective(report, kept)
+        if not self.whole:
+            self._add_calibration(report)
+        else:
+            surest = Surest.of(kept["one_minus_max_prob"], kept["correct"])
+            jumps = self._errors_of_jumps(report, surest)
+            self._add_calibration(report, kept, jumps)
+            self._add_selective(report, surest, jumps)
         report.rows["correct"] = report.rows.pop("accuracy")
 
     def _add_mean(self, report: Report, name: str) -> None:
@@ -161,14 +157,42 @@ class ClassCollector:
             note = f"infinite: {int(rows.isinf().sum())} rows give their class no chance"
         self._add(report, name, views, standard_error(rows), note=note)
 
-    def _add_calibration(self, report: Report, kept: dict[str, Tensor]) -> None:
+    def _errors_of_jumps(self, report: Report, surest: Surest) -> dict[str, float | None]:
+        """Errors over rows of the figures that jump, of which influences tell too little, all from the same drawn rows."""
+        place, apart = (
+            equal_places(report.rows["confidence"], self.num_bins),
+            report.rows["accuracy"] - report.rows["confidence"],
+        )
+        member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
+        both = torch.cat([member * apart[:, None], member], dim=1)
+
+        def largest_gap(weight: Tensor) -> Tensor:  # [R, N] -> [R]
+            gap, filled = (weight @ both).split(self.num_bins, dim=1)
+            largest: Tensor = (gap.abs() / filled.clamp_min(1)).amax(dim=1)
+            return largest
+
+        def selective(weight: Tensor) -> Tensor:  # [R, N] -> [2, R]
+            drawn = surest.kept(weight)
+            return torch.stack([drawn.coverage_at_risk(), drawn.risk_at_coverage()])
+
+        names = ("mce", "coverage_at_risk_5", "risk_at_coverage_80")
+        if self.count < 2:
+            return dict.fromkeys(names)
+        return dict(zip(names, all_by_resampling([largest_gap, selective], (self.count,)), strict=True))
+
+    def _add_calibration(
+        self,
+        report: Report,
+        kept: dict[str, Tensor] | None = None,
+        jumps: Mapping[str, float | None] | None = None,
+    ) -> None:
         rows, bins = report.rows, self._bins
         gap = bins[2] - bins[1]  # [V, M], times the number of rows
-        sign, place = gap[0].sign(), _bin(rows["confidence"], self.num_bins)
+        sign, place = gap[0].sign(), equal_places(rows["confidence"], self.num_bins)
         apart = rows["accuracy"] - rows["confidence"]  # [N]
         of_row = sign[place] * apart
         self._add(report, "ece", gap.abs().sum(dim=1) / self.count, standard_error(of_row), bins=self.num_bins)
-        if not self.whole:
+        if kept is None or jumps is None:
             return
         share = (gap.square() / bins[0].clamp_min(1)).sum(dim=1) / self.count  # [V]
         root = share.sqrt()
@@ -177,57 +201,39 @@ class ClassCollector:
         slope = 2.0 * of_bin * apart - of_bin.square()
         self._add(report, "rmsce", root, _of_root(slope, float(root[0])), bins=self.num_bins)
         largest = (gap.abs() / bins[0].clamp_min(1)).amax(dim=1)
-        member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
-
-        def again(weight: Tensor) -> Tensor:  # [R, N] -> [R]
-            return ((weight @ (member * apart[:, None])).abs() / (weight @ member).clamp_min(1)).amax(dim=1)
-
-        # Of the largest of several gaps, some of few rows, influences tell too little.
-        error = by_resampling(again, (self.count,)) if self.count > 1 else None
-        self._add(report, "mce", largest, error, bins=self.num_bins)
+        self._add(report, "mce", largest, jumps["mce"], bins=self.num_bins)
         self._add_adaptive(report, kept)
         assert self._own is not None
-        own = self._own[1] - self._own[0]  # [1 + G, C, M]
+        own = self._own[1] - self._own[0]  # [1 + H, C, M]
         probs = torch.cat(self._probs)  # [N, C]
         truth = torch.nn.functional.one_hot(rows["y"], probs.shape[1])
-        signs = own[0].sign().gather(1, _bin(probs.T.contiguous(), self.num_bins))  # [C, N]
+        signs = own[0].sign().gather(1, equal_places(probs.T, self.num_bins))  # [C, N]
         of_row = (signs * (truth - probs).T).mean(dim=0)
         value = own.abs().sum(dim=(1, 2)) / (self.count * probs.shape[1])
         self._add(report, "classwise_ece", value, standard_error(of_row), bins=self.num_bins)
 
     def _add_adaptive(self, report: Report, kept: dict[str, Tensor]) -> None:
-        confidence, correct = 1.0 - kept["one_minus_max_prob"], kept["correct"]  # [1 + G, N]
+        confidence, correct = 1.0 - kept["one_minus_max_prob"], kept["correct"]  # [1 + H, N]
         confidence[0] = report.rows["confidence"]
 
-        def bins_of(view: int) -> metrics.Bins:
-            return metrics.adaptive_bins(confidence[view], correct[view], num_bins=self.num_bins)
-
-        whole, value = bins_of(0), torch.full((len(confidence),), torch.nan, dtype=torch.float64)
-        for view in (~confidence.isnan().any(dim=1)).nonzero().flatten().tolist():
-            value[view] = metrics.ece(bins_of(view))
-        sign = (whole.accuracy - whole.confidence).sign()
-        order = confidence[0].argsort()  # bins hold rows in this order
-        of_row = sign.repeat_interleave(whole.rows) * (correct[0] - confidence[0])[order]
+        place = equally_filled_places(confidence, self.num_bins)
+        _, sure, right = counted(place, self.num_bins, confidence, correct)
+        gap = right - sure  # [1 + H, M]
+        of_row = gap[0].sign()[place[0]] * (correct[0] - confidence[0])
+        value = gap.abs().sum(dim=1) / self.count
         self._add(report, "ace", value, standard_error(of_row), bins=self.num_bins)
 
-    def _add_selective(self, report: Report, kept: dict[str, Tensor]) -> None:
-        loss, score = 1.0 - kept["correct"], kept["one_minus_max_prob"]  # [1 + G, N]
-        order, last = ranked(-score)  # the surest rows first
-        lost = loss.gather(1, order)
-        every = Kept.of(torch.ones_like(lost), lost, last)
-
-        def again(figure: Callable[[Kept], Tensor]) -> Callable[[Tensor], Tensor]:
-            return lambda weight: figure(Kept.of(weight, lost[:1], last[:1]))
-
+    def _add_selective(self, report: Report, surest: Surest, jumps: Mapping[str, float | None]) -> None:
+        every = Kept.of(torch.ones_like(surest.lost), *surest)
         for name, figure in {"aurc": Kept.aurc, "augrc": Kept.augrc}.items():
-            error = by_influence(again(figure), (self.count,)) if self.count > 1 else None
+
+            def again(weight: Tensor, figure: Callable[[Kept], Tensor] = figure) -> Tensor:
+                return figure(surest.kept(weight))
+
+            error = by_influence(again, (self.count,)) if self.count > 1 else None
             self._add(report, name, figure(every), error)
-        for name, figure in {
-            "coverage_at_risk_5": Kept.coverage_at_risk,
-            "risk_at_coverage_80": Kept.risk_at_coverage,
-        }.items():
-            error = by_resampling(again(figure), (self.count,)) if self.count > 1 else None
-            self._add(report, name, figure(every), error)
+        self._add(report, "coverage_at_risk_5", every.coverage_at_risk(), jumps["coverage_at_risk_5"])
+        self._add(report, "risk_at_coverage_80", every.risk_at_coverage(), jumps["risk_at_coverage_80"])
 
     def _add(
         self,
@@ -242,7 +248,7 @@ class ClassCollector:
         assert self.weight is not None
         report.add(
             name, float(views[0]), n=self.count, standard_error=error, bins=bins, note=note,
-            monte_carlo_error=self.views.jackknife(views, self.weight),
+            monte_carlo_error=self.views.monte_carlo_error(views, self.weight),
         )  # fmt: skip
 
     def beginnings(self) -> Iterator[tuple[str, list[float]]]:
@@ -262,7 +268,7 @@ class ClassCollector:
         return metrics.Bins(rows.to(torch.int64), confidence / filled, correct / filled)
 
     def scores(self) -> dict[str, Tensor]:
-        """Scores [1 + G, N] by which rows are ranked."""
+        """Scores [1 + H, N] by which rows are ranked."""
         return {name: torch.cat(self._kept[name], dim=1) for name in SCORES if name in self._kept}
 
 
@@ -290,7 +296,7 @@ def scores_of(found: ClassRows) -> dict[str, Tensor]:
 
 
 class Sides(NamedTuple):
-    """One score of rows inside [1 + G, N] and outside [1 + G, M]."""
+    """One score of rows inside [1 + H, N] and outside [1 + H, M]."""
 
     inside: Tensor
     outside: Tensor
@@ -306,7 +312,7 @@ def add_outside(
             name = kind if score == "predictive_entropy" else f"{kind}_{score}"
             report.add(
                 name, float(values[0]), n=sides.inside.shape[1], standard_error=error, outside=sides.outside.shape[1],
-                monte_carlo_error=views.jackknife(values, weight),
+                monte_carlo_error=views.monte_carlo_error(values, weight),
             )  # fmt: skip
 
 
@@ -315,7 +321,7 @@ def _outside(sides: Sides) -> dict[str, tuple[Tensor, float | None]]:
     # Rows of each side in the order of their scores, so that resamples do not hang on the order of the data.
     inside, outside = (side.sort(dim=1).values for side in sides)
     sizes = inside.shape[1], outside.shape[1]
-    both = torch.cat([inside, outside], dim=1)  # [1 + G, N + M]
+    both = torch.cat([inside, outside], dim=1)  # [1 + H, N + M]
     is_outside = torch.arange(sum(sizes)) >= sizes[0]
     falling, rising = ranked(both), ranked(-both)
     found = {}
@@ -356,15 +362,10 @@ def _of_root(values: Tensor, root: float) -> float | None:
     return None if error is None or root == 0 else error / (2.0 * root)
 
 
-def _bin(confidence: Tensor, num_bins: int) -> Tensor:
-    """Place among equal bins (a, b], of which the first also holds 0, as `metrics.calibration_bins` has it."""
-    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
-    return torch.bucketize(confidence.contiguous(), edges)
-
-
 def _first_of_largest(probs: Tensor, at_target: Tensor, confidence: Tensor, target: Tensor) -> Tensor:
     """Whether the target is the most probable class, the first of several, [V, B] of 0 and 1."""
     largest = at_target == confidence
-    if int((probs == confidence).sum()) > confidence.numel():
-        largest = probs.argmax(dim=0) == target
+    less = -float((probs - confidence).sign_().sum())  # places that are: quicker than to count what is equal
+    if less != probs.numel() - confidence.numel():
+        largest = probs.max(dim=0).indices == target
     return largest.double()

@@ -385,7 +385,8 @@ def _definitions(reports: Mapping[str, Facts], groups: Mapping[str, Sequence[str
     return (
         '<section aria-labelledby="definitions"><h2 id="definitions">Definitions</h2>'
         "<p>± is one standard error over the rows of data: how far the figure would move with other rows of the same kind. "
-        "MC is the Monte Carlo error: how far it would move with other samples of the same posterior, as many as the bank has. "
+        "MC is the Monte Carlo error: how far it would move with other samples of the same posterior, as many as the bank has; "
+        "it is made of the figure's spread over balanced halves of the draws. "
         "Neither tells how far it would move with another fit, or other training data. Logarithms are natural; entropies are in nats.</p>"
         f"<dl>{listed}</dl></section>\n"
     )

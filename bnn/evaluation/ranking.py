@@ -7,7 +7,7 @@ are not. Rows that tie cross a threshold together. The values are those of `bnn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from bnn.seeding import generator
 
 RESAMPLES = 200  # of the rows: a standard deviation over so many is known to a twentieth
-RESAMPLED_VALUES = 2**21  # numbers held at once while rows are drawn again
+DRAWN_VALUES = 2**21  # rows drawn again at once
+RESAMPLED_VALUES = 2**16  # of which so many are handled at once: several arrays of them fit into a cache
 
 
 class Ranked(NamedTuple):
@@ -96,15 +97,32 @@ class Kept(NamedTuple):
 
     def coverage_at_risk(self, risk: float = 0.05) -> Tensor:
         """Largest coverage whose risk is at most this, or 0, [R]."""
-        fine = self.last & (self.kept > 0) & (self.lost / self.kept.clamp_min(1e-12) <= risk)
-        coverage = self.kept / self.kept[..., -1:]
-        return torch.where(fine, coverage, torch.zeros_like(coverage)).amax(dim=-1)
+        fine = (self.lost / self.kept.clamp_min(1e-12) <= risk) & self.last
+        return torch.where(fine, self.kept, 0.0).amax(dim=-1) / self.kept[..., -1]
 
     def risk_at_coverage(self, coverage: float = 0.8) -> Tensor:
         """Risk at the first threshold that keeps so much, [R]."""
-        enough = self.last & (self.kept / self.kept[..., -1:] >= coverage)
-        first = enough.int().argmax(dim=-1, keepdim=True)
-        return (self.lost.gather(-1, first) / self.kept.gather(-1, first)).squeeze(-1)
+        enough = (self.kept / self.kept[..., -1:] >= coverage) & self.last
+        # Both only grow, so that the least of them are those of the first threshold.
+        kept, lost = (torch.where(enough, sums, torch.inf).amin(dim=-1) for sums in (self.kept, self.lost))
+        return lost / kept
+
+
+class Surest(NamedTuple):
+    """Rows in the order of their confidence, the surest first, in the bank and without each run of draws."""
+
+    lost: Tensor  # [1 + G, N] whether each is wrong
+    last: Tensor  # bool [1 + G, N] whether it is the last of those that tie
+
+    @staticmethod
+    def of(score: Tensor, correct: Tensor) -> Surest:
+        """From scores that are less of surer rows, and whether these are right, both [1 + G, N]."""
+        order, last = ranked(-score)
+        return Surest(1.0 - correct.gather(1, order), last)
+
+    def kept(self, weight: Tensor) -> Kept:
+        """Of the whole bank, with weights [R, N] of the rows."""
+        return Kept.of(weight, self.lost[:1], self.last[:1])
 
 
 def by_influence(figure: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> float:
@@ -135,17 +153,29 @@ def by_resampling(figure: Callable[[Tensor], Tensor], sizes: tuple[int, ...], *,
 
     Source: Efron (1979), Ann. Statist. 7(1).
     """
-    source = generator(seed, "resample", *sizes)
-    step, found = max(1, RESAMPLED_VALUES // sum(sizes)), []
-    for start in range(0, RESAMPLES, step):
-        count = min(step, RESAMPLES - start)
-        sides = []
-        for size in sizes:
-            drawn = torch.randint(size, (count, size), generator=source)
-            drawn += size * torch.arange(count)[:, None]
-            sides.append(drawn.flatten().bincount(minlength=count * size).view(count, size).double())
-        found.append(figure(torch.cat(sides, dim=1)))
-    return float(torch.cat(found).std())
+    (error,) = all_by_resampling([figure], sizes, seed=seed)
+    return error
+
+
+def all_by_resampling(
+    figures: Sequence[Callable[[Tensor], Tensor]], sizes: tuple[int, ...], *, seed: int = 0
+) -> list[float]:
+    """The same of several figures [R], or [..., R], of rows that are drawn once; an error for each number but R."""
+    source, found = generator(seed, "resample", *sizes), []
+    for drawn in torch.arange(RESAMPLES).split(max(1, DRAWN_VALUES // sum(sizes))):
+        sides = [torch.randint(size, (len(drawn), size), generator=source) for size in sizes]
+        step = max(1, RESAMPLED_VALUES // sum(sizes))
+        for some in zip(*(side.split(step) for side in sides), strict=True):
+            weight = torch.cat([_times(side) for side in some], dim=1)  # [r, N]
+            found.append(torch.cat([figure(weight).reshape(-1, len(weight)) for figure in figures]))
+    errors: list[float] = torch.cat(found, dim=1).std(dim=1).tolist()
+    return errors
+
+
+def _times(drawn: Tensor) -> Tensor:
+    """How often each row was drawn, float64 [R, N], from as many numbers of rows, which are written over."""
+    drawn += drawn.shape[1] * torch.arange(len(drawn))[:, None]
+    return drawn.flatten().bincount(minlength=drawn.numel()).view_as(drawn).double()
 
 
 def _before(values: Tensor, last: Tensor) -> Tensor:

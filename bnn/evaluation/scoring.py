@@ -87,8 +87,8 @@ def evaluate(
     """Score the posterior predictive of a bank on data that it was not fitted to.
 
     Samples are streamed: memory does not grow with S, but for the mixtures of one batch of a regression. Every figure has
-    its standard error over rows, and its Monte Carlo error over samples: runs of draws of the chains are left out, one
-    after the other, and the whole figure made anew (`Views.jackknife`). The page of definitions has the equations.
+    its standard error over rows, and its Monte Carlo error over samples: the whole figure is made anew from halves of the
+    runs of draws of the chains (`Views.monte_carlo_error`). The page of definitions has the equations.
 
     Classification: accuracy, NLL and Brier score of the mean predictive, Gibbs NLL, calibration errors (ECE, RMSCE, MCE,
     adaptive, class-wise), predictive and expected entropy, mutual information, variation ratio, disagreement, and risk
@@ -308,7 +308,7 @@ def _add_targets(task: _Task, part: Part, batch: Batch, collector: TargetCollect
 
 
 def _outside(task: _Task, ood: Data, views: Views, like: Shape) -> dict[str, Tensor]:
-    """Scores [1 + G, M] of rows outside, whose targets are not looked at."""
+    """Scores [1 + H, M] of rows outside, whose targets are not looked at."""
     found: dict[str, list[Tensor]] = {}
 
     def judged(part: Part) -> dict[str, Any]:

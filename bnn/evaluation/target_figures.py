@@ -73,9 +73,9 @@ class TargetCollector:
             self._rows.setdefault(name, []).append(values.clone())
 
     def _of_quantiles(self, mixture: Mixture, found: TargetRows, y: Tensor) -> dict[str, Tensor]:
-        """Interval and pinball scores in each view; those of quantiles without a run of draws to first order.
+        """Interval and pinball scores in each view; those of quantiles but the whole bank's to first order.
 
-        q_-g = q - (F_-g(q) - F(q)) / f(q), as the implicit function has it
+        q_v = q - (F_v(q) - F(q)) / f(q), as the implicit function has it
         """
         levels = PINBALL_LEVELS
         place = quantiles(mixture, levels)  # [L, B, C]
@@ -122,10 +122,10 @@ class TargetCollector:
         return torch.cat(moved, dim=1)
 
     def _of_crps(self, mixture: Mixture, y: Tensor) -> dict[str, Tensor]:
-        """The CRPS, and in the views without a run of draws to first order.
+        """The CRPS, and in halves of the runs of draws to first order.
 
         h_s = A(y - mu_s, sigma_s^2) - sum_t w_t A(mu_s - mu_t, sigma_s^2 + sigma_t^2)
-        CRPS_-g = CRPS - w_g / (1 - w_g) (mean of h in g - mean h)
+        CRPS_half = CRPS + mean of h in the half - mean h
         """
         if not isinstance(mixture, NormalMixture):
             kind = "counts" if isinstance(mixture, PoissonMixture) else "Student's t noise"
@@ -141,11 +141,11 @@ class TargetCollector:
         views = torch.full((self.views.num_views, *y.shape), torch.nan, dtype=torch.float64)
         views[0] = value
         if self.views.num_groups > 1:
-            views[self.views.left_out] = value - self._changes(mixture, y)
+            views[self.views.left_out] = value + self._changes(mixture, y)
         return {"crps": views}
 
     def _changes(self, mixture: NormalMixture, y: Tensor) -> Tensor:
-        """w_g / (1 - w_g) (mean of h in g - mean h), [G, B, C]."""
+        """Mean of h in each half - mean h, [H, B, C]."""
         size = len(mixture.means)
         chosen = torch.linspace(0, size - 1, min(size, REFERENCES), dtype=torch.float64).round().long()
         share = mixture.log_weight[chosen].softmax(dim=0)
@@ -159,8 +159,9 @@ class TargetCollector:
             change = _distance(y - mixture.means[some], variances[some]) - torch.einsum("t,ktbc->kbc", share, pairs)
             found.index_add_(0, self.views.group[some], weight[some, None, None] * change)
         of_group = torch.zeros(self.views.num_groups, dtype=torch.float64).index_add_(0, self.views.group, weight)
-        of_group = of_group[:, None, None]
-        return (found - of_group * found.sum(dim=0)) / (1.0 - of_group)
+        halves = self.views.halves
+        means = (halves @ found.flatten(1)).view(-1, *y.shape) / (halves @ of_group)[:, None, None]
+        return means - found.sum(dim=0)
 
     def fresh(self) -> TargetCollector:
         """One that has taken nothing, of the same options."""
@@ -208,7 +209,7 @@ class TargetCollector:
                 note = "infinite: Student's t of at most 2 degrees of freedom has no variance"
             report.add(
                 name, float(views[0]), n=self.count, standard_error=error, note=note,
-                monte_carlo_error=self.views.jackknife(views, self.weight),
+                monte_carlo_error=self.views.monte_carlo_error(views, self.weight),
             )  # fmt: skip
         for name in ("nll", "gibbs_nll"):  # of all outputs of a row together
             report.rows[name] = report.rows[name].squeeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 """What running out of memory raises, among other things: `is_out_of_memory` tells."""
 
 FIRST_DRAW: DrawKey = (0, "first forward", 0, 0)
+
+_VERSION = attrgetter("_version")  # mapped in C over every tensor of a sample, twice a call
 
 
 def admitted(runner: Runner, params: Params, x: Any, *, is_head: bool = False) -> bool:
@@ -52,12 +55,12 @@ def guarded(params: Params, x: Any, run: Callable[[], Outputs]) -> Outputs:
     """Run, and raise ModuleError if anything was written into samples or inputs."""
     watched = [*params.values(), x] if isinstance(x, Tensor) else [*params.values(), *tensors_of(x)]
     try:
-        before = [tensor._version for tensor in watched]
+        before = list(map(_VERSION, watched))
     except RuntimeError:  # inputs of inference mode do not count their writes
         watched = [tensor for tensor in watched if not tensor.is_inference()]
-        before = [tensor._version for tensor in watched]
+        before = list(map(_VERSION, watched))
     outputs = run()
-    after = [tensor._version for tensor in watched]
+    after = list(map(_VERSION, watched))
     if after != before:
         _refuse_writes(list(params), before, after)
     return outputs

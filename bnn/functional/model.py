@@ -144,6 +144,8 @@ class FunctionalModel:
         self._entry_dtypes = {entry.name: entry.dtype for entry in own}
         whole = Skeleton(module, layout, detach=False)
         self._whole = Runner(whole, self._names, self.device)
+        # Where the module holds what samples bring: looked at in every call, for its dtypes may change.
+        self._held = [(slot.live, slot.key) for slot in whole.shell().slots if slot.kept_as in self._entry_dtypes]
         self._trunks = [
             (trunk, Runner(trunk.head, self._names, self.device)) for trunk in trunks_of(module, layout, whole)
         ]
@@ -463,9 +465,9 @@ class FunctionalModel:
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Of the entries that the module holds in another dtype than the bank."""
-        slots = self._whole.skeleton.shell().slots
-        now = [slot.live[slot.key].dtype for slot in slots if slot.kept_as in self._entry_dtypes]
+        now = [live[key].dtype for live, key in self._held]
         if self._cast is None or self._cast[0] != now:
+            slots = self._whole.skeleton.shell().slots
             differing = {
                 slot.kept_as: slot.live[slot.key].dtype
                 for slot in slots

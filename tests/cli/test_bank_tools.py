@@ -216,9 +216,38 @@ def test_plan_tries_the_method(bnn: Call) -> None:
     assert re.search(r"^sampling    about \S+ (h|days|min), by .* of 4,000,006$", out, re.MULTILINE)
 
 
+def test_plan_foresees_ranks(bnn: Call) -> None:
+    """Three chains on five ranks: 8 + 2 + 1 bytes a trajectory, which go round by 4 + 4 + 3 messages of 2 ms."""
+    code, out, _ = bnn(
+        f"bank plan {HMC} --num-samples 60 --trial .1 --ranks 5 --latency 0.002 --bandwidth 1GB --out new"
+    )
+    assert code == 0
+    assert "ranks       5: 1 of 3 chains on the busiest" in out
+    assert "network     1.0 GB a second, 2000 us a message" in out
+    assert "talk        a trajectory of warm-up: 11 bytes of each rank in 3 calls, 22 ms" in out
+    assert re.search(
+        r"^run         (about|at least) .* on 5 ranks, .* in one process: efficiency \d+%$", out, re.MULTILINE
+    )
+    assert re.search(r"^first       talk, \d+% of the run: a trajectory of warm-up: 22 ms of talk$", out, re.MULTILINE)
+    assert "a fit wants a chain for each rank" in out
+    words = "bank plan --data rows.csv:y --model mlp:3 --method mean-field --num-samples 6 --trial .1"
+    code, out, _ = bnn(f"{words} --ranks 4 --latency 0.02")
+    assert code == 0
+    assert "ranks       4: 8 of 32 rows of a batch on the busiest" in out
+    assert "talk        a step: 116 bytes of each rank in 1 calls, 120 ms" in out  # 2 P + 1 = 29 float32
+    assert "the all-reduce of 116 B is longer than the" in out
+    code, out, _ = bnn("bank plan --data rows.csv:y --method prior --num-samples 6 --ranks 4 --trial .1")
+    assert code == 0
+    assert "talk        none: ranks go alone" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--ranks 2 --trial 0", "--ranks: want a trial"),
+        ("--ranks 0", "ranks: want at least 1, got 0"),
+        ("--ranks 2 --latency -1", "latency: want 0 seconds or more"),
+        ("--bandwidth none", "--bandwidth: want a number of bytes"),
         ("--trial -1", "--trial: want 0 seconds or more"),
         ("--trial nan", "--trial: want 0 seconds or more"),
         ("--num-samples 0", "num_samples: want at least 1"),

@@ -49,8 +49,7 @@ def members(plan: Views) -> np.ndarray:
     """Which samples stand in which view, as weights that sum to 1, [V, S]."""
     weight = plan.log_weight.exp().numpy()
     masks = [np.ones(len(weight), dtype=bool)]
-    if plan.num_groups > 1:
-        masks += [plan.group.numpy() != group for group in range(plan.num_groups)]
+    masks += [half[plan.group.numpy()] > 0 for half in plan.halves.numpy()]
     masks += [plan.level.numpy() <= place for place in range(len(plan.sizes) - 1)]
     held = np.stack(masks) * weight
     return held / held.sum(axis=1, keepdims=True)

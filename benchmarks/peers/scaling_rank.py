@@ -1,0 +1,139 @@
+"""One rank's work for `scaling.py`: chains, a guide and an evaluation, timed inside, so that start-up does not count.
+
+    torchrun --nproc-per-node 2 benchmarks/peers/scaling_rank.py FOLDER
+    python benchmarks/peers/scaling_rank.py FOLDER [NUMBER OF_HOW_MANY]
+
+With a number it is one of several processes that know nothing of each other, but begin each work at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bnn
+from bnn import distributed
+from bnn.inference import HMC, Guide, Prior
+from bnn.modules import build
+from bnn.scaling import fit_calls
+from bnn.seeding import generator
+from bnn.traffic import counted
+
+ROWS, BATCH, SAMPLES, EVALUATED = 4096, 1024, 256, 8192
+CHAINS = HMC(num_chains=8, num_warmup=45, num_steps=8, trajectory="fixed", init="prior", compile=False)
+DRAWS = 10  # of each chain
+GUIDE = Guide("mean-field", num_steps=150, batch_size=BATCH)
+KEPT = 16  # draws of the guide
+
+Job = Callable[[Path], dict[str, float]]
+
+
+@cache
+def model_of(spec: str, rows: int) -> tuple[bnn.BayesianModel, tuple[torch.Tensor, torch.Tensor]]:
+    """A module of 64 inputs and ten classes, and rows that a line through the origin labels."""
+    source = generator(0, "rows")
+    x = torch.randn(rows, 64, generator=source)
+    y = (x @ torch.randn(64, 10, generator=source)).argmax(dim=1)
+    module = build(spec, input_shape=[64], num_outputs=10, seed=0)
+    prior, likelihood = bnn.priors.FanIn(), bnn.likelihoods.Categorical()
+    return bnn.BayesianModel(module, prior=prior, likelihood=likelihood, num_data=rows), (x, y)
+
+
+def chains(out: Path) -> dict[str, float]:
+    model, data = model_of("mlp:64,64", 1024)
+    bank = bnn.fit(model, data, method=CHAINS, num_samples=8 * DRAWS, out=out, progress=False)
+    last = bank.log_joint[bank.draw == DRAWS - 1].double()
+    return {"log_joint": float(last.mean()), "spread": float(last.std()), "samples": len(bank)}
+
+
+def guide(out: Path) -> dict[str, float]:
+    model, data = model_of("mlp:280,280", ROWS)
+    bank = bnn.fit(model, data, method=GUIDE, num_samples=KEPT, out=out, progress=False)
+    values = torch.cat([value.flatten(1) for value in bank.block(slice(None)).params.values()], dim=1)
+    return {"norm": float(values.double().norm()), "samples": len(bank)}
+
+
+@cache
+def judged() -> tuple[bnn.FunctionalModel, Any]:
+    """A module under samples of its prior, and rows."""
+    model, data = model_of("mlp:64,64", EVALUATED)
+    blocks = [block for block, _ in Prior().run(model, data, num_samples=SAMPLES, seed=0)]
+    info = {"likelihood": model.likelihood.to_config()}
+    net = bnn.FunctionalModel(model.module, bnn.Bank.from_blocks(blocks, layout=model.layout, info=info)).settled()
+    return net, data
+
+
+def evaluation(out: Path) -> dict[str, float]:
+    del out
+    net, data = judged()
+    report = bnn.evaluate(net, data, figures="basic", progress=False)
+    return {name: float(figure.value) for name, figure in report.metrics.items() if figure.value is not None}
+
+
+JOBS: dict[str, Job] = {"chains": chains, "guide": guide, "evaluation": evaluation}
+
+
+def sent() -> dict[str, list[float]]:
+    """Bytes a step, counted and as the model has them, of a rank."""
+    together, found = distributed.ranks(), {}
+    for name, method, spec in (("chains", CHAINS, "mlp:64,64"), ("guide", replace(GUIDE, num_steps=50), "mlp:280,280")):
+        model, data = model_of(spec, 256)
+        size = model.layout.num_values
+        calls = fit_calls(method, together.world_size, num_values=size, itemsize=4, num_parameters=2 * size)
+        with counted() as traffic:
+            for _, state in method.run(model, data, num_samples=8, seed=0):  # type: ignore[attr-defined]
+                if state["step"] >= calls.num_steps:
+                    break
+        kinds = ("all_gather", "all_reduce")  # of the run itself; flags and the last commit belong to the fit
+        counts = sum(traffic.payload.get(kind, 0) for kind in kinds)
+        every = [*calls.once[:-2], *calls.step * calls.num_steps, *calls.edge * calls.num_edges]
+        model_bytes = sum(call.payload for call in every if call.kind in kinds)
+        found[name] = [counts / calls.num_steps, model_bytes / calls.num_steps]
+    return found
+
+
+def begin(folder: Path, name: str, number: int, of: int) -> None:
+    """Wait until all processes are here."""
+    if of == 1:
+        distributed.ranks().barrier()
+        return
+    (folder / f"ready-{name}-{number}").touch()
+    while len(list(folder.glob(f"ready-{name}-*"))) < of:
+        time.sleep(0.001)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder = Path(sys.argv[1])
+    number, of = (int(word) for word in sys.argv[2:4]) if len(sys.argv) > 2 else (0, 1)
+    told: dict[str, Any] = {}
+    judged()  # made whole by each process, before they split what they make
+    with distributed.joined() as together:
+        for name, job in JOBS.items():
+            times = []
+            for turn in range(3):  # the first warms up
+                begin(folder, f"{name}-{turn}", number, of)
+                start = time.perf_counter()
+                figures = job(folder / f"{name}-{turn}-{number}")
+                if of == 1:
+                    together.barrier()
+                times.append(time.perf_counter() - start)
+            told[name] = {"seconds": times[1:], "figures": figures}
+        if together.several:
+            told["sent"] = sent()
+    if together.rank == 0:
+        (folder / f"told-{number}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
