@@ -162,10 +162,10 @@ def open_folder(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def lock(descriptor: int, *, wait: bool) -> None:
-    """Claim a file for this descriptor alone, until it is closed or its process ends.
+def lock(descriptor: int, *, wait: bool, shared: bool = False) -> None:
+    """Claim a file for this descriptor alone, or together with others that share it, until it is closed or its process ends.
 
     Raises:
         BlockingIOError: another has it, and `wait` is False.
     """
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

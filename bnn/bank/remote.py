@@ -2,6 +2,8 @@
 
 The cache holds one ordinary bank folder for each address and bank: `CACHE/<of the address>/<of bank.json>/`, which the
 ordinary reader opens. Nothing is ever written to the address, and no file of a bank is removed, at the address or here.
+Whoever fetches shares a lock of `CACHE/<of the address>/lock` meanwhile: who has it alone knows that what is half fetched
+was left by a process that was killed, on whatever machine.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from bnn.bank import format as fmt
 from bnn.bank.address import check_address, listed, pieces, read_small, shown
 from bnn.bank.shards import Described, read_config, read_manifests
 from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, BankWriteError, ConfigError
+
+STAGE_NAME = re.compile(r"(\.tmp-)?fetched-[0-9]+-[0-9]+-")  # of a copy that is being written, or compared
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Source:
                 str(path), want="its copy, for nothing is asked offline", got="none, or one of another size",
                 fix="open the bank once with prefetch=True and not offline",
             )  # fmt: skip
-        stage = self.folder / f"fetched-{os.getpid()}-{threading.get_ident()}-{name}"
-        with _refusals_told(self.cache):
+        stage = self.folder / _stage_name(name)
+        with _refusals_told(self.cache), _fetching(self.folder.parent):
             free = disk.free_bytes(self.folder)
             if free < size:
                 raise OSError(errno.ENOSPC, f"{free} bytes free of {size} for {name}")
@@ -130,7 +134,8 @@ def prepare(address: str, *, cache: str | Path | None, offline: bool) -> Source:
     folder = home / _identity(config)[:24]
     with _refusals_told(Path(cache)):
         disk.make_folders(folder)
-    _keep(folder, "bank.json", read_small(address, "bank.json", fmt.MAX_JSON_BYTES), Path(cache))
+    _remove_left(home, folder)
+    _keep(folder, "bank.json", read_small(address, "bank.json", fmt.MAX_JSON_BYTES), Path(cache), home)
     source = Source(address, Path(cache), folder, num_shards, offline)
     described = read_config(folder)
     limit = fmt.MAX_MANIFEST_BYTES + fmt.facts_limit(described.names, num_shards)
@@ -141,11 +146,11 @@ def prepare(address: str, *, cache: str | Path | None, offline: bool) -> Source:
         raw = read_small(address, name, limit)
         _check_manifest(raw, f"{shown(address)}/{name}", described.identity)
         _check_unchanged(address, folder, name, raw, limit)
-        _keep(folder, name, raw, Path(cache))
+        _keep(folder, name, raw, Path(cache), home)
     manifests = read_manifests(folder, described, elsewhere=num_shards)
     states = [m["state"] for m in manifests if not m["rows"] and m["state"] is not None]  # all that such a bank keeps
     source.fetch_all([*described.beside, *states])
-    _keep(home, "last", folder.name.encode(), Path(cache))
+    _keep(home, "last", folder.name.encode(), Path(cache), home)
     return source
 
 
@@ -211,6 +216,42 @@ def _check_manifest(raw: bytes, place: str, identity: str | None) -> None:
 # In the cache
 
 
+def _stage_name(name: str) -> str:
+    """What a copy is called until it is known to be the file."""
+    return f"fetched-{os.getpid()}-{threading.get_ident()}-{name}"
+
+
+@contextmanager
+def _fetching(home: Path) -> Iterator[None]:
+    """Files that are being fetched below `home` are nobody else's to remove."""
+    try:
+        descriptor = disk.open_lock(home / "lock")
+    except PermissionError:  # another user's: to share it, reading is enough
+        descriptor = disk.open_read(home / "lock")
+    try:
+        with suppress(OSError):  # a file system without locks: then none is had alone, and nothing removed
+            disk.lock(descriptor, wait=True, shared=True)
+        yield
+    finally:
+        disk.close(descriptor)
+
+
+def _remove_left(home: Path, folder: Path) -> None:
+    """Remove what fetches left that were killed: where nothing is being fetched, whatever is half fetched is of such."""
+    with suppress(OSError):  # somebody is fetching, or the cache is read-only: another time
+        left = [place / name for place in (home, folder) for name in disk.names(place) if STAGE_NAME.match(name)]
+        if not left:
+            return
+        descriptor = disk.open_lock(home / "lock")
+        try:
+            disk.lock(descriptor, wait=False)
+            for path in left:
+                with suppress(FileNotFoundError):  # fetched in the meantime, or removed by another
+                    disk.unlink(path)
+        finally:
+            disk.close(descriptor)
+
+
 @contextmanager
 def _refusals_told(cache: Path) -> Iterator[None]:
     """What the disk refuses becomes one line about the cache folder."""
@@ -226,13 +267,13 @@ def _refusals_told(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _keep(folder: Path, name: str, raw: bytes, cache: Path) -> None:
+def _keep(folder: Path, name: str, raw: bytes, cache: Path, home: Path) -> None:
     """Have a small file in the folder; one that has these bytes is left as it is, so that nothing need be writable."""
     path = folder / name
     if files.regular_size(path) == len(raw) and files.sha256_of(path) == hashlib.sha256(raw).hexdigest():
         return
-    stage = folder / f"fetched-{os.getpid()}-{threading.get_ident()}-{name}"
-    with _refusals_told(cache):
+    stage = folder / _stage_name(name)
+    with _refusals_told(cache), _fetching(home):
         files.write_atomic(stage, [raw])
         disk.replace(stage, path)
         disk.sync_folder(folder)

@@ -371,7 +371,7 @@ def _show(rows: list[Row]) -> None:
     for row in rows:
         gigabytes = row.ours_per_second * row.num_bytes / 1e9
         table.add_row(
-            f"{row.ratio:.1f}",
+            f"{row.ratio:.1f}" if row.ratio >= 1 else f"{row.ratio:.2g}",
             row.name,
             row.ours,
             row.rival,
@@ -379,7 +379,7 @@ def _show(rows: list[Row]) -> None:
             f"{gigabytes:.2f}",
             f"{row.rival_per_second:,.0f}",
         )
-    Console(highlight=False, width=None if Console().is_terminal else 140).print(table)
+    Console(highlight=False, markup=False, width=None if Console().is_terminal else 140).print(table)
 
 
 def _read_earlier(path: Path) -> dict[tuple[str, str, str], float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnn.arrays import chosen_tensors, tensor_facts
 from bnn.bank import Bank
 from bnn.errors import BankError, BankMismatch, DataError
-from bnn.importing.names import Names, check_entry, check_no_others, check_real, places_of, renamed, shape_in
+from bnn.importing.names import Names, check_entry, check_no_others, check_real, places_of, recorded, renamed, shape_in
 from bnn.importing.target import Progress, Target, casts, pour, sample_block, target_of
 from bnn.model import BayesianModel
 from bnn.types import Block, make_block
@@ -94,6 +94,7 @@ def from_checkpoints(
         "from": "checkpoints",
         "source": _named(source),
         "files": len(paths),
+        **recorded(names),
         "sha256": digest.hexdigest(),
         "cast": casts(dtypes, target.layout),
     }

@@ -16,7 +16,7 @@ from bnn.arrays import read_tensors
 from bnn.bank import Bank
 from bnn.bank.moving import rows_at_once
 from bnn.errors import BankMismatch, ConfigError, DataError
-from bnn.importing.names import Names, check_entry, check_no_others, check_real, places_of, renamed, shape_in
+from bnn.importing.names import Names, check_entry, check_no_others, check_real, places_of, recorded, renamed, shape_in
 from bnn.importing.target import Progress, casts, pour, sample_block, target_of, version_of
 from bnn.layout import Layout
 from bnn.model import BayesianModel
@@ -110,6 +110,7 @@ def from_draws(
         "package": package,
         "chains": num_chains,
         "draws": num_draws,
+        **recorded(names),
         "sha256": _digest(values, densities),
         "cast": casts({name: str(one.array.dtype) for name, one in values.items()}, target.layout),
     }

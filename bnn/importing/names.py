@@ -71,6 +71,18 @@ def renamed(name: str, names: Names | None, place: str = "names") -> Renamed | N
     return Renamed(target, transpose)
 
 
+def recorded(names: Names | None) -> dict[str, Any]:
+    """The map as a record keeps it, under `names`, plain values alone; nothing where there is none."""
+
+    def plain(said: Renamed | None) -> Any:
+        if said is None:
+            return False
+        axes = list(said.transpose) if isinstance(said.transpose, tuple) else said.transpose
+        return {"name": said.name, "transpose": axes} if axes else said.name
+
+    return {"names": {name: plain(renamed(name, names)) for name in sorted(names)}} if names else {}
+
+
 def shape_in(name: str, shape: Sequence[int], axes: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape of one sample after its axes are put in the module's order.
 

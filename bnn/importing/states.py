@@ -15,7 +15,7 @@ from bnn.bank import Bank
 from bnn.bank import format as fmt
 from bnn.bank.moving import rows_at_once
 from bnn.errors import BankError, BankMismatch, ConfigError
-from bnn.importing.names import Names, check_entry, check_no_others, check_real, places_of, renamed, shape_in
+from bnn.importing.names import Names, check_entry, check_no_others, check_real, places_of, recorded, renamed, shape_in
 from bnn.importing.target import Progress, casts, pour, sample_block, target_of, version_of
 from bnn.layout import Layout
 from bnn.model import BayesianModel
@@ -91,7 +91,7 @@ def from_states(
 
     length = len(states) if hasattr(states, "__len__") and stacked is None else None
     total = len(next(iter(stacked.values()))) if stacked else length and length * first.num_samples
-    options = {"from": "posteriors", "sha256": digest.hexdigest(), "cast": casts(dtypes, layout)}
+    options = {"from": "posteriors", **recorded(names), "sha256": digest.hexdigest(), "cast": casts(dtypes, layout)}
     return pour(
         blocks(), target, options, out=out, overwrite=overwrite, record=record,
         more_versions=version_of("posteriors"), total=total, progress=progress,

@@ -10,8 +10,11 @@ import multiprocessing
 import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +361,7 @@ def test_no_path_escapes(tmp_path: Path, memory: Site, where: str) -> None:
     with pytest.raises(BankCorrupt):
         Bank.open(memory.address, cache=tmp_path / "cache", prefetch=True)
     made = set(tree(tmp_path)) - set(before)
-    assert all(name.startswith("cache/") and Path(name).name in ("bank.json", "manifest-main.json", "base.safetensors", "last") for name in made), made  # fmt: skip
+    assert all(name.startswith("cache/") and Path(name).name in ("bank.json", "manifest-main.json", "base.safetensors", "last", "lock") for name in made), made  # fmt: skip
     assert not {"passwd", "x-000000.safetensors"} & set(memory.asked)
 
 
@@ -480,6 +483,85 @@ def test_a_cache_that_is_full_or_read_only(
             bank[12]
     assert not list(folder_of(tmp_path / "cache").glob("*fetched*"))
     check(bank, 25)
+
+
+FETCH = """
+import sys
+from bnn.bank import Bank
+Bank.open(sys.argv[1], cache=sys.argv[2])[12]
+"""
+
+
+class Stalled:
+    """A server that sends half of a shard and then waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent, self.go_on = threading.Event(), threading.Event()
+        real = http.server.SimpleHTTPRequestHandler.copyfile
+
+        def copyfile(handler: Any, source: Any, out: Any) -> None:
+            if "main-000001" in handler.path and not self.go_on.is_set():
+                out.write(source.read(1000))
+                out.flush()
+                self.sent.set()
+                self.go_on.wait(60)
+            real(handler, source, out)
+
+        monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", copyfile)
+
+
+def half_fetched(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.rglob("*fetched-*"))
+
+
+def test_what_a_killed_fetch_left_goes_at_the_next_open(
+    tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.upload(write(tmp_path / "bank", 25))
+    cache, stalled = tmp_path / "cache", Stalled(monkeypatch)
+    with subprocess.Popen([sys.executable, "-c", FETCH, web.address, str(cache)]) as process:
+        assert stalled.sent.wait(60)
+        assert len(half_fetched(cache)) == 1
+        Bank.open(web.address, cache=cache)
+        assert len(half_fetched(cache)) == 1  # it is at work still
+        process.kill()
+    (folder_of(cache) / "fetched-note.txt").write_text("mine")
+    (folder_of(cache) / "fetched-1-2-main-000002.safetensors").write_bytes(b"whole, but not compared yet")
+    (folder_of(cache).parent / ".tmp-fetched-1-2-last-1").write_bytes(b"")
+    assert len(half_fetched(cache)) == 4
+    bank = Bank.open(web.address, cache=cache)
+    assert half_fetched(cache) == ["fetched-note.txt"]
+    stalled.go_on.set()
+    check(bank, 25)
+
+
+def test_a_fetch_by_another_thread_is_left_alone(tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.upload(write(tmp_path / "bank", 25))
+    bank, stalled = Bank.open(web.address, cache=tmp_path / "cache"), Stalled(monkeypatch)
+    with ThreadPoolExecutor(1) as threads:
+        row = threads.submit(lambda: bank[12]["0.weight"].clone())
+        assert stalled.sent.wait(60)
+        before = half_fetched(tmp_path / "cache")
+        Bank.open(web.address, cache=tmp_path / "cache")
+        assert half_fetched(tmp_path / "cache") == before != []
+        stalled.go_on.set()
+        assert torch.equal(row.result(60), rows(12, 1).params["0.weight"][0])
+    assert half_fetched(tmp_path / "cache") == []
+
+
+def test_locks_that_cannot_be_had_remove_nothing(tmp_path: Path, memory: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file system without locks nobody knows whether a fetch is at work."""
+    memory.upload(write(tmp_path / "bank", 25))
+    Bank.open(memory.address, cache=tmp_path / "cache")
+    (folder_of(tmp_path / "cache") / "fetched-1-2-x").write_bytes(b"")
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "lock", refused)
+        check(Bank.open(memory.address, cache=tmp_path / "cache"), 25)
+    assert half_fetched(tmp_path / "cache") == ["fetched-1-2-x"]
 
 
 def test_a_copy_of_another_size_comes_anew(tmp_path: Path, memory: Site) -> None:

@@ -250,7 +250,10 @@ def test_bench_bank_reads_through_every_residency(bnn: Callable[..., tuple[int, 
     code, out, _ = bnn("bench bank --num-samples 200 --width 16")
     assert code == 0
     assert out.count("NumPy memmap") == 2
+    assert {"bank[i], mapped", "bank[i], in memory"} <= {cell.strip() for cell in out.replace("  ", "\n").splitlines()}
     assert "a pass, streamed" in out
+    ratios = [line.split()[0] for line in out.splitlines()[1:]]
+    assert all(float(ratio) > 0 for ratio in ratios), ratios
     assert "bare reads" in out
 
 

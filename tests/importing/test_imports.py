@@ -119,6 +119,43 @@ def test_checkpoints_with_batch_norm_are_as_from_state_dicts(tmp_path: Path) -> 
     predicts(found, module, dicts)
 
 
+def test_the_map_of_names_tells_banks_of_one_source_apart(tmp_path: Path) -> None:
+    """Two ways to read the same files are two banks, and each says which it is."""
+    module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
+    source = torch.Generator().manual_seed(0)
+    for number in range(4):
+        tensors = {
+            "a": torch.randn(2, 3, generator=source),
+            "b": torch.randn(3, 2, generator=source),
+            "step": torch.ones(()),
+        }
+        (tmp_path / "run").mkdir(exist_ok=True)
+        save_file(tensors, tmp_path / "run" / f"{number}.safetensors")
+    maps: list[dict[str, Any]] = [
+        {"a": "0.weight", "b": "1.weight", "step": False},
+        {"a": {"name": "1.weight", "transpose": True}, "b": {"name": "0.weight", "transpose": (1, 0)}, "step": None},
+    ]
+    folders = [tmp_path / "plain", tmp_path / "turned"]
+    banks = [
+        from_checkpoints(tmp_path / "run", module, names=one, out=out) for one, out in zip(maps, folders, strict=True)
+    ]
+    told = [json.loads((out / "bank.json").read_text()) for out in folders]
+    assert told[0]["method"]["options"]["names"] == maps[0]
+    assert told[1]["method"]["options"]["names"] == {
+        "a": {"name": "1.weight", "transpose": True}, "b": {"name": "0.weight", "transpose": [1, 0]}, "step": False,
+    }  # fmt: skip
+    assert told[0]["method"]["options"]["sha256"] == told[1]["method"]["options"]["sha256"]
+    assert told[0]["checksum"] != told[1]["checksum"]
+    again = from_checkpoints(
+        tmp_path / "run", module, names=told[1]["method"]["options"]["names"], out=tmp_path / "again"
+    )
+    assert again.digest == banks[1].digest != banks[0].digest
+    draws = {"a": np.ones((2, 5, 2, 3)), "b": np.ones((2, 5, 3, 2))}
+    named = from_draws(draws, module, names={"b": "1.weight", "a": "0.weight"})
+    assert named.info["method"]["options"]["names"] == {"a": "0.weight", "b": "1.weight"}
+    assert "names" not in from_draws({"0.weight": draws["a"], "1.weight": draws["b"]}, module).info["method"]["options"]
+
+
 def test_only_one_checkpoint_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are read when their row is made, never a second file's before the first one's row is taken."""
     module = network()
