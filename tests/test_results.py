@@ -149,3 +149,12 @@ def test_the_page_on_applying_shows_the_committed_grid() -> None:
         assert 0 < row["share_of_ceiling"] < 2.5, row  # above 1 where biases go inside products, or blocks are smaller
     deep = run["sixty_layers_over_plain"]
     assert f'{deep["bnn, loop"]:.2f} times its plain call by loop, {deep["bnn, auto"]:.2f} by `"auto"`' in page
+
+
+@pytest.mark.skipif(not (RESULTS / "scaling.json").exists(), reason="no run of scaling.py is committed")
+def test_the_page_on_ranks_shows_the_committed_run() -> None:
+    run = found("scaling")
+    lines = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["table"](run)
+    assert "\n".join(lines) in (ROOT / "docs" / "beyond-one-machine.md").read_text(encoding="utf-8")
+    for row in run["rows"]:
+        assert row["sent_a_step"] == row["model_a_step"], row["work"]
