@@ -4,7 +4,8 @@
 
 efficiency = T_1 / (2 T_2) of the same work, timed inside the processes: start-up does not count. The rival is the ceiling: two
 processes that know nothing of each other do the whole work each, at once; two cores that share a memory or a clock are
-slower then than one alone, and T_1 / T_both is what any way of splitting could reach.
+slower then than one alone, and T_1 / T_both is what any way of splitting could reach. Seconds of the processor, of rank 0, tell how much
+of what is lost is work done twice, and what else runs does not count.
 """
 
 from __future__ import annotations
@@ -56,6 +57,19 @@ def check(name: str, alone: dict[str, float], split: dict[str, float]) -> None:
             raise SystemExit(f"{name}: two ranks give {figure} {split[figure]}, one gives {value}")
 
 
+def table(run: dict[str, Any]) -> list[str]:
+    """Rows of the page on ranks."""
+    lines = [
+        "| work | one process | two ranks | efficiency | ceiling | bytes of a rank a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        sent = "" if row["sent_a_step"] is None else f"{row['sent_a_step']:,.1f}"
+        times = f"{row['one']:.2f} s | {row['two']:.2f} s | {row['efficiency']:.0%} | {row['ceiling']:.0%}"
+        lines.append(f"| {row['work']} | {times} | {sent} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -68,10 +82,13 @@ def main() -> None:
                 told[name].append(way(Path(folder)))
     rows = []
     for name in [name for name in told["one"][0][0] if name != "sent"]:
-        took = {
-            way: statistics.median(seconds for run in runs for each in run for seconds in each[name]["seconds"])
-            for way, runs in told.items()
-        }
+        took, processor = (
+            {
+                way: statistics.median(t for run in runs for each in run for t in each[name][kind])
+                for way, runs in told.items()
+            }
+            for kind in ("seconds", "processor")
+        )
         check(name, told["one"][0][0][name]["figures"], told["two"][0][0][name]["figures"])
         counts = told["two"][0][0]["sent"].get(name)
         row = {
@@ -81,13 +98,15 @@ def main() -> None:
             "beside": took["beside"],
             "efficiency": took["one"] / (2 * took["two"]),
             "ceiling": took["one"] / took["beside"],
+            "processor_efficiency": processor["one"] / (2 * processor["two"]),
             "sent_a_step": counts[0] if counts else None,
             "model_a_step": counts[1] if counts else None,
         }
         rows.append(row)
         sent = f"; {counts[0]:,.1f} bytes of a rank a step, the model says {counts[1]:,.1f}" if counts else ""
         print(
-            f"{row['efficiency']:.0%} efficiency, {row['ceiling']:.0%} the ceiling: {name}, {took['one']:.2f} s in one process, "
+            f"{row['efficiency']:.0%} efficiency, {row['ceiling']:.0%} the ceiling, {row['processor_efficiency']:.0%} by seconds "
+            f"of the processor: {name}, {took['one']:.2f} s in one process, "
             f"{took['two']:.2f} s on two ranks, {took['beside']:.2f} s beside another{sent}"
         )
     if options.json:

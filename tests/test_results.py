@@ -161,3 +161,12 @@ def test_the_page_on_evaluating_shows_what_it_costs() -> None:
     for row in run["rows"]:
         assert row["seconds"] > 0, row
         assert row["way"] != "forward passes" or row["over_forward_passes"] == 1, row
+
+
+@pytest.mark.skipif(not (RESULTS / "scaling.json").exists(), reason="no run of scaling.py is committed")
+def test_the_page_on_ranks_shows_the_committed_run() -> None:
+    run = found("scaling")
+    lines = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["table"](run)
+    assert "\n".join(lines) in (ROOT / "docs" / "beyond-one-machine.md").read_text(encoding="utf-8")
+    for row in run["rows"]:
+        assert row["sent_a_step"] == row["model_a_step"], row["work"]

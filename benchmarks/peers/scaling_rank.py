@@ -129,15 +129,16 @@ def main() -> None:
     judged()  # made whole by each process, before they split what they make
     with distributed.joined() as together:
         for name, job in JOBS.items():
-            times = []
+            times, spent = [], []
             for turn in range(2):  # the first warms up
                 begin(folder, f"{name}-{turn}", number, of)
-                start = time.perf_counter()
+                start, began = time.perf_counter(), time.process_time()
                 figures = job(folder / f"{name}-{turn}-{number}")
                 if of == 1:
                     together.barrier()
                 times.append(time.perf_counter() - start)
-            told[name] = {"seconds": times[1:], "figures": figures}
+                spent.append(time.process_time() - began)
+            told[name] = {"seconds": times[1:], "processor": spent[1:], "figures": figures}
         if together.several:
             told["sent"] = sent()
     if together.rank == 0:
