@@ -126,7 +126,9 @@ class Ranks:
         plain = {n: v for n, v in (state or {}).items() if not isinstance(v, Tensor)}
         told = {n: [list(v.shape), str(v.dtype).removeprefix("torch.")] for n, v in tensors.items()}
         facts = self.values(None if state is None else {"plain": plain, "tensors": told})
-        flat = [v.flatten().view(torch.uint8) for v in tensors.values() if v.numel()]
+        # Cloned, for one number counts as contiguous whatever its stride, which a view as bytes refuses.
+        ordered = [v.flatten().clone(memory_format=torch.contiguous_format) for v in tensors.values() if v.numel()]
+        flat = [each.view(torch.uint8) for each in ordered]
         sent = self.gathered(torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8))
         found: list[dict[str, Any] | None] = []
         for fact, raw in zip(facts, sent, strict=True):
