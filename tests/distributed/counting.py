@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import ranked
-import using
+from distributed import using
 
 import bnn
 from bnn import distributed
