@@ -98,7 +98,7 @@ def class_state_bytes(num_rows: int, views: Views, *, num_classes: int, num_bins
     """Bytes of tensors that a batch of an evaluation of classes says to all ranks, but for the rows on which chains are judged.
 
     8 (V + 3 V M + F V + (F + 3) B), with F figures of V views, M bins and B rows; where every figure is asked for
-    also 8 (2 (1 + G) C M + B C + 5 (1 + G) B), of C classes and G runs of draws
+    also 8 (2 (1 + H) C M + B C + 5 (1 + H) B), of C classes and H halves of the runs of draws
 
     Args:
         num_rows: B, of the batch.
@@ -109,15 +109,15 @@ def class_state_bytes(num_rows: int, views: Views, *, num_classes: int, num_bins
 
     Examples:
         >>> import torch
-        >>> one = Views(torch.zeros(1), torch.zeros(1), torch.zeros(1), 1, (1,))
+        >>> one = Views(torch.zeros(1), torch.zeros(1), torch.zeros(1), 1, torch.zeros(0, 1), (1,))
         >>> class_state_bytes(3, one, num_classes=2, num_bins=5, whole=False)  # 8 (1 + 15 + 6 + 27)
         392
     """
     figures = len(BASIC) + (len(MORE) - (num_classes <= TOP) if whole else 0)
-    num_views, runs = views.num_views, views.left_out.stop
+    num_views, halves = views.num_views, views.left_out.stop  # the whole bank too
     numbers = num_views * (1 + 3 * num_bins + figures) + (figures + 3) * num_rows
     if whole:
-        numbers += 2 * runs * num_classes * num_bins + num_rows * num_classes + 5 * runs * num_rows
+        numbers += 2 * halves * num_classes * num_bins + num_rows * num_classes + 5 * halves * num_rows
     return COLUMN * numbers
 
 
