@@ -47,22 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def bnn_run(capfd: pytest.CaptureFixture[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command line in an empty folder with links to the banks: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
-    return call
-
-
 def rebuilt(name: str) -> tuple[bnn.FunctionalModel, bnn.data.DataSet]:
     bank = Bank.open(name)
     module = common.module_of(bank)

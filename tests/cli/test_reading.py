@@ -47,22 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bnn(capfd: pytest.CaptureFixture[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command line in an empty folder with links to the banks: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
-    return call
-
-
-@pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The residency of every bank that is opened: that it was asked for is seen there, not in figures that are alike."""
     found: list[str] = []
@@ -100,12 +84,12 @@ RESIDENCIES = {
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_reports_and_tables_do_not_hang_on_the_residency(bnn: Call, opened: list[str], residency: str) -> None:
+def test_reports_and_tables_do_not_hang_on_the_residency(bnn_run: Call, opened: list[str], residency: str) -> None:
     reports, tables = [], []
     for name, flags in (("a", ""), ("b", RESIDENCIES[residency])):
-        assert bnn(f"evaluate --bank bank --report report-{name} {flags}")[0] == 0
+        assert bnn_run(f"evaluate --bank bank --report report-{name} {flags}")[0] == 0
         reports.append(json.loads(Path(f"report-{name}/report.json").read_text())["reports"]["bank"])
-        assert bnn(f"predict --bank bank --data t.csv --out {name}.csv {flags}")[0] == 0
+        assert bnn_run(f"predict --bank bank --data t.csv --out {name}.csv {flags}")[0] == 0
         tables.append(Path(f"{name}.csv").read_text())
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert tables[0] == tables[1]
@@ -117,7 +101,7 @@ def test_reports_and_tables_do_not_hang_on_the_residency(bnn: Call, opened: list
     "words", ["compare --bank bank --bank chain", "bank loo bank", "bank diagnose bank", "calibrate --bank copy"]
 )
 def test_what_other_verbs_say_does_not_hang_on_it_either(
-    bnn: Call, made: Path, opened: list[str], residency: str, words: str
+    bnn_run: Call, made: Path, opened: list[str], residency: str, words: str
 ) -> None:
     if words.startswith("bank loo"):
         pytest.importorskip("arviz", reason="arviz (extra 'test') is not installed")
@@ -125,22 +109,24 @@ def test_what_other_verbs_say_does_not_hang_on_it_either(
         pytest.skip("chains are judged on the CPU: 'device' is refused, as another test holds")
     shutil.copytree(made / "bank", "copy")
     again = " --overwrite" if words.startswith("calibrate") else ""
-    first = bnn(words)
-    second = bnn(f"{words} {RESIDENCIES[residency]}{again}")
+    first = bnn_run(words)
+    second = bnn_run(f"{words} {RESIDENCIES[residency]}{again}")
     assert first == second
     assert first[2] == ""
     assert set(opened) == {"mapped", residency}
 
 
-def test_stacked_banks_are_those_of_mapped_ones(bnn: Call) -> None:
+def test_stacked_banks_are_those_of_mapped_ones(bnn_run: Call) -> None:
     words = "bank stack bank chain --held-out --out"
-    assert bnn(f"{words} a")[0] == 0
-    assert bnn(f"{words} b {STREAMED}")[0] == 0
+    assert bnn_run(f"{words} a")[0] == 0
+    assert bnn_run(f"{words} b {STREAMED}")[0] == 0
     assert Bank.open("a").digest == Bank.open("b").digest
 
 
 @pytest.mark.parametrize("job", ["--bank bank", "--bank head --free 1.*"])
-def test_training_through_a_budget_ends_with_the_bits_of_a_mapped_bank(bnn: Call, opened: list[str], job: str) -> None:
+def test_training_through_a_budget_ends_with_the_bits_of_a_mapped_bank(
+    bnn_run: Call, opened: list[str], job: str
+) -> None:
     words = f"train {job} --num-epochs 4 --batch-size 9 --num-indices 3"
     for out, flags in {
         "plain": "",
@@ -148,7 +134,7 @@ def test_training_through_a_budget_ends_with_the_bits_of_a_mapped_bank(bnn: Call
         "streamed": f"--window 2 {STREAMED}",
         "host": "--window 2 --residency host",
     }.items():
-        code, _, err = bnn(f"{words} {flags} --out {out}")
+        code, _, err = bnn_run(f"{words} {flags} --out {out}")
         assert (code, err) == (0, "")
     assert [place for place in opened if place != "mapped"] == ["streamed", "host"]
     values = {out: Bank.open(out)[0]["1.weight"] for out in ("plain", "window", "streamed", "host")}
@@ -157,14 +143,14 @@ def test_training_through_a_budget_ends_with_the_bits_of_a_mapped_bank(bnn: Call
     assert not torch.equal(values["window"], values["plain"])
     options = {out: Bank.open(out).info["method"]["options"] for out in values}
     assert options["window"] == options["streamed"] == {**options["plain"], "window": 2}
-    assert bnn(f"{words} --window 3 --out window --resume")[0] == 2
+    assert bnn_run(f"{words} --window 3 --out window --resume")[0] == 2
 
 
-def test_a_file_may_name_the_residency(bnn: Call, opened: list[str]) -> None:
+def test_a_file_may_name_the_residency(bnn_run: Call, opened: list[str]) -> None:
     Path("run.toml").write_text('residency = "streamed"\nhost-budget = "50KB"\n')
-    assert bnn("evaluate --bank bank --figures basic --config run.toml")[0] == 0
+    assert bnn_run("evaluate --bank bank --figures basic --config run.toml")[0] == 0
     Path("run.toml").write_text('residency = "streamed"\nhost-budget = 50000\n')
-    assert bnn("evaluate --bank bank --figures basic --config run.toml")[0] == 0
+    assert bnn_run("evaluate --bank bank --figures basic --config run.toml")[0] == 0
     assert opened == ["streamed", "streamed"]
 
 
@@ -185,8 +171,8 @@ def test_a_file_may_name_the_residency(bnn: Call, opened: list[str]) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("verb", ["evaluate --bank bank", "train --bank bank --out new", "bank loo bank"])
-def test_what_cannot_be_had_gets_one_line(bnn: Call, tmp_path: Path, verb: str, flags: str, told: str) -> None:
-    code, out, err = bnn(f"{verb} {flags}")
+def test_what_cannot_be_had_gets_one_line(bnn_run: Call, tmp_path: Path, verb: str, flags: str, told: str) -> None:
+    code, out, err = bnn_run(f"{verb} {flags}")
     assert (code, out) == (2, "")
     assert told in err
     assert err.count("\n") == 1
@@ -194,14 +180,14 @@ def test_what_cannot_be_had_gets_one_line(bnn: Call, tmp_path: Path, verb: str, 
     assert not (tmp_path / "copies").exists()
 
 
-def test_chains_are_judged_on_the_cpu(bnn: Call) -> None:
-    code, _, err = bnn("bank diagnose bank --residency device")
+def test_chains_are_judged_on_the_cpu(bnn_run: Call) -> None:
+    code, _, err = bnn_run("bank diagnose bank --residency device")
     assert (code, err.startswith("--residency: want one of mapped, host, streamed, got 'device'")) == (2, True)
 
 
 @pytest.mark.parametrize("words", ["--window 0", "--window 2 --targets predictive"])
-def test_windows_that_mean_nothing(bnn: Call, tmp_path: Path, words: str) -> None:
-    code, _, err = bnn(f"train --bank bank --out new {words}")
+def test_windows_that_mean_nothing(bnn_run: Call, tmp_path: Path, words: str) -> None:
+    code, _, err = bnn_run(f"train --bank bank --out new {words}")
     assert (code, err.count("\n")) == (2, 1)
     assert "window" in err
     assert not (tmp_path / "new").exists()
@@ -210,15 +196,15 @@ def test_windows_that_mean_nothing(bnn: Call, tmp_path: Path, words: str) -> Non
 # Virtual banks
 
 
-def test_a_virtual_bank_goes_wherever_its_materialised_copy_does(bnn: Call) -> None:
-    assert bnn("bank materialise virtual --out made")[0] == 0
+def test_a_virtual_bank_goes_wherever_its_materialised_copy_does(bnn_run: Call) -> None:
+    assert bnn_run("bank materialise virtual --out made")[0] == 0
     for bank in ("virtual", "made"):
-        assert bnn(f"evaluate --bank {bank} --report report-{bank}")[0] == 0
-        assert bnn(f"predict --bank {bank} --data t.csv --out {bank}.csv")[0] == 0
-        assert bnn(f"train --bank {bank} --num-epochs 2 --window 2 --out student-{bank}")[0] == 0
-        assert bnn(f"bank compact {bank} --out compact-{bank} --shard-bytes 20KB")[0] == 0
-        assert bnn(f"bank cast {bank} --codec int8 --probe t.csv:y --out int8-{bank}")[0] == 0
-        assert bnn(f"bank thin {bank} --best 7 --out best-{bank}")[0] == 0
+        assert bnn_run(f"evaluate --bank {bank} --report report-{bank}")[0] == 0
+        assert bnn_run(f"predict --bank {bank} --data t.csv --out {bank}.csv")[0] == 0
+        assert bnn_run(f"train --bank {bank} --num-epochs 2 --window 2 --out student-{bank}")[0] == 0
+        assert bnn_run(f"bank compact {bank} --out compact-{bank} --shard-bytes 20KB")[0] == 0
+        assert bnn_run(f"bank cast {bank} --codec int8 --probe t.csv:y --out int8-{bank}")[0] == 0
+        assert bnn_run(f"bank thin {bank} --best 7 --out best-{bank}")[0] == 0
     figures = [
         json.loads(Path(f"report-{n}/report.json").read_text())["reports"][n]["metrics"] for n in ("virtual", "made")
     ]
@@ -230,8 +216,8 @@ def test_a_virtual_bank_goes_wherever_its_materialised_copy_does(bnn: Call) -> N
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_virtual_bank_has_nothing_to_stream(bnn: Call) -> None:
-    code, _, err = bnn(f"evaluate --bank virtual {STREAMED}")
+def test_a_virtual_bank_has_nothing_to_stream(bnn_run: Call) -> None:
+    code, _, err = bnn_run(f"evaluate --bank virtual {STREAMED}")
     assert (code, err.count("\n")) == (2, 1)
     assert "want 'mapped' for a virtual bank" in err
     assert "'bnn bank materialise'" in err
@@ -240,57 +226,57 @@ def test_a_virtual_bank_has_nothing_to_stream(bnn: Call) -> None:
 # Banks at an address
 
 
-def test_every_verb_takes_an_address(bnn: Call, site: str) -> None:
+def test_every_verb_takes_an_address(bnn_run: Call, site: str) -> None:
     """The same out of a cache, streamed, as from the folder."""
     there = f"{site}/bank --cache copies"
-    assert bnn(f"predict --bank {there} --data t.csv --out there.csv {STREAMED}")[0] == 0
-    assert bnn("predict --bank bank --data t.csv --out here.csv")[0] == 0
+    assert bnn_run(f"predict --bank {there} --data t.csv --out there.csv {STREAMED}")[0] == 0
+    assert bnn_run("predict --bank bank --data t.csv --out here.csv")[0] == 0
     assert Path("there.csv").read_text() == Path("here.csv").read_text()
-    assert bnn(f"train --bank {there} --num-epochs 2 --out a")[0] == 0
-    assert bnn("train --bank bank --num-epochs 2 --out b")[0] == 0
+    assert bnn_run(f"train --bank {there} --num-epochs 2 --out a")[0] == 0
+    assert bnn_run("train --bank bank --num-epochs 2 --out b")[0] == 0
     assert torch.equal(Bank.open("a")[0]["1.weight"], Bank.open("b")[0]["1.weight"])
-    code, _, _ = bnn(f"compare --bank {there} --bank whole --json compared.json")
+    code, _, _ = bnn_run(f"compare --bank {there} --bank whole --json compared.json")
     assert code == 0
     assert json.loads(Path("compared.json").read_text())["comparisons"][0]["reference"] == f"{site}/bank"
-    assert bnn(f"bank diagnose {there}") == bnn("bank diagnose bank")
-    assert bnn(f"predict --bank {site}/virtual --cache copies --data t.csv --out virtual.csv")[0] == 0
+    assert bnn_run(f"bank diagnose {there}") == bnn_run("bank diagnose bank")
+    assert bnn_run(f"predict --bank {site}/virtual --cache copies --data t.csv --out virtual.csv")[0] == 0
     for verb in ("cast --codec int8", "compact", "thin --every 2", "merge whole"):
-        assert bnn(f"bank {verb} {there} --out new --overwrite")[0] == 0
-        assert bnn(f"bank {verb} bank --out old --overwrite")[0] == 0
+        assert bnn_run(f"bank {verb} {there} --out new --overwrite")[0] == 0
+        assert bnn_run(f"bank {verb} bank --out old --overwrite")[0] == 0
         assert torch.equal(Bank.open("new").block([5, 2]).params["1.weight"], Bank.open("old").block([5, 2]).params["1.weight"])  # fmt: skip
-    assert bnn(f"bank export {there} --index 3 --out three.safetensors")[0] == 0
-    assert bnn(f"bank materialise {site}/virtual --cache copies --out made")[0] == 0
+    assert bnn_run(f"bank export {there} --index 3 --out three.safetensors")[0] == 0
+    assert bnn_run(f"bank materialise {site}/virtual --cache copies --out made")[0] == 0
     assert len(Bank.open("made")) == 70
 
 
-def test_a_calibration_stands_beside_the_copies(bnn: Call, site: str, made: Path) -> None:
-    code, out, _ = bnn(f"calibrate --bank {site}/bank --cache copies")
+def test_a_calibration_stands_beside_the_copies(bnn_run: Call, site: str, made: Path) -> None:
+    code, out, _ = bnn_run(f"calibrate --bank {site}/bank --cache copies")
     assert (code, out.startswith("copies/")) == (0, True)
     assert not (made / "bank" / "calibration.json").exists()
-    assert bnn(f"predict --bank {site}/bank --cache copies --data t.csv --calibrated --out found.csv")[0] == 0
+    assert bnn_run(f"predict --bank {site}/bank --cache copies --data t.csv --calibrated --out found.csv")[0] == 0
     assert "set_size" in Path("found.csv").read_text().splitlines()[0]
-    assert bnn(f"calibrate --bank {site}/bank --cache copies")[0] == 2
+    assert bnn_run(f"calibrate --bank {site}/bank --cache copies")[0] == 2
 
 
 @pytest.mark.parametrize("verb", ["predict --data t.csv --out new.csv", "train --out new", "calibrate", "compare --bank bank"])  # fmt: skip
-def test_an_address_wants_a_cache(bnn: Call, tmp_path: Path, site: str, verb: str) -> None:
-    code, out, err = bnn(f"{verb} --bank {site}/bank")
+def test_an_address_wants_a_cache(bnn_run: Call, tmp_path: Path, site: str, verb: str) -> None:
+    code, out, err = bnn_run(f"{verb} --bank {site}/bank")
     assert (code, out) == (2, "")
     assert "pass cache=FOLDER (--cache FOLDER)" in err
     assert not list(tmp_path.glob("new*"))
 
 
-def test_banks_of_one_name_have_reports_of_their_own(bnn: Call, site: str, made: Path) -> None:
+def test_banks_of_one_name_have_reports_of_their_own(bnn_run: Call, site: str, made: Path) -> None:
     words = f"evaluate --bank bank --bank {site}/bank --bank {made}/bank --bank ./bank --bank bank --cache copies"
-    assert bnn(f"{words} --figures basic --report report")[0] == 0
+    assert bnn_run(f"{words} --figures basic --report report")[0] == 0
     reports = json.loads(Path("report/report.json").read_text())["reports"]
     assert len(reports) == 4  # the one that was named twice has one
     assert {report["bank"] for report in reports.values()} == {"bank", f"{site}/bank", f"{made}/bank", "./bank"}  # fmt: skip
     assert {"bank", "bank-2"} < reports.keys()
 
 
-def test_info_says_how_rows_were_put(bnn: Call) -> None:
-    out = bnn("bank info bank")[1]
+def test_info_says_how_rows_were_put(bnn_run: Call) -> None:
+    out = bnn_run("bank info bank")[1]
     assert f"compacted   rows striped, of {Bank.open('whole').digest[:12]}\n" in out
 
 

@@ -33,25 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def bnn(capfd: pytest.CaptureFixture[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command line in an empty folder with links to the banks: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
-    return call
-
-
 @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8"])
-def test_cast_writes_a_smaller_bank_and_says_what_it_costs(bnn: Call, codec: str) -> None:
-    code, out, err = bnn(f"bank cast kinds --codec {codec} --probe kinds.csv:y --out small")
+def test_cast_writes_a_smaller_bank_and_says_what_it_costs(bnn_run: Call, codec: str) -> None:
+    code, out, err = bnn_run(f"bank cast kinds --codec {codec} --probe kinds.csv:y --out small")
     assert (code, err) == (0, "")
     found, old = Bank.open("small"), Bank.open("kinds")
     said = found.info["codec"]
@@ -63,26 +47,26 @@ def test_cast_writes_a_smaller_bank_and_says_what_it_costs(bnn: Call, codec: str
     assert f"kl          {kl['mean']:.2g} (at most {kl['largest']:.2g}) nats, on 16 rows\n" in out
     assert "total variation " in out
     assert found.stored.num_bytes < old.layout.num_bytes
-    assert bnn("bank info small") == (0, out, "")
-    assert bnn("bank verify small --full")[:2] == (0, "good: 40 samples\n")
-    assert bnn("evaluate --bank small --bank kinds")[0] == 0
+    assert bnn_run("bank info small") == (0, out, "")
+    assert bnn_run("bank verify small --full")[:2] == (0, "good: 40 samples\n")
+    assert bnn_run("evaluate --bank small --bank kinds")[0] == 0
 
 
-def test_cast_of_a_regression(bnn: Call) -> None:
-    code, out, _ = bnn("bank cast targets --codec int8 --probe targets.csv:y --out small")
+def test_cast_of_a_regression(bnn_run: Call) -> None:
+    code, out, _ = bnn_run("bank cast targets --codec int8 --probe targets.csv:y --out small")
     shift = Bank.open("small").info["codec"]["predictive"]["shift"]
     assert code == 0
     assert f"shift       {shift['mean']:.2g} (at most {shift['largest']:.2g}) sd, on 16 rows\n" in out
-    assert bnn("bank cast targets --codec fp16 --out plain")[0] == 0
+    assert bnn_run("bank cast targets --codec fp16 --out plain")[0] == 0
     assert "predictive" not in Bank.open("plain").info["codec"]
 
 
-def test_cast_above_the_bound_leaves_nothing(bnn: Call, tmp_path: Path) -> None:
-    code, out, err = bnn("bank cast kinds --codec int8 --probe kinds.csv:y --max-kl 1e-12 --out deep/small")
+def test_cast_above_the_bound_leaves_nothing(bnn_run: Call, tmp_path: Path) -> None:
+    code, out, err = bnn_run("bank cast kinds --codec int8 --probe kinds.csv:y --max-kl 1e-12 --out deep/small")
     assert (code, out) == (2, "")
     assert err.startswith("deep/small: want a KL of at most 1e-12 nats in every probe row, got ")
     assert not (tmp_path / "deep").exists()
-    assert bnn("bank cast kinds --codec int8 --probe kinds.csv:y --max-kl 0.1 --out small")[0] == 0
+    assert bnn_run("bank cast kinds --codec int8 --probe kinds.csv:y --max-kl 0.1 --out small")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -101,16 +85,16 @@ def test_cast_above_the_bound_leaves_nothing(bnn: Call, tmp_path: Path) -> None:
         ("bank thin kinds --best 41 --out new", "best: want 1 to 40 samples, got 41"),
     ],
 )
-def test_what_is_refused(bnn: Call, tmp_path: Path, words: str, told: str) -> None:
-    code, out, err = bnn(words)
+def test_what_is_refused(bnn_run: Call, tmp_path: Path, words: str, told: str) -> None:
+    code, out, err = bnn_run(words)
     assert (code, out) == (2, "")
     assert told in err
     assert err.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
-def test_thin_to_the_best(bnn: Call) -> None:
-    code, out, err = bnn("bank thin kinds --best 6 --out few")
+def test_thin_to_the_best(bnn_run: Call) -> None:
+    code, out, err = bnn_run("bank thin kinds --best 6 --out few")
     assert (code, err) == (0, "")
     found = Bank.open("few")
     assert len(found) == 6
@@ -122,6 +106,6 @@ def test_thin_to_the_best(bnn: Call) -> None:
         for way in ("best", "plain", "random")
     )
     assert f"kl          {told}\n" in out
-    assert bnn("bank thin few --every 2 --out fewer")[0] == 0
-    assert bnn("bank thin targets --best 6 --probe targets.csv:y --out other")[0] == 0
+    assert bnn_run("bank thin few --every 2 --out fewer")[0] == 0
+    assert bnn_run("bank thin targets --best 6 --probe targets.csv:y --out other")[0] == 0
     assert set(Bank.open("other").info["thinned"]["shift"]) == {"best", "plain", "random"}

@@ -1,0 +1,28 @@
+"""What tests of the command line share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bnn.cli import run
+
+
+@pytest.fixture
+def bnn_run(
+    capfd: pytest.CaptureFixture[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], tuple[int, str, str]]:
+    """Run a command line in an empty folder with links to what `made` holds: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+
+    def call(words: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = run(words.split())
+        found = capfd.readouterr()
+        return code, found.out, found.err
+
+    return call
