@@ -152,8 +152,6 @@ def test_the_page_on_applying_shows_the_committed_grid() -> None:
 
 
 def test_the_page_on_evaluating_shows_what_it_costs() -> None:
-    if not (RESULTS / "evaluate.json").is_file():
-        pytest.skip("benchmarks/results/evaluate.json is missing: no run of benchmarks/evaluate.py is kept yet")
     run = found("evaluate")
     lines = runpy.run_path(str(ROOT / "benchmarks" / "evaluate.py"))["table"](run)
     assert "\n".join(lines) in (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
@@ -163,10 +161,19 @@ def test_the_page_on_evaluating_shows_what_it_costs() -> None:
         assert row["way"] != "forward passes" or row["over_forward_passes"] == 1, row
 
 
-@pytest.mark.skipif(not (RESULTS / "scaling.json").exists(), reason="no run of scaling.py is committed")
 def test_the_page_on_ranks_shows_the_committed_run() -> None:
     run = found("scaling")
     lines = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["table"](run)
     assert "\n".join(lines) in (ROOT / "docs" / "beyond-one-machine.md").read_text(encoding="utf-8")
     for row in run["rows"]:
         assert row["sent_a_step"] == row["model_a_step"], row["work"]
+
+
+def test_the_page_of_definitions_shows_how_close_errors_come() -> None:
+    run = found("errors")
+    page = (ROOT / "docs" / "definitions.md").read_text(encoding="utf-8")
+    for what in ("over_samples", "over_rows"):
+        lines = runpy.run_path(str(ROOT / "benchmarks" / "errors.py"))["table"](run, what)
+        assert "\n".join(lines) in page
+        for column in run[what]:
+            assert all(0.5 < figure["ratio"] < 2.5 for figure in column["ratios"].values()), column
