@@ -204,6 +204,28 @@ def test_two_images_are_all_that_is_ever_made(tmp_path: Path, monkeypatch: pytes
     check(Bank.open(tmp_path / "bank"), 85)
 
 
+def test_without_a_thread_one_image_is_made_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = [0], files.blank_image
+
+    def counted(*args: Any) -> files.Image:
+        made[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(files, "blank_image", counted)
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, beside=False)
+    fill(bank_writer, [10, 10, 7])
+    assert bank_writer.num_rows == 20
+    bank_writer.spare_memory()  # which rows are gathered in: it stays
+    fill(bank_writer, [2], first=27)
+    assert made == [1]
+    bank_writer.commit()
+    bank_writer.spare_memory()
+    fill(bank_writer, [10, 3], first=29)
+    assert made == [2]
+    bank_writer.close()
+    check(Bank.open(tmp_path / "bank", verify="full"), 42)
+
+
 def test_abandon_waits_for_the_commit_beside_and_takes_all_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
