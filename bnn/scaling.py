@@ -190,18 +190,18 @@ def share_of(method: Method, num_samples: int, num_rows: int, num_ranks: int) ->
         raise ConfigError("ranks", want="at least 1", got=str(num_ranks), fix="raise it")
     options: Any = method
     split = split_of(method) if num_ranks > 1 else split_of(method) or "rows"
-    if split:
-        parts = {"chains": lambda: options.num_chains, "rows": lambda: num_samples}.get(
-            split, lambda: min(options.batch_size or num_rows, num_rows)
-        )()
-        most = math.ceil(parts / num_ranks)
     if split == "chains":
+        parts = options.num_chains
+        most = math.ceil(parts / num_ranks)
         learnt = {"trajectory": "chees" if method.learns_length else "jittered"} if _is_open(method) else {}
         own = dataclasses.replace(options, num_chains=most, **learnt)
         return Share(own, num_samples // parts * most, parts, most, "chains")
     if split == "rows":
-        return Share(method, most, parts, most, "samples")
+        most = math.ceil(num_samples / num_ranks)
+        return Share(method, most, num_samples, most, "samples")
     if split == "gradients":
+        parts = min(options.batch_size or num_rows, num_rows)
+        most = math.ceil(parts / num_ranks)
         return Share(dataclasses.replace(options, batch_size=most), num_samples, parts, most, "rows of a batch")
     raise ConfigError(
         f"method {method.name}",

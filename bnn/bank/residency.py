@@ -214,15 +214,16 @@ def _streamed(
 
 def _check_budget(place: str, option: str, budget: int | None, least: int, what: str) -> None:
     if budget is not None and budget < least:
+        fix = "raise it, or use residency='streamed'"
+        if "shards" in what:
+            fix = "raise it"
+            if budget >= 2 * mmap.PAGESIZE:  # for two shards of a page each
+                fix += f", or make smaller shards: 'bnn bank compact --shard-bytes {budget // 4}'"
         raise BankLimit(
             place,
             want=f"{option} of at least {least} bytes, for {what}",
             got=f"{budget}",
-            fix=f"raise it, or make smaller shards: 'bnn bank compact --shard-bytes {max(budget // 4, 1)}'"
-            if "shards" in what and budget >= 2 * mmap.PAGESIZE  # two of a page each
-            else "raise it"
-            if "shards" in what
-            else "raise it, or use residency='streamed'",
+            fix=fix,
         )
 
 

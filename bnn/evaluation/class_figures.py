@@ -159,10 +159,8 @@ class ClassCollector:
 
     def _errors_of_jumps(self, report: Report, surest: Surest) -> dict[str, float | None]:
         """Errors over rows of the figures that jump, of which influences tell too little, all from the same drawn rows."""
-        place, apart = (
-            equal_places(report.rows["confidence"], self.num_bins),
-            report.rows["accuracy"] - report.rows["confidence"],
-        )
+        confidence = report.rows["confidence"]
+        place, apart = equal_places(confidence, self.num_bins), report.rows["accuracy"] - confidence
         member = torch.nn.functional.one_hot(place, self.num_bins).double()  # [N, M]
         both = torch.cat([member * apart[:, None], member], dim=1)
 

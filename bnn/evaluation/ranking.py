@@ -109,14 +109,14 @@ class Kept(NamedTuple):
 
 
 class Surest(NamedTuple):
-    """Rows in the order of their confidence, the surest first, in the bank and without each run of draws."""
+    """Rows in the order of their confidence, the surest first, in the bank and in each half of its runs of draws."""
 
-    lost: Tensor  # [1 + G, N] whether each is wrong
-    last: Tensor  # bool [1 + G, N] whether it is the last of those that tie
+    lost: Tensor  # [1 + H, N] whether each is wrong
+    last: Tensor  # bool [1 + H, N] whether it is the last of those that tie
 
     @staticmethod
     def of(score: Tensor, correct: Tensor) -> Surest:
-        """From scores that are less of surer rows, and whether these are right, both [1 + G, N]."""
+        """From scores that are less of surer rows, and whether these are right, both [1 + H, N]."""
         order, last = ranked(-score)
         return Surest(1.0 - correct.gather(1, order), last)
 
