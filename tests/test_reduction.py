@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import PEAK
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -249,8 +250,10 @@ def test_probe_sets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         reduction.cast(bank, tmp_path / "new", codec="fp16")
 
 
-CODE = """
-import resource, sys, torch
+CODE = (
+    PEAK
+    + """
+import sys, torch
 from torch import nn
 from bnn import reduction
 from bnn.bank import Bank, BankWriter, writer as writing
@@ -269,8 +272,9 @@ writer.close()
 small = reduction.cast(Bank.open(f"{sys.argv[1]}/bank"), f"{sys.argv[1]}/small", codec="int8")
 seen = max(float((block.params["weight"] - (first + torch.arange(len(block.chain)) - 1500.).view(-1, 1, 1)).abs().max())
            for first, block in small.blocks(64))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seen)
+print(peak(), seen)
 """
+)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from disk_faults import Forked, check_rows_of, opened, run_all, steps
+from memory import peak
 
 from bnn.bank import Bank, verify_files
 from bnn.bank import format as fmt
@@ -173,7 +174,7 @@ def batch(root: str, first: int, count: int, tell: Callable[[str], object]) -> N
     shutil.rmtree(folder.parent, ignore_errors=True)
     shutil.copytree(whole, folder)
     look(folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, in_use + 2**30))
     for seed in range(first, first + count):
@@ -191,7 +192,7 @@ def batch(root: str, first: int, count: int, tell: Callable[[str], object]) -> N
         except Exception as error:
             kind = f"WRONG {what}: {type(error).__name__} {error}"[:500].replace("\n", " ")
         signal.alarm(0)
-        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        more = peak() - before
         if more > MEMORY:
             kind = f"WRONG {what}: {more} bytes more"
         elif time.monotonic() - begun > SECONDS / 2:

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from memory import PEAK
 
-CODE = """
-import resource, sys, torch
+CODE = (
+    PEAK
+    + """
+import sys, torch
 from pathlib import Path
 from torch import nn
 import bnn
@@ -37,8 +40,9 @@ assert all(torch.isfinite(bank[i]["0.weight"]).all() for i in order)
 assert verify_files(Path(sys.argv[1])) == bank.check_headers() == bank.check_values() == []
 Path(sys.argv[1], "manifest-main.json").unlink()
 assert len(repair(sys.argv[1], sys.argv[1] + "-mended").bank) == S
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.num_samples, report.metrics["nll"].value)
+print(peak(), report.num_samples, report.metrics["nll"].value)
 """
+)
 
 
 @pytest.mark.slow

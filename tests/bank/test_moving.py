@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bank import test_bank
+from memory import PEAK
 from torch import nn
 
 from bnn.bank import Bank, BankWriter, merge, moving, repair, thin, writer
@@ -316,8 +317,10 @@ def test_a_moved_bank_cannot_be_resumed_as_the_old_one(tmp_path: Path) -> None:
         BankWriter(tmp_path / "new", layout=LAYOUT, config={**CONFIG, "columns": []}, base=BASE, resume=True)
 
 
-CODE = """
-import resource, sys, torch
+CODE = (
+    PEAK
+    + """
+import sys, torch
 from torch import nn
 from bnn.bank import Bank, BankWriter, mean, merge, thin, write_chains
 from bnn.layout import layout_of
@@ -337,8 +340,9 @@ thinned = thin(one, f"{sys.argv[1]}/thinned", every=2)
 merged = merge([one, two], f"{sys.argv[1]}/merged")
 write_chains(one, f"{sys.argv[1]}/chains.safetensors", params=["*"])
 assert float(mean(merged)["weight"][0, 0]) == 1500.0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(thinned), len(merged))
+print(peak(), len(thinned), len(merged))
 """
+)
 
 
 @pytest.mark.slow

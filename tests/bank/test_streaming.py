@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from bank.test_kinds import SHARD_BYTES, S, bits, block_of, quick, same_blocks, same_params, write
+from memory import PEAK
 from torch import nn
 
 import bnn
@@ -707,16 +708,14 @@ def test_python_ends_while_threads_read(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-PEAK = """
+EPOCH = (
+    PEAK
+    + """
 import os, sys, torch
 from torch import nn
 import bnn
 from bnn.bank import Bank
 from bnn.cli.bench import machine
-
-def peak():
-    with open("/proc/self/status") as file:
-        return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM")))
 
 path, budget = sys.argv[1], int(sys.argv[2])
 for name in os.listdir(path):  # what is read comes from the disk
@@ -736,6 +735,7 @@ for _ in range(2):
         seen += block.num_samples
 print(before, peak(), sum(os.stat(os.path.join(path, n)).st_size for n in os.listdir(path)), seen)
 """
+)
 
 
 @pytest.mark.slow
@@ -751,7 +751,7 @@ def test_an_epoch_over_ten_times_the_budget_keeps_to_it(tmp_path: Path) -> None:
     writer.close()
     budget = 50_000_000
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "bank"), str(budget)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", EPOCH, str(tmp_path / "bank"), str(budget)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     before, peak, total, seen = map(int, done.stdout.split())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import PEAK
 from scenarios import classifier
 
 from bnn.bank import Bank, writer
@@ -281,8 +282,10 @@ def test_a_fit_that_cannot_go_on_keeps_what_was_committed(tmp_path: Path, monkey
     assert_same_bank(found, whole)
 
 
-LONG = """
-import resource, sys
+LONG = (
+    PEAK
+    + """
+import sys
 import torch
 torch.set_num_threads(1)
 from torch import nn
@@ -297,10 +300,11 @@ module = nn.Sequential(nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
 model = BayesianModel(module, prior=priors.Normal(0.0, 0.1), likelihood=likelihoods.Gaussian(1.0), num_data=20)
 data = torch.zeros(20, 50), torch.zeros(20, 1)
 method = HMC(num_chains=5, num_warmup=5, num_steps=1, step_size=0.1, init="prior", compile=False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 bank = fit(model, data, method=method, num_samples=int(sys.argv[2]), out=sys.argv[1])
-print(len(bank) * bank.layout.num_bytes // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(len(bank) * bank.layout.num_bytes, peak() - before)
 """
+)
 
 
 @pytest.mark.slow
@@ -313,5 +317,5 @@ def test_memory_does_not_grow_with_the_number_of_draws(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         held.append([int(word) for word in done.stdout.split()])
     (few_rows, few), (many_rows, many) = held
-    assert many_rows > 140 * 1024
+    assert many_rows > 140 * 2**20
     assert many - few < 0.25 * (many_rows - few_rows)
