@@ -6,8 +6,9 @@ DIR holds `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`; without i
 bank of 64, again and again, so that the largest number of them asks for no disk. Ways take turns, and a figure is the
 median of the turns. "forward passes" runs the samples on the batches with the same strategy and looks at no output; "basic" is
 accuracy, NLL, Brier score, ECE and entropies with both their errors, "all" every figure and curve. The rivals hold [S, N, C]
-and reckon the basic figures from it, without errors; where that takes more than `--held` bytes they are left out. So is what
-would make one turn of a row longer than twice `--budget`, as smaller sizes tell: `left_out` names it. Peaks are of processes
+and reckon the basic figures from it, without errors; where that takes more than `--held` bytes they are left out. Where two turns over all rows of data would
+take longer than `--budget`, as smaller sizes tell, fewer whole batches are taken, and `rows` says how many; ways for which even
+one batch makes a turn longer than twice the budget are left out: `left_out` names them. Peaks are of processes
 of their own, above what one holds when its data and bank are there, with large arrays given back to the system at once so that
 holes in the heap do not count; of ways that take longer than `--longest` seconds there are none.
 """
@@ -78,8 +79,8 @@ class Repeated:
         return found._replace(chain=self.chain[indices], draw=self.draw[indices])
 
 
-def task(name: str, size: int, mnist: Path | None) -> tuple[FunctionalModel, Tensor, Tensor]:
-    """The module under its samples, and all rows."""
+def task(name: str, size: int, mnist: Path | None, rows: int | None = None) -> tuple[FunctionalModel, Tensor, Tensor]:
+    """The module under its samples, and the first rows of data, or all."""
     data = load_data("digits" if name == "digits" else str(mnist))
     x, y = torch.cat([data.train.x, data.test.x]), torch.cat([data.train.y, data.test.y])
     module = build(MODULES[name], input_shape=data.input_shape, num_outputs=10, seed=0)
@@ -87,7 +88,7 @@ def task(name: str, size: int, mnist: Path | None) -> tuple[FunctionalModel, Ten
         module, prior=bnn.priors.FanIn(1.5), likelihood=bnn.likelihoods.Categorical(), num_data=len(y)
     )
     bank = bnn.fit(model, (x, y), method=bnn.inference.Prior(), num_samples=DISTINCT, progress=False)
-    return FunctionalModel(module, Repeated(bank, size)).settled(), x, y
+    return FunctionalModel(module, Repeated(bank, size)).settled(), x[:rows], y[:rows]
 
 
 def forwards(net: FunctionalModel, x: Tensor, y: Tensor) -> None:
@@ -194,6 +195,21 @@ def in_turns(ways: dict[str, Callable[[], Any]], budget: float) -> Turns:
     return Turns({name: statistics.median(seconds) for name, seconds in took.items()}, count, found)
 
 
+def batches_within(size: int, rows: int, expected: Mapping[str, float], budget: float) -> int:
+    """Rows in whole batches, all of them at most and one batch at least, of which two turns end within a budget of seconds.
+
+    Args:
+        size: number of samples.
+        rows: all there are.
+        expected: seconds of each way for a sample and row; none where nothing is known.
+        budget: seconds.
+    """
+    turn = size * sum(expected.values())
+    if 2.0 * turn * rows <= budget:
+        return rows
+    return min(rows, max(1, int(budget / (2.0 * turn * BATCH))) * BATCH)
+
+
 def within(ways: Sequence[str], expected: Mapping[str, float], most: float) -> tuple[list[str], dict[str, str]]:
     """The ways whose turn is expected to end within so many seconds, first come, and why the others are left out."""
     kept, why, total = [], {}, 0.0
@@ -216,9 +232,9 @@ def check(found: dict[str, Any]) -> None:
                 raise SystemExit(f"{way} gives {name} {figures[name]}, basic gives {value}")
 
 
-def peak(name: str, size: int, way: str, mnist: Path | None) -> int:
+def peak(name: str, size: int, rows: int, way: str, mnist: Path | None) -> int:
     """Bytes that a way takes above what its data and samples do, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, str(size), way]
+    command = [sys.executable, __file__, "--peak", name, str(size), str(rows), way]
     run = subprocess.run(
         [*command, *(["--mnist", str(mnist)] if mnist else [])],
         capture_output=True,
@@ -229,8 +245,8 @@ def peak(name: str, size: int, way: str, mnist: Path | None) -> int:
     return int(run.stdout.split()[-1])
 
 
-def print_peak(name: str, size: int, way: str, mnist: Path | None) -> None:
-    net, x, y = task(name, size, mnist)
+def print_peak(name: str, size: int, rows: int, way: str, mnist: Path | None) -> None:
+    net, x, y = task(name, size, mnist, rows)
     forwards(FunctionalModel(net.module, Repeated(net.bank._bank, 8)).settled(), x[:BATCH], y[:BATCH])  # type: ignore[attr-defined]
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports and of the fit, does not count
     before = _memory("VmRSS")
@@ -250,28 +266,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--most", type=int, default=10_000, help="largest number of samples")
     parser.add_argument("--held", type=float, default=1e9, help="bytes of outputs that rivals may hold")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of turns for each row")
-    parser.add_argument("--longest", type=float, default=15.0, help="seconds of a way whose peak is measured")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds of turns for each row")
+    parser.add_argument("--longest", type=float, default=40.0, help="seconds of a way whose peak is measured")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
-        print_peak(options.peak[0], int(options.peak[1]), options.peak[2], options.mnist)
+        name, size, rows, way = options.peak
+        print_peak(name, int(size), int(rows), way, options.mnist)
         return
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     for name in MODULES if options.mnist else ["digits"]:
-        expected: dict[str, float] = {}  # seconds of each way for a sample
+        expected: dict[str, float] = {}  # seconds of each way for a sample and row
         for size in (number for number in SAMPLES[name] if number <= options.most):
             more, without = measured(name, size, expected, options)
-            rows += more
+            found += more
             left_out += [{"task": name, "samples": size, **cell} for cell in without]
-            expected |= {row["way"]: row["seconds"] / size for row in more}
+            expected |= {row["way"]: row["seconds"] / size / row["rows"] for row in more}
             for row in more:
                 print(line(row), flush=True)
             for cell in without:
                 print(f"left out: {name}, {size:,} samples, {cell['way']}, {cell['what']}: {cell['why']}", flush=True)
     if options.json is not None:
-        facts = {"machine": machine(), "rows": rows, "left_out": left_out}
+        facts = {"machine": machine(), "rows": found, "left_out": left_out}
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -279,32 +296,34 @@ def measured(
     name: str, size: int, expected: Mapping[str, float], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Rows of one task and number of samples, and the cells that are left out, with the reason."""
-    seconds = {way: size * of_sample for way, of_sample in expected.items()}
+    net, x, y = task(name, size, options.mnist)
+    rows = batches_within(size, len(x), expected, options.budget)
+    x, y = x[:rows], y[:rows]
+    seconds = {way: size * rows * one for way, one in expected.items()}
     known = [way for way in WAYS if not expected or way in expected]
     kept, why = within(known, seconds, 2.0 * options.budget)
     why |= {way: "left out of fewer samples" for way in WAYS if way not in known}
     left_out = [{"way": way, "what": "all", "why": reason} for way, reason in why.items()]
     if not kept:
         return [], left_out
-    net, x, y = task(name, size, options.mnist)
     held = size * len(x) * 10 * 4
     for way in [way for way in kept if "held" in way and held > options.held]:
         kept.remove(way)
         left_out.append({"way": way, "what": "all", "why": f"outputs of {held / 1e9:.1f} GB"})
     turns = in_turns({way: partial(WAYS[way], net, x, y) for way in kept}, options.budget)
     check(turns.found)
-    rows = []
+    cells = []
     for way in kept:
         took, bytes_ = turns.seconds[way], None
         if took <= options.longest:
-            bytes_ = peak(name, size, way, options.mnist)
+            bytes_ = peak(name, size, rows, way, options.mnist)
         else:
             left_out.append({"way": way, "what": "peak_bytes", "why": f"a run takes {took:,.0f} s"})
-        rows.append(
+        cells.append(
             {
                 "task": name,
                 "module": MODULES[name],
-                "rows": len(x),
+                "rows": rows,
                 "samples": size,
                 "way": way,
                 "turns": turns.count,
@@ -313,7 +332,7 @@ def measured(
                 "peak_bytes": bytes_,
             }
         )
-    return rows, left_out
+    return cells, left_out
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -328,8 +347,8 @@ def line(row: Mapping[str, Any]) -> str:
 def table(run: Mapping[str, Any]) -> list[str]:
     """Lines of the table on the page about evaluation."""
     lines = [
-        "| module | samples | forward passes, s | basic | all | held, torch | peak of all, MB | held, MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| module | samples | rows | forward passes, s | basic | all | held, torch | peak of all, MB | held, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in MODULES:
         for size in SAMPLES[name]:
@@ -341,7 +360,8 @@ def table(run: Mapping[str, Any]) -> list[str]:
             ]
             peaks = [of.get(way, {}).get("peak_bytes") for way in ("all", "held, torch")]
             cells = [*ratios, *("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in peaks)]
-            lines.append(f"| {name} | {size:,} | {of['forward passes']['seconds']:.3g} | {' | '.join(cells)} |")
+            alone = of["forward passes"]
+            lines.append(f"| {name} | {size:,} | {alone['rows']:,} | {alone['seconds']:.3g} | {' | '.join(cells)} |")
     return lines
 
 
