@@ -29,7 +29,7 @@ def processes(folder: Path, *commands: list[str]) -> list[dict[str, Any]]:
     """Run commands side by side; what each told."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen(command, env=environment) for command in commands]
-    if any(process.wait(timeout=280) for process in started):
+    if any(process.wait(timeout=900) for process in started):
         raise SystemExit("a process failed")
     return [json.loads((folder / f"told-{number}.json").read_text()) for number in range(len(commands))]
 

@@ -27,10 +27,10 @@ from bnn.scaling import fit_calls
 from bnn.seeding import generator
 from bnn.traffic import counted
 
-ROWS, SAMPLES, EVALUATED = 4096, 512, 16_384
+ROWS, SAMPLES, EVALUATED = 16_384, 512, 16_384
 CHAINS = HMC(num_chains=8, num_warmup=45, num_steps=8, trajectory="fixed", init="prior", compile=False)
-DRAWS = 30  # of each chain
-STEPS = {1024: 300, 4096: 100}  # of a guide, by rows of a batch
+DRAWS = {f"chains, {draws} draws": draws for draws in (30, 240)}  # of each chain, after warm-up
+STEPS = {1024: 300, 4096: 100, 16_384: 40}  # of a guide, by rows of a batch
 KEPT = 16  # draws of the guide
 
 Job = Callable[[Path], dict[str, float]]
@@ -47,10 +47,10 @@ def model_of(spec: str, rows: int) -> tuple[bnn.BayesianModel, tuple[torch.Tenso
     return bnn.BayesianModel(module, prior=prior, likelihood=likelihood, num_data=rows), (x, y)
 
 
-def chains(out: Path) -> dict[str, float]:
+def chains(out: Path, draws: int) -> dict[str, float]:
     model, data = model_of("mlp:64,64", 1024)
-    bank = bnn.fit(model, data, method=CHAINS, num_samples=8 * DRAWS, out=out, progress=False)
-    last = bank.log_joint[bank.draw == DRAWS - 1].double()
+    bank = bnn.fit(model, data, method=CHAINS, num_samples=8 * draws, out=out, progress=False)
+    last = bank.log_joint[bank.draw == draws - 1].double()
     return {"log_joint": float(last.mean()), "spread": float(last.std()), "samples": len(bank)}
 
 
@@ -81,7 +81,7 @@ def evaluation(out: Path) -> dict[str, float]:
 
 GUIDES = {f"guide, batches of {size:,}": size for size in STEPS}
 JOBS: dict[str, Job] = {
-    "chains": chains,
+    **{name: partial(chains, draws=draws) for name, draws in DRAWS.items()},
     **{name: partial(guide, batch_size=size) for name, size in GUIDES.items()},
     "evaluation": evaluation,
 }
@@ -90,7 +90,7 @@ JOBS: dict[str, Job] = {
 def sent() -> dict[str, list[float]]:
     """Bytes a step, counted and as the model has them, of a rank."""
     together, found = distributed.ranks(), {}
-    works: dict[str, tuple[Any, str]] = {"chains": (CHAINS, "mlp:64,64")}
+    works: dict[str, tuple[Any, str]] = dict.fromkeys(DRAWS, (CHAINS, "mlp:64,64"))
     works |= {
         name: (Guide("mean-field", num_steps=50, batch_size=size), "mlp:280,280") for name, size in GUIDES.items()
     }
