@@ -2,7 +2,8 @@
 
 from bnn.bank.compacting import compact
 from bnn.bank.exporting import mean, write_chains, write_state_dict
-from bnn.bank.moving import materialise, merge, thin
+from bnn.bank.merging import merge
+from bnn.bank.moving import materialise, thin
 from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
