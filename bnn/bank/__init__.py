@@ -7,7 +7,7 @@ from bnn.bank.moving import materialise, thin
 from bnn.bank.planning import BankSize, size_of
 from bnn.bank.reader import Bank
 from bnn.bank.repair import Repaired, repair
-from bnn.bank.shards import lost_shards, unnamed_shards, verify_files, wrong_sizes
+from bnn.bank.verifying import lost_shards, unnamed_shards, verify_files, wrong_sizes
 from bnn.bank.virtual import VirtualBank
 from bnn.bank.writer import BankWriter
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from bnn.bank import files, remote
 from bnn.bank import format as fmt
-from bnn.bank.shards import Described, MappedShard, Verify, read_manifests, verify_files
+from bnn.bank.manifests import Described, read_manifests
+from bnn.bank.shards import MappedShard, Verify
 from bnn.bank.snapshot import Snapshot, as_of
+from bnn.bank.verifying import verify_files
 from bnn.errors import BankCorrupt, BankMismatch
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnn.bank import codecs, disk, files
 from bnn.bank import format as fmt
 from bnn.bank.codecs import Codec
-from bnn.bank.shards import check_manifest, read_config, read_manifests
+from bnn.bank.manifests import check_manifest, read_config, read_manifests
 from bnn.errors import (
     BankCorrupt,
     BankError,

@@ -20,16 +20,10 @@ from bnn.bank import files, remote
 from bnn.bank import format as fmt
 from bnn.bank.address import is_address
 from bnn.bank.codecs import Codec, Coding
+from bnn.bank.manifests import Described, read_config
 from bnn.bank.opening import find
 from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
-from bnn.bank.shards import (
-    Described,
-    MappedShard,
-    MemoryShard,
-    Shard,
-    Verify,
-    read_config,
-)
+from bnn.bank.shards import MappedShard, MemoryShard, Shard, Verify
 from bnn.bank.snapshot import Snapshot
 from bnn.bank.streaming import Stream, StreamedShard
 from bnn.bank.virtual import VirtualBank, is_virtual, open_virtual

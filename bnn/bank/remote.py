@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bnn.bank import disk, files
 from bnn.bank import format as fmt
 from bnn.bank.address import check_address, listed, pieces, read_small, shown
-from bnn.bank.shards import Described, read_config, read_manifests
+from bnn.bank.manifests import Described, read_config, read_manifests
 from bnn.errors import BankCorrupt, BankError, BankMismatch, BankNotFound, BankWriteError, ConfigError
 
 STAGE_NAME = re.compile(r"(\.tmp-)?fetched-[0-9]+-[0-9]+-")  # of a copy that is being written, or compared

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from bnn.bank import files
 from bnn.bank import format as fmt
+from bnn.bank.manifests import Described, read_config, read_manifest
 from bnn.bank.moving import check_apart
 from bnn.bank.reader import Bank
-from bnn.bank.shards import Described, open_shard, read_config, read_manifest
+from bnn.bank.shards import open_shard
 from bnn.bank.virtual import is_virtual
 from bnn.bank.writer import BankWriter
 from bnn.errors import BankError

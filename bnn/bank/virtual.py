@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnn.bank import files
 from bnn.bank import format as fmt
-from bnn.bank.shards import Described, is_sha256, read_config, read_manifests
+from bnn.bank.manifests import Described, is_sha256, read_config, read_manifests
 from bnn.drawing import Draws, draws_of, witness
 from bnn.errors import BankError, BankMismatch, ConfigError, OtherDevice
 from bnn.layout import Layout
