@@ -12,9 +12,9 @@ from bnn.errors import ConfigError
 from bnn.evaluation.class_figures import BASIC, MORE, TOP
 from bnn.evaluation.views import Views
 from bnn.inference.adaptation import windows
-from bnn.inference.chains import LEARNT_FROM
 from bnn.inference.hmc import HMC
 from bnn.inference.starting import CLIMB_STEPS, climbs
+from bnn.inference.warmup import LEARNT_FROM
 from bnn.together import split_of
 from bnn.traffic import Call, Network, Talk, talk_of
 from bnn.types import Method, State

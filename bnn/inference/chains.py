@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,24 +13,12 @@ from torch import Tensor
 from bnn.distributed import ALONE, Ranks
 from bnn.errors import FitError
 from bnn.inference import starting
-from bnn.inference.adaptation import (
-    Length,
-    Moments,
-    StepSize,
-    first_length,
-    first_step_size,
-    learn_metric,
-    no_moments,
-    update_length,
-    update_moments,
-    update_step_size,
-    window_start,
-    windows,
-)
+from bnn.inference.adaptation import Length, Moments, StepSize, windows
 from bnn.inference.climbing import Climb
 from bnn.inference.density import Plan, Prepared, Target, prepare
-from bnn.inference.hamiltonian import Metric, Position, Transition, diagonal, transition
+from bnn.inference.hamiltonian import Metric, Position, Transition, transition
 from bnn.inference.starting import CLIMB_STEPS
+from bnn.inference.warmup import Adaptation, common_step, first_adaptation, update_adaptation
 from bnn.seeding import generator
 from bnn.types import State
 
@@ -39,20 +26,9 @@ if TYPE_CHECKING:
     from bnn.inference.hmc import HMC
 
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
-FIRST_LENGTH = 1.0  # of a trajectory that ChEES learns, in time: a scale of the prior at unit velocity
 LIKELY_STEPS = 64  # of a trajectory whose length is learnt, about, for the rule that decides on compiling
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
-LEARNT_FROM = ("acceptance", "proposal", "velocity")  # what ChEES asks of a transition
 ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
-
-
-class Adaptation(NamedTuple):
-    """Everything that warm-up learns."""
-
-    step_size: StepSize
-    metric: Metric
-    moments: Moments
-    length: Length
 
 
 class Sums(NamedTuple):
@@ -123,7 +99,7 @@ def run_chains(
                 yield draw, following
                 flat = draw.at.flat
         at = _checked_start(flat, density, together)
-        step, adaptation, sums = 0, _first_adaptation(options, density, at, scale, seed, together), _no_sums(at)
+        step, adaptation, sums = 0, first_adaptation(options, density, at, scale, seed, together), _no_sums(at)
         common = 1.0
     else:
         step, (at, adaptation, sums) = state["step"] - climb_steps, _restored(state, scale)
@@ -134,7 +110,7 @@ def run_chains(
         learnt = adaptation.step_size
         step_size = (learnt.log_step if warm else learnt.log_step_mean).exp()  # [C]
         if options.learns_length and (warm or not together.several):
-            common = _common(together.pooled(step_size))
+            common = common_step(together.pooled(step_size))
         num_steps = _num_steps(options, adaptation.length, common, seed, step)
         noise, uniform = _randomness(at.flat, seed, step, first=chains.start)
         before = at.flat
@@ -164,23 +140,13 @@ def run_chains(
                 common=common,
             )
             if together.several and options.learns_length and step == options.num_warmup:
-                common = _common(together.pooled(adaptation.step_size.log_step_mean.exp()))
+                common = common_step(together.pooled(adaptation.step_size.log_step_mean.exp()))
         draw = _draw(options, at, found, sums, step - options.num_warmup, step_size, num_steps)
         if draw.number is not None:
             sums = sums._replace(acceptance=torch.zeros_like(sums.accepted), divergent=torch.zeros_like(sums.accepted))
-        after = max(step - options.num_warmup, 0)
-        if after:
-            phase = _phase("sampling", after, num_draws * options.thin) | {"thin": options.thin}
-        else:
-            phase = _phase("warm-up", step, options.num_warmup)
-        info = {
-            "acceptance": float(sums.accepted.mean()) / after if after else float(found.acceptance.mean()),
-            "divergences": float(sums.divergences),
-            "step_size": float(step_size.log().mean().exp()),
-            "leapfrogs": float(sums.leapfrogs),
-            "compile_seconds": density.compile_seconds,
-        }
-        progress = {"step": climb_steps + step, "num_steps": total, "phase": phase, "info": info}
+        told = _told(options, found, sums, step, step_size, num_draws)
+        told["info"]["compile_seconds"] = density.compile_seconds
+        progress = {"step": climb_steps + step, "num_steps": total, **told}
         agreed = {"common": common} if together.several else {}
         yield draw, {**_saved(density.plan, at, adaptation, sums), **progress, **agreed}
     if num_draws and warns:
@@ -252,122 +218,6 @@ def _require_moving(options: HMC, infinite: Tensor, sums: Sums, step: int, *, fi
             got=f"every chain standing still for {STUCK} trajectories, up to {when}",
             fix="raise num_warmup or target_accept, or look for a density that is NaN beside the chains; what was committed stays",
         )
-
-
-def _first_adaptation(
-    options: HMC, density: Prepared, at: Position, scale: Tensor, seed: int, together: Ranks
-) -> Adaptation:
-    metric = diagonal(scale)
-    if options.step_size is None:
-        noise = torch.randn(
-            (options.num_chains, at.flat.shape[1]), generator=generator(seed, "step size"), dtype=at.flat.dtype
-        )
-        own = together.share(options.num_chains)
-        noise = noise[own.start : own.stop].to(at.flat.device)  # [C, P]
-        step_size = _reasonable_step_size(density, at, metric, noise, together)
-    else:
-        step_size = torch.full_like(at.log_density, options.step_size)
-    common = _common(together.pooled(step_size))
-    room = _room(options) if windows(options.num_warmup) else 0
-    length = min(max(FIRST_LENGTH, common), common * options.most_steps)
-    centre = together.pooled(at.flat) if options.learns_length else at.flat
-    return Adaptation(first_step_size(step_size), metric, no_moments(at.flat, room), first_length(length, centre))
-
-
-def _room(options: HMC) -> int:
-    """Draws a chain that a window keeps for the correlations of a low-rank mass: twenty for each direction, all chains together."""
-    return math.ceil(20 * options.rank / options.num_chains) + 1 if options.mass == "low-rank" else 0
-
-
-def update_adaptation(
-    options: HMC,
-    adaptation: Adaptation,
-    found: Transition,
-    before: Tensor,
-    after: Tensor,
-    scale: Tensor,
-    *,
-    step_size: Tensor,
-    num_steps: int,
-    step: int,
-    edges: set[int],
-    together: Ranks = ALONE,
-    common: float,
-) -> Adaptation:
-    """What one trajectory of warm-up, number `step` from 1, teaches: step sizes a chain, mass and length for all.
-
-    Every rank learns mass and length from the chains of all, which are gathered as they stand in one process.
-    """
-    learnt = update_step_size(adaptation.step_size, found.acceptance, options.target_accept)
-    adaptation = adaptation._replace(step_size=learnt)
-    if options.learns_length:
-        length = update_length(
-            adaptation.length,
-            found._replace(**{name: together.pooled(getattr(found, name)) for name in LEARNT_FROM}),
-            together.pooled(before),
-            together.pooled(after),
-            adaptation.metric,
-            time=together.pooled(step_size) * num_steps,
-            shortest=common,
-            longest=common * options.most_steps,
-        )
-        adaptation = adaptation._replace(length=length)
-    if options.mass == "unit" or not window_start(options.num_warmup) < step <= max(edges, default=0):
-        return adaptation
-    borders = sorted({window_start(options.num_warmup), *edges})
-    width = next((stop - start for start, stop in pairwise(borders) if step <= stop), 1)
-    every = math.ceil(width / max(_room(options), 1))  # draws from all of the window fit
-    moments = update_moments(adaptation.moments, after, every)
-    if step not in edges:
-        return adaptation._replace(moments=moments)
-    mean, squares, recent = (together.pooled(each) for each in (moments.mean, moments.squares, moments.recent))
-    whole = moments._replace(mean=mean, squares=squares, recent=recent)
-    metric = learn_metric(whole, scale.square(), options.rank if options.mass == "low-rank" else 0)
-    return Adaptation(
-        first_step_size(learnt.log_step_mean.exp()),
-        metric,
-        no_moments(after, _room(options) if step < max(edges) else 0),
-        adaptation.length._replace(num_updates=0, square=0.0),
-    )
-
-
-def _common(step_size: Tensor) -> float:
-    """Geometric mean of the chains' steps."""
-    return float(step_size.log().mean().exp())
-
-
-def _reasonable_step_size(
-    density: Prepared, at: Position, metric: Metric, noise: Tensor, together: Ranks = ALONE
-) -> Tensor:
-    """Step sizes [C], found by doubling or halving, at which one step of a chain, with this noise [C, P], is accepted
-    with about a half.
-    """
-    uniform = torch.ones_like(at.log_density)
-
-    def easy(step_size: Tensor) -> Tensor:
-        return transition(density, at, noise, uniform, metric, step_size, 1)[1].acceptance > 0.5  # [C]
-
-    step_size = torch.full_like(at.log_density, 0.1)
-    grows = easy(step_size)
-    settled = torch.zeros_like(grows)
-    for _ in range(50):
-        following = torch.where(grows, 2.0 * step_size, 0.5 * step_size)
-        crossed = easy(following) != grows
-        # Of two neighbours the one that is still easy.
-        step_size = torch.where(settled | (crossed & grows), step_size, following)
-        settled = settled | crossed
-        if settled.all():
-            break
-    endless, reached = together.pooled((~settled & grows).to(torch.uint8)), together.pooled(step_size)
-    if endless.any():
-        chain = int(endless.nonzero()[0])
-        raise FitError(
-            "HMC",
-            want="a step that is ever too long",
-            got=f"none up to {float(reached[chain]):.1e} in chain {chain}",
-            fix="look for a log density that is flat, or add a prior",
-        )
-    return step_size  # where none is easy the run will find its chains standing still
 
 
 def _num_steps(options: HMC, length: Length, common: float, seed: int, step: int) -> int:
@@ -456,6 +306,22 @@ def movement(accepted: Tensor, divergences: int, num_trajectories: int, *, first
         f"{named}{divergences} of {num_trajectories * len(each)} trajectories diverged: "
         "the draws do not represent the posterior; raise num_warmup, target_accept or the prior's precision"
     )
+
+
+def _told(options: HMC, found: Transition, sums: Sums, step: int, step_size: Tensor, num_draws: int) -> dict[str, Any]:
+    """The phase that trajectory number `step`, from 1, belongs to, and the figures of a state."""
+    after = max(step - options.num_warmup, 0)
+    if after:
+        phase = _phase("sampling", after, num_draws * options.thin) | {"thin": options.thin}
+    else:
+        phase = _phase("warm-up", step, options.num_warmup)
+    info = {
+        "acceptance": float(sums.accepted.mean()) / after if after else float(found.acceptance.mean()),
+        "divergences": float(sums.divergences),
+        "step_size": float(step_size.log().mean().exp()),
+        "leapfrogs": float(sums.leapfrogs),
+    }
+    return {"phase": phase, "info": info}
 
 
 def _phase(name: str, step: int, num_steps: int) -> dict[str, Any]:

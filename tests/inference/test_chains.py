@@ -14,11 +14,12 @@ from torch import Tensor
 
 from bnn.bank import format as fmt
 from bnn.errors import FitError
-from bnn.inference import chains
+from bnn.inference import chains, warmup
 from bnn.inference import density as density_module
 from bnn.inference.adaptation import first_length, first_step_size, update_step_size, window_start, windows
 from bnn.inference.chains import COLUMNS, Draw, run_chains, van_der_corput
 from bnn.inference.density import Plan, target_of_function
+from bnn.inference.hamiltonian import diagonal
 from bnn.inference.hmc import HMC
 from bnn.inference.starting import CLIMB_STEPS
 from bnn.seeding import generator
@@ -105,13 +106,13 @@ def test_the_length_is_learnt_from_the_time_of_each_chain(
 ) -> None:
     """Which is its own step size times the common number of steps; bounds are those of the mean step, in logarithms."""
     asked: list[dict[str, Any]] = []
-    update = chains.update_length
+    update = warmup.update_length
 
     def watched(*arguments: Any, **options: Any) -> Any:
         asked.append(options)
         return update(*arguments, **options)
 
-    monkeypatch.setattr(chains, "update_length", watched)
+    monkeypatch.setattr(warmup, "update_length", watched)
     whole = list(run(options_of(init="prior", trajectory="chees", num_steps=11), 2))
     assert len(asked) == 44
     for (draw, state), options in zip(whole, asked, strict=False):
@@ -314,7 +315,7 @@ def test_divergences_are_those_of_the_phase(without_tracing: None) -> None:
 def steps_of(options: HMC, log_length: float, step_size: float, steps: range, seed: int = 0) -> list[int]:
     length = first_length(1.0, torch.zeros(C, P))._replace(log_length=log_length, log_length_mean=log_length + 1)
     each = step_size * torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)  # whose geometric mean is what counts
-    return [chains._num_steps(options, length, chains._common(each), seed, step) for step in steps]
+    return [chains._num_steps(options, length, warmup.common_step(each), seed, step) for step in steps]
 
 
 def test_numbers_of_leapfrog_steps(without_tracing: None) -> None:
@@ -365,9 +366,9 @@ def test_first_step_sizes_are_accepted_with_a_half_chain_by_chain() -> None:
     flat = spreads[:, None] * torch.randn(5, P, generator=generator(0))
     density = density_module.Prepared(target, Plan("eager", 1, 0), flat)
     at = chains.Position(flat, *density(flat))
-    metric = chains.diagonal(torch.ones(P))
+    metric = diagonal(torch.ones(P))
     noise = torch.randn(5, P, generator=generator(0, "step size"))
-    found = chains._reasonable_step_size(density, at, metric, noise)
+    found = warmup.reasonable_step_size(density, at, metric, noise)
     none = torch.ones(5, dtype=torch.float64)
 
     def accepted(size: Tensor) -> Tensor:
