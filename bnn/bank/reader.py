@@ -351,8 +351,8 @@ class Bank(Sequence[Params]):
         tensors = self._take(place, self.layout.names)
         if len(self) * len(tensors) > MOST_VIEWS:
             return tensors
-        columns = [tensor.unbind(0) for tensor in tensors.values()]
-        return [dict(zip(tensors, row, strict=True)) for row in zip(*columns, strict=True)]
+        # Made row by row, so that those of one sample lie beside each other: they are read together.
+        return [{name: tensor[row] for name, tensor in tensors.items()} for row in range(self._shards[place].rows)]
 
     def _sliced(self, start: int, stop: int, step: int) -> Block | None:
         """Every step-th row from start on, as views; None unless they are rows of one shard, forwards."""
