@@ -26,6 +26,8 @@ from bnn.types import Params
 Outputs: TypeAlias = Any
 """A tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors: whatever the module returns."""
 
+OF_TORCH = "torch.nn.modules."  # where classes are that torch brings
+
 DrawKey: TypeAlias = tuple[int, str, int, int | str]
 """Seed and place of what a forward draws in train mode, as in `seeding.derive`: (seed, what for, batch, bank index)."""
 
@@ -50,7 +52,7 @@ class Slot(NamedTuple):
     """Where a tensor is put in a copy, and where its value is found unless the sample has it."""
 
     kept_as: str  # its name in a sample
-    shadow: dict[str, Any]  # `_parameters` or `_buffers` of its owner in the copy
+    shadow: dict[str, Any]  # of its owner in the copy: `_parameters` or `_buffers`, or the attributes themselves
     live: dict[str, Any]  # that of its owner in the live module: new tensors put into it are seen
     key: str
     placeholder: Tensor
@@ -137,13 +139,16 @@ class Skeleton:
         if shell is None:
             shadow = _without_values(self.live)
             parts = list(zip(self.live.modules(), shadow.modules(), strict=True))
+            as_attributes = _asks_by_attribute(shadow)
+            for part in shadow.modules() if as_attributes else ():
+                vars(part).update({**part._parameters, **part._buffers})  # with those that are None
             # Where each tensor stands is resolved once: walking the module at every call, as
             # `torch.func.functional_call` does, costs more than a small forward.
             kinds: tuple[Literal["_parameters", "_buffers"], ...] = ("_parameters", "_buffers")
             slots = [
                 Slot(
                     self._aliases.get(self._prefix + name, self._prefix + name),
-                    getattr(there, kind),
+                    vars(there) if as_attributes else getattr(there, kind),
                     getattr(here, kind),
                     key,
                     placeholder,
@@ -169,7 +174,10 @@ class Skeleton:
 
     def values(self, shell: Shell, params: Params, device: torch.device | None) -> list[Tensor]:
         """A tensor for every slot: the sample's, else the live module's."""
-        values: list[Any] = [params.get(name) for name in shell.names]
+        try:
+            return [params[name] for name in shell.names]
+        except KeyError:  # the live module has the rest
+            values: list[Any] = [params.get(name) for name in shell.names]
         for place, value in enumerate(values):
             if value is None:
                 values[place] = self._own(shell, shell.slots[place], device)
@@ -298,6 +306,23 @@ def _owned(
         for key, placeholder in getattr(copied, kind).items():
             if placeholder is not None:
                 yield f"{prefix}.{key}" if prefix else key, owner, copied, key, placeholder
+
+
+def _asks_by_attribute(module: nn.Module) -> bool:
+    """Whether forwards find their tensors by `part.weight` alone: those of torch's own classes, as torch wrote them.
+
+    Put among the attributes of a part, they are then found without a call of `nn.Module.__getattr__`, which is a tenth of a
+    small forward and more. Any other class may walk through `parameters()`, replace tensors there, or look names up by a
+    rule of its own: in a module with one such part, with a hook, or with a method or tensor hidden by an attribute, all
+    tensors stay where torch keeps them.
+    """
+    for part in module.modules():
+        kind, own, tensors = type(part), vars(part).keys(), {*part._parameters, *part._buffers}
+        is_of_torch = kind.__module__.startswith(OF_TORCH) and kind.forward.__module__.startswith(OF_TORCH)
+        is_hidden = bool(own & tensors) or any(hasattr(kind, name) for name in own | tensors)
+        if not is_of_torch or is_hidden or part._forward_hooks or part._forward_pre_hooks:
+            return False
+    return True
 
 
 def _without_values(module: nn.Module) -> nn.Module:
