@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from bnn.bank import files
 from bnn.bank import format as fmt
 from bnn.errors import BankError
 from bnn.layout import Layout
+from bnn.machine import FRESH, blank
 from bnn.types import Params
 
 CodecName: TypeAlias = Literal["bf16", "fp16", "int8"]
@@ -125,12 +128,12 @@ class Codec:
         """
         return {name: self._encoded(name, params[name]) for name in self.layout.names}
 
-    def decode(self, params: Mapping[str, Tensor]) -> Params:
-        """Coded samples [K, *shape], or one of them [*shape], as they are read: in new memory, but for exact entries."""
+    def decode(self, params: Mapping[str, Tensor], memory: Reused | None = None) -> Params:
+        """Coded samples [K, *shape], or one of them [*shape], as they are read: in memory of their own, but for exact entries."""
         return {
             entry.name: params[entry.name]
             if entry.name in self.exact
-            else self._decoded(entry.name, params[entry.name]).to(entry.dtype)
+            else self._decoded(entry.name, params[entry.name], memory or blank).to(entry.dtype)
             for entry in self.layout.entries
         }
 
@@ -182,23 +185,53 @@ class Codec:
             coded[top : top + rows] = delta
         return coded
 
-    def _decoded(self, name: str, delta: Tensor) -> Tensor:
+    def _decoded(self, name: str, delta: Tensor, memory: Callable[[Sequence[int], torch.dtype], Tensor]) -> Tensor:
         mean, scale = self._of(name, delta.device)
-        values = torch.empty(delta.shape, dtype=mean.dtype, device=delta.device)
         size = max(mean.numel(), 1)
-        if values.numel() <= TILE or values.device.type != "cpu":
+        if delta.numel() <= TILE or delta.device.type != "cpu":
+            values = torch.empty(delta.shape, dtype=mean.dtype, device=delta.device)
             _decode_into(values, delta, mean, scale)
             return values
+        values = memory(delta.shape, mean.dtype)
         flat, coded = values.view(-1, size), delta.reshape(-1, size)  # [K, M]
         means, scales = mean.reshape(-1), scale if scale is None or not scale.dim() else scale.reshape(-1)
         rows = max(TILE // size, 1)
         for left in range(0, size, TILE):
             columns = slice(left, left + TILE)
             few = scales[columns] if scales is not None and scales.dim() else scales
-            for top in range(0, len(flat), rows):
-                here = slice(top, top + rows)
-                _decode_into(flat[here, columns], coded[here, columns], means[columns], few)
+            pieces = zip(flat[:, columns].split(rows), coded[:, columns].split(rows), strict=True)
+            for out, piece in pieces:  # cut by one call: a slice of each would take a tenth of the time
+                _decode_into(out, piece, means[columns], few)
         return values
+
+
+class Reused:
+    """Memory for one decoded block after another: what nobody holds any more is written over, and new memory taken only else.
+
+    A pass over large blocks then pays once for its pages, which cost as much as decoding into them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, list[_Held]] = {}  # by dtype and shape of a row: of a block, and of the one before
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor [K, *shape] whose values are not set."""
+        if math.prod(shape) * dtype.itemsize < FRESH:  # which the allocator uses again itself
+            return blank(shape, dtype)
+        kept = self._kept.setdefault((dtype, tuple(shape[1:])), [])
+        memory = next((each.memory for each in kept if each.lease() is None and len(each.memory) >= shape[0]), None)
+        if memory is None:
+            memory = blank(shape, dtype).numpy()
+        lease = memory[: shape[0]]  # an array of its own, which torch keeps as long as a tensor or a view of it is held
+        kept[:] = [*(each for each in kept if each.memory is not memory), _Held(memory, weakref.ref(lease))][-2:]
+        return torch.from_numpy(lease)
+
+
+class _Held(NamedTuple):
+    """Memory, and an array of it that is gone when nobody holds what was read into it."""
+
+    memory: np.ndarray
+    lease: weakref.ref[np.ndarray]
 
 
 def _decode_into(values: Tensor, delta: Tensor, mean: Tensor, scale: Tensor | None) -> None:

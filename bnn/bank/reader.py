@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bnn.bank import files, remote
 from bnn.bank import format as fmt
 from bnn.bank.address import is_address
-from bnn.bank.codecs import Codec, Coding
+from bnn.bank.codecs import Codec, Coding, Reused
 from bnn.bank.manifests import Described, read_config
 from bnn.bank.opening import find
 from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
@@ -354,7 +354,7 @@ class Bank(Sequence[Params]):
         # Made row by row, so that those of one sample lie beside each other: they are read together.
         return [{name: tensor[row] for name, tensor in tensors.items()} for row in range(self._shards[place].rows)]
 
-    def _sliced(self, start: int, stop: int, step: int) -> Block | None:
+    def _sliced(self, start: int, stop: int, step: int, memory: Reused | None = None) -> Block | None:
         """Every step-th row from start on, as views; None unless they are rows of one shard, forwards."""
         count = len(range(start, stop, step))
         if step < 1 or not count:
@@ -369,21 +369,27 @@ class Bank(Sequence[Params]):
             tensors = self._handed(place, tensors, range(start, stop, step))
         self._count(place, self.stored.num_bytes * count)
         chain = tensors["@chain"]
-        return self._block_of(tensors, chain if self._num_writers == 1 else chain + self._first_chains[place])
+        return self._block_of(tensors, chain if self._num_writers == 1 else chain + self._first_chains[place], memory)
 
-    def _block_of(self, tensors: dict[str, Tensor], chain: Tensor) -> Block:
+    def _block_of(self, tensors: dict[str, Tensor], chain: Tensor, memory: Reused | None = None) -> Block:
         params = {name: tensors[name] for name in self.layout.names}
         if self._coding is not None:
-            params = self._codec.decode(params)
+            params = self._codec.decode(params, memory)
         more = {name: tensors[f"@{name}"] for name in self._more}
         return Block(params, chain, tensors["@draw"], tensors["@log_joint"], tensors["@log_weight"], more)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Block]]:
-        """The bank from first to last in blocks of at most `size`, with their first index; a copy only where they are coded."""
+        """The bank from first to last in blocks of at most `size`, with their first index.
+
+        A copy only where they are coded: into memory of blocks before, once nobody holds these or a view of them.
+        """
+        memory = Reused()
         for place, shard in enumerate(self._shards):
             first = int(self._firsts[place])
-            for start in range(0, shard.rows, size):
-                yield first + start, self.block(slice(first + start, first + min(start + size, shard.rows)))
+            for start in range(first, first + shard.rows, size):
+                block = self._sliced(start, min(start + size, first + shard.rows), 1, memory)
+                assert block is not None  # neighbours in one shard
+                yield start, block
 
     @cached_property
     def _codec(self) -> Codec:

@@ -107,6 +107,55 @@ def check_equal(found: Block, bank: Block, wanted: Params, rows: list[int]) -> N
     assert torch.equal(found.columns["energy"], bank.columns["energy"][rows])
 
 
+# Memory
+
+
+def test_memory_is_used_again_only_where_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "FRESH", 4 * 5 * 3)
+    memory = codecs.Reused()
+    first = memory((5, 3), torch.float32).fill_(1.0)
+    second = memory((5, 3), torch.float32).fill_(2.0)
+    third, view = memory((5, 3), torch.float32).fill_(3.0), second[1:, 2]
+    starts = [tensor.data_ptr() for tensor in (first, second, third)]
+    assert len(set(starts)) == 3
+    del second
+    assert memory((5, 3), torch.float32).fill_(4.0).data_ptr() not in starts  # the view holds the second
+    assert torch.equal(view, torch.full((4,), 2.0))
+    assert torch.equal(first, torch.ones(5, 3))
+    at = third.data_ptr()
+    del third
+    again = memory((5, 3), torch.float32)
+    few = memory((5, 3), torch.float64).fill_(5.0)
+    assert again.data_ptr() == at
+    assert again.dtype == torch.float32
+    assert few.dtype == torch.float64
+    assert not torch.equal(again, few.float())
+    small = memory((2, 3), torch.float32)
+    assert small.shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+def test_blocks_that_are_kept_are_not_written_over(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a pass, kept, dropped, or of which a view is kept, with memory that is used again for all of them."""
+    monkeypatch.setattr(codecs, "FRESH", 1)
+    monkeypatch.setattr(codecs, "TILE", 3)
+    layout = Layout((Entry("a", (4, 3), torch.float32), Entry("b", (5,), torch.float32), Entry("c", (), torch.float32)))
+    found = code(write(tmp_path / "old", values(layout), layout=layout), tmp_path / "new", name)
+    whole = {entry.name: torch.stack([found[i][entry.name] for i in range(S)]) for entry in layout.entries}
+    kept = list(found.blocks(4))
+    assert [first for first, _ in kept] == [0, 4, 8, 10, 14, 18, 20]
+    for each, wanted in whole.items():
+        assert torch.equal(torch.cat([block.params[each] for _, block in kept]), wanted), each
+    rows, pointers = [], set()
+    for first, block in found.blocks(4):
+        assert all(torch.equal(block.params[n], whole[n][first : first + block.num_samples]) for n in whole)
+        pointers.add(block.params["a"].data_ptr())
+        if first in (4, 14):
+            rows.append((first, block.params["a"][1]))
+    assert len(pointers) < len(kept)
+    assert all(torch.equal(row, whole["a"][first + 1]) for first, row in rows)
+
+
 # Values
 
 
