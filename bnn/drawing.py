@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,9 @@ from bnn import priors
 from bnn.errors import ConfigError
 from bnn.layout import Layout
 from bnn.likelihoods import likelihood_from_config
-from bnn.machine import threads
+from bnn.machine import blank, threads
 from bnn.priors import FanIn, Normal, Unknown
-from bnn.seeding import derive, generator
+from bnn.seeding import deriving, generator
 from bnn.space import Space
 from bnn.types import Params
 
@@ -26,7 +28,9 @@ NORMAL_FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "full-rank")
 VIRTUAL_FAMILIES: tuple[str, ...] = ("prior", *NORMAL_FAMILIES)
 VIRTUAL_DRAWS: tuple[str, ...] = ("random", "antithetic")
 
-PIECE = 2**16  # normals made and scaled at once: 256 KiB, about a cache
+# Normals made and scaled at once: 512 KiB, which a cache holds beside their scales. A call costs as much as 2,000 of them.
+PIECE = 2**17
+ALL = slice(None)
 LEAST_PIECE = 16  # torch makes normals by sixteens, and fewer in another way: the last piece is longer, not shorter
 
 CORRELATION = {"low-rank": "factor", "full-rank": "lower"}  # what a family has beside loc and scale
@@ -71,8 +75,15 @@ class GuideDraws:
     antithetic: bool = False
 
     def one(self, index: int) -> Params:
-        row = torch.empty_like(self.tensors["loc"])
-        self._make(row, index)
+        loc = self.tensors["loc"]
+        if not self._is_small:
+            row = blank(loc.shape, loc.dtype)
+            self._make(row, index)
+            return self.space.values(row)
+        source, negated = self._source(index)
+        row = torch.randn(len(loc), generator=source, dtype=loc.dtype)
+        values = row.numpy()
+        self._scale(values, negated, ALL, out=values)
         return self.space.values(row)
 
     def several(self, indices: Sequence[int]) -> Params:
@@ -81,28 +92,64 @@ class GuideDraws:
     def flat(self, indices: Sequence[int]) -> Tensor:
         """u of K samples, [K, P]."""
         loc = self.tensors["loc"]
-        found = torch.empty(len(indices), len(loc), dtype=loc.dtype)  # [K, P]
-        for row, index in zip(found.unbind(), indices, strict=True):
-            self._make(row, index)
+        found = blank((len(indices), len(loc)), loc.dtype)  # [K, P]
+        if not self._is_small:
+            for row, index in zip(found.unbind(), indices, strict=True):
+                self._make(row, index)
+            return found
+        normals = torch.empty_like(loc)  # stays in a cache, and each row is written once
+        values = normals.numpy()
+        for out, index in zip(found.numpy(), indices, strict=True):
+            source, negated = self._source(index)
+            normals.normal_(generator=source)
+            self._scale(values, negated, ALL, out=out)
         return found
+
+    @cached_property
+    def _is_small(self) -> bool:
+        """Whether a sample is normals that a cache holds, and no more than products and sums of two numbers."""
+        return self.tensors.keys() == {"loc", "scale"} and len(self.tensors["loc"]) < PIECE + LEAST_PIECE
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """scale and loc [P] for NumPy, which begins an operation sooner than torch and rounds products and sums alike."""
+        return self.tensors["scale"].numpy(), self.tensors["loc"].numpy()
+
+    @cached_property
+    def _seed_of(self) -> Callable[[int], int]:
+        return deriving(self.seed, "draw")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return GuideDraws, (self.space, self.tensors, self.seed, self.antithetic)  # without what is cached
+
+    def _source(self, index: int) -> tuple[torch.Generator, bool]:
+        """Where the normals of a sample come from, and whether they change their signs."""
+        if not self.antithetic:
+            return _generator().manual_seed(self._seed_of(index)), False
+        pair, second = divmod(index, 2)
+        return _generator().manual_seed(self._seed_of(pair)), bool(second)
+
+    def _scale(self, normals: np.ndarray, negated: bool, here: slice, *, out: np.ndarray) -> None:
+        """Numbers of u of a sample of mean-field from their normals, which are written over."""
+        scale, loc = self._arrays
+        if negated:
+            np.negative(normals, out=normals)
+        np.multiply(normals, scale[here], out=normals)
+        np.add(normals, loc[here], out=out)
 
     def _make(self, row: Tensor, index: int) -> None:
         """Put u of a sample into a row [P]."""
-        loc, scale, size = self.tensors["loc"], self.tensors["scale"], len(row)
-        pair, second = divmod(index, 2) if self.antithetic else (index, 0)
-        source = _generator().manual_seed(derive(self.seed, "draw", pair))
-        if "factor" in self.tensors or "lower" in self.tensors:
+        source, negated = self._source(index)
+        if self.tensors.keys() != {"loc", "scale"}:
             with threads(1):
-                self._correlated(row, source, bool(second))
-            row.mul_(scale).add_(loc)
+                self._correlated(row, source, negated)
+            row.mul_(self.tensors["scale"]).add_(self.tensors["loc"])
             return
-        if size < PIECE + LEAST_PIECE:
-            _scaled_normals(row, source, bool(second), scale, loc)
-            return
-        cuts = [*range(0, size - LEAST_PIECE, PIECE), size]
+        values, cuts = row.numpy(), [*range(0, len(row) - LEAST_PIECE, PIECE), len(row)]
         for start, stop in pairwise(cuts):  # pieces that a cache holds: the normals are those of one call
             here = slice(start, stop)
-            _scaled_normals(row[here], source, bool(second), scale[here], loc[here])
+            row[here].normal_(generator=source)
+            self._scale(values[here], negated, here, out=values[here])
 
     def _correlated(self, row: Tensor, source: torch.Generator, negated: bool) -> None:
         """Put z + c of a sample into a row [P]."""
@@ -117,21 +164,14 @@ class GuideDraws:
             torch.add(normals, self.tensors["lower"].mv(normals), out=row)
 
 
-def _scaled_normals(row: Tensor, source: torch.Generator, negated: bool, scale: Tensor, loc: Tensor) -> None:
-    row.normal_(generator=source)
-    if negated:
-        row.neg_()
-    row.mul_(scale).add_(loc)
-
-
 _own = threading.local()
 
 
 def _generator() -> torch.Generator:
     """This thread's generator, to be seeded before each use: making one takes as long as some hundred normals."""
-    if not hasattr(_own, "source"):
-        _own.source = torch.Generator()
-    source: torch.Generator = _own.source
+    source: torch.Generator | None = getattr(_own, "source", None)
+    if source is None:
+        source = _own.source = torch.Generator()
     return source
 
 

@@ -6,7 +6,7 @@ import hashlib
 import operator
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,6 +31,18 @@ def derive(seed: int, *keys: int | str) -> int:
     """A seed in [0, 2^63) for the place named by `keys`; different keys give unrelated seeds."""
     text = "/".join(str(key) for key in (as_seed(seed), *keys))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def deriving(seed: int, *keys: int | str) -> Callable[[int | str], int]:
+    """`derive` of the place named by `keys` and one key more, for many of these: what they share is hashed once."""
+    shared = hashlib.blake2b("".join(f"{key}/" for key in (as_seed(seed), *keys)).encode(), digest_size=8)
+
+    def derived(key: int | str) -> int:
+        hashed = shared.copy()
+        hashed.update(str(key).encode())
+        return int.from_bytes(hashed.digest(), "little") >> 1
+
+    return derived
 
 
 def generator(seed: int, *keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:

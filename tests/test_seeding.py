@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bnn.seeding import derive, generator, isolated
+from bnn.errors import ConfigError
+from bnn.seeding import derive, deriving, generator, isolated
 
 
 def test_seeds_are_golden_and_differ_by_place() -> None:
@@ -48,3 +49,11 @@ def test_isolated_restores_after_an_error(world_untouched: None) -> None:
 
     with pytest.raises(RuntimeError, match="on purpose"):
         fail()
+
+
+def test_deriving_is_derive_with_one_key_more() -> None:
+    for seed, keys in ((0, ()), (7, ("draw",)), (-3, ("chain", 2))):
+        derived = deriving(seed, *keys)
+        assert [derived(key) for key in (5, "x", 0, 5)] == [derive(seed, *keys, key) for key in (5, "x", 0, 5)]
+    with pytest.raises(ConfigError):
+        deriving(1.5, "draw")  # type: ignore[arg-type]
