@@ -106,9 +106,8 @@ class Layout:
         if flat.dim() == 1:
             params = dict(zip(self.names, torch.unsafe_split_with_sizes(flat, self.sizes), strict=True))
             for name, sizes in self._shaped:
-                params[name].resize_(
-                    *sizes
-                )  # the same numbers in this shape: `view` would make one more tensor of them
+                # The same numbers in this shape: `view` would make one more tensor of them.
+                params[name].resize_(*sizes)
         else:
             before, across, first = tuple(flat.shape[:-1]), (self.num_values,) * (flat.dim() - 1), flat.storage_offset()
             params = {
