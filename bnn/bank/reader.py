@@ -34,7 +34,7 @@ from bnn.types import Block, Params, make_block
 
 FOLIO_BYTES = 2 * 1024 * 1024  # a page fault may map so much at once: Linux 6.18 maps whole folios of the page cache
 MOST_VIEWS = 20_000  # of single samples that a bank keeps: about 10 MB of Python's
-RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process before the oldest are given back
+RESIDENT_BYTES = 128 * 1024 * 1024  # mapped pages kept in the process by default before the oldest are given back
 
 
 @runtime_checkable
@@ -125,7 +125,8 @@ class Bank(Sequence[Params]):
                 `"streamed"` keeps some shards in buffers and lets threads read those ahead that are wanted next.
             device: for `"device"`, CUDA by default, and for `"streamed"`, the memory of this process by default.
             host_budget: bytes of this process that samples may take, a number or a text such as `"2GB"`: of all buffers of
-                a bank that is streamed, or of the pinned ones on the way to a device.
+                a bank that is streamed, or of the pinned ones on the way to a device; of the pages of a bank that is
+                mapped, 128 MiB without it.
             device_budget: bytes of a CUDA device that samples may take.
             allow_other_device: open a virtual bank also on a CPU or with a torch on which its samples were not made;
                 warns (`OtherDevice`) where sample 0 has other bits here.
@@ -174,8 +175,8 @@ class Bank(Sequence[Params]):
             if wanted != Placement():
                 raise ConfigError(
                     f"{folder}: residency={wanted.residency!r}",
-                    want="'mapped' for a virtual bank, whose samples are made when they are asked for",
-                    got="another",
+                    want="'mapped' for a virtual bank, whose samples are made when they are asked for, and no budget",
+                    got="another" if wanted.residency != "mapped" else f"host_budget={wanted.host_budget}",
                     fix="leave it out, or write the samples with 'bnn bank materialise' first",
                 )
             made = open_virtual(folder, described, verify=verify != "never", allow_other_device=allow_other_device)
@@ -651,11 +652,12 @@ class Bank(Sequence[Params]):
     def _count(self, place: int, num_bytes: int) -> None:
         """Keep the mapped pages of the process bounded: the shards longest untouched give theirs back."""
         shard = self._shards[place]
-        if not isinstance(shard, MappedShard):
+        budget = self._placement.host_budget or RESIDENT_BYTES
+        if not isinstance(shard, MappedShard) or len(self) * self.stored.num_bytes <= budget:
             return
         most = shard.rows * self.stored.num_bytes
         self._touched[place] = min(self._touched.pop(place, 0) + num_bytes + FOLIO_BYTES, most)
-        while len(self._touched) > 1 and sum(self._touched.values()) > RESIDENT_BYTES:
+        while len(self._touched) > 1 and sum(self._touched.values()) > budget:
             oldest, _ = self._touched.popitem(last=False)
             self._shards[oldest].release()  # type: ignore[attr-defined]  # none but those that are mapped are counted
 

@@ -84,7 +84,7 @@ def placement(
     if residency in ("mapped", "host") and where is not None:
         raise ConfigError(place, want="no device", got=repr(str(device)), fix="use residency='device' or 'streamed'")
     takes = {
-        "mapped": (),
+        "mapped": ("host_budget",),
         "host": ("host_budget",),
         "device": ("device_budget",),
         "streamed": ("host_budget", "device_budget") if _is_cuda(where) else ("host_budget",),
@@ -122,6 +122,8 @@ def placed(
         ], None
     if wanted.residency == "streamed" and shards:
         return _streamed(streamable(shards, place), names, wanted, place)
+    largest = max((shard.bytes for shard in shards), default=0)
+    _check_budget(place, "host_budget", wanted.host_budget, largest, f"the largest of its shards, {largest} bytes")
     return list(shards), None
 
 

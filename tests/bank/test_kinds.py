@@ -116,6 +116,7 @@ needs_cuda = [
 KINDS = {
     "mapped": opened(),
     "mapped, two writers": by_two_writers(),
+    "mapped, two shards": opened(host_budget=2 * SHARD_BYTES),
     "in memory": in_memory,
     "host": opened(residency="host"),
     "host, two writers": by_two_writers(residency="host", host_budget="1MB", verify="never"),

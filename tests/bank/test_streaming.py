@@ -104,7 +104,7 @@ def test_what_is_no_size_is_refused(text: Any) -> None:
     [
         ({"residency": "cloud"}, "one of mapped, host, device, streamed"),
         ({"residency": "streamed"}, "want a host_budget, got none"),
-        ({"host_budget": "1GB"}, "residency='mapped': want no host_budget"),
+        ({"device_budget": "1GB"}, "residency='mapped': want no device_budget"),
         ({"residency": "host", "device_budget": 5}, "want no device_budget"),
         ({"residency": "host", "device": "cpu"}, "want no device"),
         ({"residency": "device", "device": "cpu", "host_budget": 5}, "want no host_budget"),
@@ -141,6 +141,12 @@ def test_a_budget_below_two_shards_is_refused_with_what_it_takes(tmp_path: Path)
     assert len(Bank.open(path, residency="streamed", host_budget=2 * size)) == S
     with pytest.raises(BankLimit, match=r"for the whole bank.*residency='streamed'"):
         Bank.open(path, residency="host", host_budget=4 * size)
+    with pytest.raises(
+        BankLimit,
+        match=rf"host_budget of at least {largest} bytes, for the largest of its shards, {largest} bytes, got {largest - 1}; raise it",
+    ):
+        Bank.open(path, host_budget=largest - 1)
+    assert len(Bank.open(path, host_budget=largest)) == S
     with pytest.raises(BankLimit, match="device_budget of at least"):
         Bank.open(path, residency="device", device="cpu", device_budget="1kB")
     assert readers() == 0  # and nothing was begun for it

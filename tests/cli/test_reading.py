@@ -164,7 +164,8 @@ def test_a_file_may_name_the_residency(bnn_run: Call, opened: list[str]) -> None
         ("--residency streamed --host-budget 20KB", "got 20000; raise it, or make smaller shards: 'bnn bank compact --shard-bytes 5000'"),
         ("--residency host --host-budget 5KB", "for the whole bank, got 5000; raise it, or use residency='streamed'"),
         ("--residency device --device-budget 5KB", "bank: want device_budget of at least"),
-        ("--host-budget 1GB", "residency='mapped': want no host_budget, got 1000000000"),
+        ("--host-budget 5KB", "bank: want host_budget of at least"),
+        ("--device-budget 1GB", "residency='mapped': want no device_budget, got 1000000000"),
         ("--residency host --device-budget 1GB", "residency='host': want no device_budget, got 1000000000"),
         ("--residency streamed --host-budget much", "host_budget: want a number of bytes, or a text such as '2GB'"),
         ("--cache copies", "bank: want an address, with cache=, prefetch= or offline=, got a folder"),
@@ -217,10 +218,12 @@ def test_a_virtual_bank_goes_wherever_its_materialised_copy_does(bnn_run: Call) 
 
 
 def test_a_virtual_bank_has_nothing_to_stream(bnn_run: Call) -> None:
-    code, _, err = bnn_run(f"evaluate --bank virtual {STREAMED}")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "want 'mapped' for a virtual bank" in err
-    assert "'bnn bank materialise'" in err
+    for flags, got in ((STREAMED, "got another"), ("--host-budget 50KB", "got host_budget=50000")):
+        code, _, err = bnn_run(f"evaluate --bank virtual {flags}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "want 'mapped' for a virtual bank" in err
+        assert got in err
+        assert "'bnn bank materialise'" in err
 
 
 # Banks at an address
