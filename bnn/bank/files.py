@@ -335,10 +335,13 @@ class MappedFile(NamedTuple):
         return found
 
 
-def map_tensors(path: Path, expected_size: int | None = None, *, max_header: int = fmt.MAX_HEADER_BYTES) -> MappedFile:
+def map_tensors(
+    path: Path, expected_size: int | None = None, *, max_header: int = fmt.MAX_HEADER_BYTES, huge: bool = False
+) -> MappedFile:
     """Map a safetensors file: tensors are views of it, nothing is copied.
 
-    The map is private: a write into a view changes neither the file nor another process.
+    The map is private: a write into a view changes neither the file nor another process. With `huge` it is read from the
+    disk in huge pages.
 
     Raises:
         BankCorrupt: the file is cut, altered or of another size than `expected_size`.
@@ -348,7 +351,7 @@ def map_tensors(path: Path, expected_size: int | None = None, *, max_header: int
     try:
         if size < 8 or (expected_size is not None and size != expected_size):
             raise fmt.corrupt(str(path), f"{expected_size or 'at least 8'} bytes", f"{size}")
-        mapped = disk.map_private(descriptor, size)
+        mapped = disk.map_private(descriptor, size, huge=huge)
     except OSError as error:
         raise unreadable(path, error) from error
     finally:

@@ -23,7 +23,7 @@ from bnn.bank.codecs import Codec, Coding, Reused
 from bnn.bank.manifests import Described, read_config
 from bnn.bank.opening import find
 from bnn.bank.residency import HeldShard, Placement, Residency, load, placed, placement
-from bnn.bank.shards import MappedShard, MemoryShard, Shard, Verify
+from bnn.bank.shards import LARGE_SAMPLE, MappedShard, MemoryShard, Shard, Verify
 from bnn.bank.snapshot import Snapshot
 from bnn.bank.streaming import Stream, StreamedShard
 from bnn.bank.virtual import VirtualBank, is_virtual, open_virtual
@@ -656,7 +656,8 @@ class Bank(Sequence[Params]):
         if not isinstance(shard, MappedShard) or len(self) * self.stored.num_bytes <= budget:
             return
         most = shard.rows * self.stored.num_bytes
-        self._touched[place] = min(self._touched.pop(place, 0) + num_bytes + FOLIO_BYTES, most)
+        folios = len(self.stored.entries) if self.stored.num_bytes >= LARGE_SAMPLE else 1
+        self._touched[place] = min(self._touched.pop(place, 0) + num_bytes + folios * FOLIO_BYTES, most)
         while len(self._touched) > 1 and sum(self._touched.values()) > budget:
             oldest, _ = self._touched.popitem(last=False)
             self._shards[oldest].release()  # type: ignore[attr-defined]  # none but those that are mapped are counted

@@ -16,6 +16,8 @@ from bnn.bank import format as fmt
 from bnn.errors import BankMismatch
 from bnn.layout import Layout
 
+LARGE_SAMPLE = 1024 * 1024  # bytes from which on it pays to read 2 MiB where a page is asked for
+
 Verify: TypeAlias = Literal["first-use", "never", "full"]
 TensorFact: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 """dtype and shape of a tensor."""
@@ -153,7 +155,8 @@ def open_shard(path: Path, origin: Origin, *, rows: int, first_row: int, size: i
         BankCorrupt: it is cut or altered, or its tensors are not those of layout and columns.
         BankMismatch: it belongs to another bank, writer or place.
     """
-    mapped = files.map_tensors(path, size, max_header=fmt.header_limit(origin.tensors(rows)))
+    limit, huge = fmt.header_limit(origin.tensors(rows)), origin.layout.num_bytes >= LARGE_SAMPLE
+    mapped = files.map_tensors(path, size, max_header=limit, huge=huge)
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mapped.tensors.items()}
     check_shard(path, origin, found, mapped.metadata, rows=rows, first_row=first_row)
     return mapped

@@ -1,4 +1,4 @@
-"""Pages of a mapped bank: no more than the budget says."""
+"""Pages of a mapped bank: no more than the budget says, and huge where samples are large."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bnn.layout import layout_of
 from bnn.types import make_block
 
 MAPS = Path("/proc/self/smaps")
+HUGE = Path("/sys/kernel/mm/transparent_hugepage")
 S, ROWS = 60, 5  # samples, and those of a shard
 
 pytestmark = pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell what a process has mapped")
@@ -49,7 +50,7 @@ def read_at_random(bank: Bank) -> None:
         assert float(bank[index]["weight"].sum()) == pytest.approx(index * bank.layout.entries[0].numel)
 
 
-@pytest.mark.parametrize("width", [300, 600])
+@pytest.mark.parametrize("width", [300, 600])  # samples below and above a megabyte
 def test_a_budget_bounds_the_pages_that_are_mapped(tmp_path: Path, width: int) -> None:
     path = write(tmp_path / "bank", width)
     total = S * 4 * width * width  # of the entry that is read
@@ -78,3 +79,13 @@ def test_pages_are_kept_within_a_default(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(reader, "RESIDENT_BYTES", 2 * largest)
     read_at_random(bank)
     assert mapped(path)[0] <= 3 * largest
+
+
+@pytest.mark.skipif(not HUGE.exists(), reason="this system has no huge pages")
+@pytest.mark.parametrize(("width", "is_large"), [(300, False), (600, True)])
+def test_large_samples_are_read_in_huge_pages(tmp_path: Path, width: int, is_large: bool) -> None:
+    path = write(tmp_path / "bank", width)
+    bank = Bank.open(path)
+    assert float(bank[7]["bias"][0]) == 7.0
+    (flags,) = mapped(path)[1]
+    assert ("hg" in flags.split()) == is_large
