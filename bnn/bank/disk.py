@@ -31,7 +31,7 @@ def write_at(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 def bypass_cache(descriptor: int, on: bool) -> bool:
-    """Whether what is written from now on goes to the disk without a copy in the page cache, as asked.
+    """Whether what is written or read from now on goes without a copy in the page cache, as asked.
 
     Whole pages only, from page-aligned memory; not every system and file system does it.
     """
@@ -105,6 +105,26 @@ def read(descriptor: int, size: int) -> bytes:
 def read_at(descriptor: int, view: memoryview, offset: int) -> int:
     """Fill some of a view with the bytes from `offset` on; how many is returned, none at the end."""
     return os.preadv(descriptor, [view], offset)
+
+
+def is_cached(descriptor: int, offset: int) -> bool:
+    """Whether a byte of the file is in the page cache; True where that is not told.
+
+    Linux begins to read its page where it is not, so the next answer for it may be another.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:  # EOPNOTSUPP: a file system that does not tell
+        return True
+
+
+def memory_bytes() -> int:
+    """Memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def status(descriptor: int) -> os.stat_result:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +17,8 @@ from bnn.bank.shards import MappedShard, check_shard
 from bnn.errors import BankError
 
 PIECE_BYTES = 4 * 1024 * 1024  # read at once: below a MiB the disk waits for calls, above 8 the threads for each other
+PROBES = 4  # places of a shard by which it is judged to be in the page cache
+ANYWHERE = random.SystemRandom()  # on which nothing but the way of reading depends
 
 
 class Known(NamedTuple):
@@ -35,6 +39,7 @@ class ShardFile:
         self.shard, self.rows, self.size = shard, shard.rows, shard.bytes
         # Replaced as a whole and without a lock, which a fork could find taken for good: at worst a sum is made twice.
         self._known: Known | None = None
+        self._was_read = False
 
     def descriptor(self) -> int:
         """A descriptor of the file, which has the size of the manifest.
@@ -63,21 +68,38 @@ class ShardFile:
             raise
         return descriptor
 
+    def spare_cache(self, descriptor: int, *, always: bool) -> None:
+        """Let whole pages that are not in the page cache be read past it: now, or `always`, also when it is read again.
+
+        That saves a copy, and drives nobody's files out of memory for a bank that is read once. What is read a second
+        time goes through the cache, in which it then is where there is room.
+        """
+        if self._was_read and not always:
+            return
+        self._was_read = True
+        places = (ANYWHERE.randrange(self.size) for _ in range(PROBES))  # others each time: asking leaves pages there
+        if not all(disk.is_cached(descriptor, place) for place in places):
+            disk.bypass_cache(descriptor, True)
+
     def read(self, descriptor: int, view: memoryview, offset: int) -> None:
-        """Fill a view with the bytes from `offset` on.
+        """Fill a view with the bytes from `offset` on; those of the page behind the end of the file are left.
 
         Raises:
             BankCorrupt: the file ends before, or the disk cannot read it.
         """
-        done = 0
-        try:
-            while done < len(view):
+        done, size, is_told = 0, min(len(view), self.size - offset), False
+        while done < size:
+            try:
                 count = disk.read_at(descriptor, view[done:], offset + done)
-                if not count:
-                    raise fmt.corrupt(str(self.shard.path), f"{self.size} bytes", f"{offset + done}")
-                done += count
-        except OSError as error:
-            raise files.unreadable(self.shard.path, error) from error
+            except OSError as error:
+                if error.errno != errno.EINVAL or is_told:
+                    raise files.unreadable(self.shard.path, error) from error
+                is_told = True  # past the cache it must be other pieces, here or after a short read
+                disk.bypass_cache(descriptor, False)
+                continue
+            if not count:
+                raise fmt.corrupt(str(self.shard.path), f"{self.size} bytes", f"{offset + done}")
+            done += count
 
     @property
     def places(self) -> Mapping[str, fmt.Place]:

@@ -7,6 +7,7 @@ shard is the one wanted last; never while it is being filled or in use.
 from __future__ import annotations
 
 import atexit
+import mmap
 import os
 import queue
 import threading
@@ -59,8 +60,9 @@ class Buffer:
 class _Fill:
     """A shard on its way into a buffer, piece by piece."""
 
-    def __init__(self, file: ShardFile, buffer: Buffer, target: Tensor, after: list[Any]) -> None:
+    def __init__(self, file: ShardFile, buffer: Buffer, target: Tensor, after: list[Any], *, is_large: bool) -> None:
         self.file, self.buffer, self.target, self.after = file, buffer, target, after
+        self._is_large = is_large  # the bank: the page cache cannot keep it
         self.view = fmt.tensor_bytes(target)
         self.left: int = -(-file.size // PIECE_BYTES)  # pieces
         self.lock = threading.Lock()
@@ -73,8 +75,10 @@ class _Fill:
             with self.lock:
                 if self.descriptor is None and self.error is None:
                     self.descriptor = self.file.descriptor()
+                    self.file.spare_cache(self.descriptor, always=self._is_large)
             if self.error is None and self.descriptor is not None:
-                piece = self.view[start : min(start + PIECE_BYTES, self.file.size)]
+                end = -(-self.file.size // mmap.PAGESIZE) * mmap.PAGESIZE  # for whole pages may go past the page cache
+                piece = self.view[start : min(start + PIECE_BYTES, end)]
                 self.file.read(self.descriptor, piece, start)
         except BaseException as error:
             self.error = error
@@ -118,6 +122,7 @@ class Ring:
     ) -> None:
         self.process = os.getpid()
         self._files, self._firsts, self._names, self._memory = files, firsts, names, memory
+        self._is_large = sum(file.size for file in files) > disk.memory_bytes()
         self._buffers = [Buffer(memory.blank()) for _ in range(count)]
         self._where: dict[int, Buffer] = {}  # shard -> the buffer that has it, or is being filled with it
         self._failed: dict[int, BaseException] = {}  # shards that could not be read ahead
@@ -300,7 +305,8 @@ class Ring:
         buffer.state, buffer.shard, buffer.streams = State.FILLING, shard, set()
         self._where[shard] = buffer
         self.num_reads += 1
-        fill = _Fill(self._files[shard], buffer, self._memory.target(buffer.memory), after)
+        target = self._memory.target(buffer.memory)
+        fill = _Fill(self._files[shard], buffer, target, after, is_large=self._is_large)
         for start in range(0, fill.file.size, PIECE_BYTES):
             self._jobs.put((fill, start))
 
