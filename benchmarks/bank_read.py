@@ -4,8 +4,10 @@
 
 DIR lies on the disk that is measured and needs about 6 GB; what is written there is removed. Ways take turns, and a
 figure is the median of the turns. Of random samples two figures are told: `hand out` gives the tensors of a sample, and
-`read` adds up every value of them, which is what any use does at least. Files are in the page cache there. Cold
-reading drops the files from it first (posix_fadvise), on both sides. HDF5 takes `pip install h5py`; without it the row
+`read` adds up every value of them, which is what any use does at least. Files are in the page cache there: the bank and
+NumPy's file were dropped from it and read once, each through its own map, for how pages came there decides what a map
+of them costs. `mapped, room for all` has a budget for the whole bank, as NumPy's map has. Cold reading drops the files
+first (posix_fadvise), on both sides; bare reads go through the page cache, as those of `dd` do. HDF5 takes `pip install h5py`; without it the row
 is left out, and the JSON says so. With `--device cuda` the rows of a device are measured too.
 """
 
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,18 +123,30 @@ def split(kept: Kept, row: Tensor) -> dict[str, Tensor]:
     return {name: row[begin:end].view(shape) for name, begin, end, shape in kept.places}
 
 
+def forget(files: Iterable[Path]) -> None:
+    """Drop files from the page cache."""
+    os.sync()
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 Way = Callable[[int], dict[str, Tensor]]
 
 
 def ways_of(kept: Kept) -> dict[str, Way]:
     """Ways to get sample i."""
     folder = kept.folder
-    mapped = Bank.open(folder / "bank")
+    forget([*(folder / "bank").glob("main-*.safetensors"), folder / "rows.npy"])
+    mapped, roomy = Bank.open(folder / "bank"), Bank.open(folder / "bank", host_budget="8GB")
     streamed = Bank.open(folder / "bank", residency="streamed", host_budget="8GB")
-    for bank in (mapped, streamed):  # every shard is read and checked once
+    for bank in (mapped, roomy, streamed):  # every shard is read and checked once
         for _ in bank.blocks(64):
             pass
     matrix = np.asarray(np.load(folder / "rows.npy", mmap_mode="c"))
+    for row in matrix:
+        row.sum()
     held = [{name: tensor.clone() for name, tensor in mapped[index].items()} for index in range(kept.size.samples)]
     whole = torch.from_numpy(np.load(folder / "rows.npy"))
     spare = torch.empty(kept.num_values)
@@ -143,6 +157,7 @@ def ways_of(kept: Kept) -> dict[str, Way]:
 
     ways: dict[str, Way] = {
         "bnn, mapped": mapped.__getitem__,
+        "bnn, mapped, room for all": roomy.__getitem__,
         "bnn, host": Bank.open(folder / "bank", residency="host").__getitem__,
         "bnn, streamed": streamed.__getitem__,
         "NumPy memmap": lambda index: split(kept, torch.from_numpy(matrix[index])),
@@ -193,13 +208,6 @@ def cold(kept: Kept, repeats: int) -> Iterator[dict[str, Any]]:
     files = sorted((kept.folder / "bank").glob("main-*.safetensors"))
     buffer = bytearray(PIECE)
 
-    def forget() -> None:
-        os.sync()
-        for file in files:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
     def bare() -> None:
         for file in files:
             descriptor = os.open(file, os.O_RDONLY)
@@ -230,7 +238,7 @@ def cold(kept: Kept, repeats: int) -> Iterator[dict[str, Any]]:
     took: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            forget()
+            forget(files)
             start = time.perf_counter()
             way()
             if turn:
