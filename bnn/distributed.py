@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from bnn.errors import ConfigError, RankLost
+from bnn.meeting import Meeting, agree
 from bnn.traffic import count
 
 TIMEOUT = 300.0  # seconds that a rank waits for a sign of another one
 TIMEOUT_NAME = "BNN_RANKS_TIMEOUT"  # of the environment, for another number of seconds
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 LEAVING = 10.0  # seconds that rank 0 keeps the meeting place open for the others to leave
+ASKING = 1.0  # seconds in which the meeting place says why a rank ended, once something is wrong
 FAILED = "failed"  # where a rank says why it ends
 
 
@@ -38,19 +40,33 @@ class Ranks:
         store: of torch.distributed, where they meet; None for one rank.
         timeout: seconds without a sign of another rank after which RankLost is raised.
         group: of torch.distributed, where these are only some of the run's ranks, which then do not `wait`.
+        again: whether any rank knows of an earlier start.
     """
 
     def __init__(
-        self, rank: int = 0, world_size: int = 1, *, store: Any = None, timeout: float = TIMEOUT, group: Any = None
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        store: Any = None,
+        timeout: float = TIMEOUT,
+        group: Any = None,
+        again: bool = False,
     ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._store, self._waits, self._group = store, 0, group
         self._meshes: dict[int, tuple[Ranks, Ranks]] = {}
+        self._again = again
 
     @property
     def several(self) -> bool:
         """Whether there is more than one."""
         return self.world_size > 1
+
+    @property
+    def again(self) -> bool:
+        """Whether torchrun has started this run before: the same on all ranks, also where it has counted on some hosts alone."""
+        return self._again or restarts() > 0
 
     def share(self, total: int) -> range:
         """This rank's neighbours among `total` things: parts differ by one at most, in the order of ranks.
@@ -166,7 +182,7 @@ class Ranks:
                     for lines in (by_row, by_column)
                 )
             row, column = divmod(self.rank, columns)
-            store: dict[str, Any] = {"store": self._store, "timeout": self.timeout}
+            store: dict[str, Any] = {"store": self._store, "timeout": self.timeout, "again": self.again}
             self._meshes[columns] = (
                 Ranks(row, rows, group=column_groups[column], **store),
                 Ranks(column, columns, group=row_groups[row], **store),
@@ -265,6 +281,7 @@ class Ranks:
 
     def _reason(self) -> str | None:
         """Why another rank ended, where it could say so; it may be about to."""
+        self._store.limit = min(ASKING, self.timeout)  # nobody answers where the link is cut
         for _ in range(10):
             with suppress(RuntimeError):
                 if (found := self.posted(FAILED)) is not None:
@@ -277,6 +294,7 @@ ALONE = Ranks()
 """The one rank of a run that nobody splits."""
 
 _current = ALONE
+_again: bool | None = None  # as this process found it when it first joined others
 
 
 def ranks() -> Ranks:
@@ -295,7 +313,7 @@ def launched() -> bool:
 
 
 def restarts() -> int:
-    """How often torchrun has started this run again."""
+    """How often torchrun has started this run again for what failed on this host; `Ranks.again` says it of all."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -320,7 +338,7 @@ def joined(*, timeout: float | None = None) -> Iterator[Ranks]:
         ...     together.world_size
         1
     """
-    global _current
+    global _current, _again
     if _current.several or not launched():
         yield _current
         return
@@ -329,7 +347,7 @@ def joined(*, timeout: float | None = None) -> Iterator[Ranks]:
     pulse = threading.Thread(target=_beat, args=(together, stop), daemon=True, name="bnn-pulse")
     pulse.start()
     try:
-        together.barrier()
+        _again = together._again = any(together.values(together.again))  # and all are here
         _current = together
         yield together
         _leave(together)
@@ -343,7 +361,7 @@ def joined(*, timeout: float | None = None) -> Iterator[Ranks]:
     finally:
         _current = ALONE
         stop.set()
-        pulse.join()
+        pulse.join(ASKING)  # it may wait for an answer that does not come
         with suppress(RuntimeError):
             torch.distributed.destroy_process_group()
 
@@ -381,10 +399,12 @@ def _meet(timeout: float) -> Ranks:
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
-        round_name = _round(PrefixStore("bnn", store), rank, world_size, timeout)
+        place = Meeting(PrefixStore("bnn", store), timeout)
+        again = place.check(["round"]) if _again is None else _again  # by processes before this one
+        round_name = agree(place, rank, world_size, timeout)
         store = PrefixStore(f"bnn/{round_name}", store)
-        own = PrefixStore("own", store)
-        own.set(f"pulse/{rank}", "0")
+        own = Meeting(PrefixStore("own", store), timeout)
+        own.add(f"pulse/{rank}", 0)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -394,46 +414,14 @@ def _meet(timeout: float) -> Ranks:
             got=lines[0][:200],
             fix=f"look at the other ranks' messages and the hosts' firewall, or set {TIMEOUT_NAME} to more seconds",
         ) from error
-    return Ranks(rank, world_size, store=own, timeout=timeout)
-
-
-def _round(store: Any, rank: int, world_size: int, timeout: float) -> str:
-    """A name that the ranks of this start share, and those of earlier ones in the same store do not.
-
-    torchrun may keep its store from start to start, with addresses of processes that are gone. Each rank says
-    hello by a name of its own; rank 0 tells whom it has heard, until all have answered to that.
-    """
-    own, end = os.urandom(8).hex(), time.monotonic() + timeout
-
-    def read(key: str) -> str:
-        return store.get(key).decode() if store.check([key]) else ""
-
-    heard = {0: own}
-    store.set(f"hello/{rank}", own)
-    while time.monotonic() < end:
-        if rank == 0:
-            for other in range(1, world_size):
-                heard[other] = read(f"hello/{other}")
-            store.set("round", json.dumps({"name": own, "heard": heard}))
-            if all(read(f"answer/{other}") == f"{own}/{heard[other]}" for other in range(1, world_size)):
-                return own
-        elif told := read("round"):
-            facts = json.loads(told)
-            if facts["heard"].get(str(rank)) == own:
-                answer = f"{facts['name']}/{own}"
-                store.set(f"answer/{rank}", answer)
-                return str(facts["name"])
-        time.sleep(0.02)
-    raise RuntimeError(f"not all {world_size} ranks came")
+    return Ranks(rank, world_size, store=own, timeout=timeout, again=again and rank == 0)
 
 
 def _beat(together: Ranks, stop: threading.Event) -> None:
     """Signs of life until the end, for those who wait long."""
-    number = 0
     while not stop.wait(min(together.timeout / 8, 5.0)):
-        number += 1
         with suppress(RuntimeError):
-            together.post(f"pulse/{together.rank}", str(number))
+            together._store.add(f"pulse/{together.rank}", 1)  # which is answered, unlike `set`
 
 
 def _leave(together: Ranks) -> None:

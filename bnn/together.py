@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnn.bank import BankWriter
-from bnn.distributed import Ranks, restarts
+from bnn.distributed import Ranks
 from bnn.errors import BankError, BankExists, ConfigError
 from bnn.types import Block, Method, State
 
@@ -76,9 +76,13 @@ def check_method(method: Method, together: Ranks) -> None:
 def check_alike(facts: Mapping[str, Any], together: Ranks) -> None:
     """Raise ConfigError on every rank unless all have the same facts, with the first difference.
 
+    `resume` and `overwrite` are no facts of a run that was started again, which goes on whatever they say: a host that comes back may
+    find the bank there, and say `--resume`.
+
     Args:
         facts: dictionaries, however deep, of plain values.
     """
+    facts = {key: value for key, value in facts.items() if not (together.again and key in ("resume", "overwrite"))}
     told = [_flat(each) for each in together.values(dict(facts))]
     for rank, found in enumerate(told):
         for key in sorted(told[0].keys() | found.keys()):
@@ -112,14 +116,14 @@ def open_part(
         alone: whether rank 0 writes for all; the others then get None.
     """
     there = any(together.values((out / "bank.json").exists()))
-    if there and not resume and not overwrite and not restarts():
+    if there and not resume and not overwrite and not together.again:
         raise BankExists(
             str(out),
             want="a new folder",
             got="a bank, which is kept",
             fix="go on with resume, replace it with overwrite, or choose another name",
         )
-    again, here = restarts() > 0, (out / "bank.json").exists()
+    again, here = together.again, (out / "bank.json").exists()
     resume = here if again else resume and (here or not there)
     overwrite = overwrite and not again
     if alone:

@@ -69,13 +69,13 @@ def launch(
     world_size: int,
     *arguments: str | Path,
     timeout: float = 120,
-    first_only: bool = False,
+    awaited: int | None = None,
     script: Path = WORK,
     **environment: str,
 ) -> list[Any]:
     """Run a script once a rank; the processes as they ended, with what they said as `out` and `err`.
 
-    With `first_only` the others are killed once rank 0 has ended.
+    The others are killed once the rank `awaited` has ended.
     """
     port = str(free_port())
     processes = []
@@ -92,18 +92,19 @@ def launch(
                 text=True,
             )
         )
-    ended: list[Any] = []
+    ended: dict[int, Any] = {}
+    order = list(range(world_size)) if awaited is None else [awaited, *(r for r in range(world_size) if r != awaited)]
     try:
-        for process in processes:
-            if ended and first_only:
-                process.kill()
-            out, err = process.communicate(timeout=timeout)
-            ended.append(SimpleNamespace(returncode=process.returncode, out=out, err=err))
+        for rank in order:
+            if ended and awaited is not None:
+                processes[rank].kill()
+            out, err = processes[rank].communicate(timeout=timeout)
+            ended[rank] = SimpleNamespace(returncode=processes[rank].returncode, out=out, err=err)
     finally:
-        for process in processes[len(ended) :]:
-            process.kill()
-            process.communicate()
-    return ended
+        for rank in order[len(ended) :]:
+            processes[rank].kill()
+            processes[rank].communicate()
+    return [ended[rank] for rank in range(world_size)]
 
 
 def paths() -> dict[str, str]:

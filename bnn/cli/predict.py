@@ -80,7 +80,7 @@ def predict(
     import torch
 
     from bnn.cli.tables import check_out, write_table
-    from bnn.distributed import ranks, restarts
+    from bnn.distributed import ranks
     from bnn.functional import FunctionalModel
     from bnn.newrows import new_rows
     from bnn.posthoc import Calibration
@@ -88,7 +88,7 @@ def predict(
     common.check_device(device)
     together = ranks()
     if together.rank == 0:
-        check_out(out, overwrite=overwrite or restarts() > 0)  # a file that is there was written before the restart
+        check_out(out, overwrite=overwrite or together.again)  # a file that is there was written before the restart
     opened = reading.open_bank(
         bank,
         residency=residency,

@@ -43,24 +43,33 @@ def collectives() -> None:
 
 
 def silence(kind: str) -> None:
-    """Rank 1 ends, or stands still, while rank 0 waits for it."""
+    """Rank 1, or where it is about the meeting place rank 0, ends or stands still, while the other waits for it."""
     try:
         with distributed.joined() as together:
-            if together.rank == 1 and kind == "error":
-                raise ValueError("no such file")
-            if together.rank == 1 and kind == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if together.rank == 1:
-                os.kill(os.getpid(), signal.SIGSTOP)
+            if together.rank == (0 if kind.startswith("meeting") else 1):
+                if kind == "error":
+                    raise ValueError("no such file")
+                os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
             started = time.monotonic()
             try:
-                together.wait() if kind == "stopped" else together.barrier()
+                together.wait() if kind in ("stopped", "meeting waited") else together.barrier()
             finally:
                 say(str(time.monotonic() - started))
     except BnnError as error:
         say(f"{type(error).__name__}: {error}")
     except ValueError:
         pass
+
+
+def starts(*counts: str) -> None:
+    """Whether the run was started before, when joined and when joined again; torchrun's count may differ by host."""
+    if counts:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = counts[int(os.environ["RANK"])]
+    found = []
+    for _ in range(2):
+        with distributed.joined() as together:
+            found.append(together.again)
+    say(json.dumps(found))
 
 
 if __name__ == "__main__":

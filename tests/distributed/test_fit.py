@@ -136,6 +136,8 @@ def test_what_differs_between_ranks_is_named_on_all(tmp_path: Path) -> None:
             ("num_warmup=",),
             ("out: want a folder",),
             ("writer: want none",),
+            ("ConfigError: rank 1: want versions.bnn = ", ", as on rank 0, got 9.8.7", "the same versions"),
+            (f"rank 1: want versions.torch = {torch.__version__}, as on rank 0, got 2.10.1",),
         ],
         told[0],
         strict=True,

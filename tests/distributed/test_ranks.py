@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from ranked import TALK, launch
 
 from bnn import distributed
@@ -56,10 +57,26 @@ def test_without_torchrun_nothing_is_imported_or_made() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=clean, timeout=60)
 
 
+@pytest.mark.parametrize(("counts", "again"), [((), False), (("0", "0", "0"), False), (("0", "0", "1"), True)])
+def test_a_restart_that_one_host_counts_is_known_to_all(counts: tuple[str, ...], again: bool) -> None:
+    """torchrun counts on the host whose ranks failed, and starts those of the others again without."""
+    ended = launch(3, "starts", *counts, script=TALK)
+    assert [json.loads(process.out) for process in ended] == [[again, again]] * 3
+
+
+def test_a_start_that_nobody_counts_is_known_by_where_ranks_meet() -> None:
+    """As where a host joins a run: torchrun's store is that of the start before, and no count goes up."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for again in (False, True):
+        ended = launch(2, "starts", script=TALK, **place)
+        assert [json.loads(process.out) for process in ended] == [[again, again]] * 2, ended[0].err
+
+
 @pytest.mark.parametrize("kind", ["error", "killed", "stopped"])
 def test_a_rank_that_is_lost_ends_the_others_in_time(kind: str) -> None:
     """Rank 0 knows at once where the other's connection closes, and else after the timeout of 3 seconds."""
-    ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", first_only=True, script=TALK)
+    ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", awaited=0, script=TALK)
     waited, _, said = ended[0].out.partition("\n")
     assert said.startswith("RankLost: rank 0 of 2: want ")
     assert "BNN_RANKS_TIMEOUT" in said
@@ -71,6 +88,17 @@ def test_a_rank_that_is_lost_ends_the_others_in_time(kind: str) -> None:
         assert 2.5 < float(waited) < 8
     else:
         assert float(waited) < 2.5
+
+
+@pytest.mark.parametrize("kind", ["meeting stopped", "meeting waited"])
+def test_ranks_end_in_time_where_the_meeting_place_is_lost(kind: str) -> None:
+    """Rank 0, which holds it, stands still with its connections open, as where a link is cut."""
+    ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", awaited=1, timeout=60, script=TALK)
+    waited, _, said = ended[1].out.partition("\n")
+    assert said.startswith("RankLost: rank 1 of 2: want "), ended[1].err
+    assert 2.5 < float(waited) < 8
+    if kind == "meeting waited":
+        assert "no answer from where the ranks meet" in said
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan"])

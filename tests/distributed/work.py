@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,24 @@ def refusals(out: str) -> None:
             (wide, (x, y), {**prior, "out": None}),
             (wide, (x, y), {**prior, "writer": "mine"}),
         ]
-        for model, data, options in cases:
+
+        def tell(model: bnn.BayesianModel, data: Any, options: dict[str, Any]) -> None:
             try:
                 bnn.fit(model, data, **{"out": out, **options})
                 told.append("nothing")
             except BnnError as error:
                 told.append(f"{type(error).__name__}: {error}")
+
+        for case in cases:
+            tell(*case)
+        told_of = Path(out).with_name(f"site-{together.rank}") / "bnn_toolkit-9.8.7.dist-info"
+        told_of.mkdir(parents=True)
+        (told_of / "METADATA").write_text("Metadata-Version: 2.1\nName: bnn-toolkit\nVersion: 9.8.7\n")
+        sys.path[:0] = [str(told_of.parent)] * odd  # as installed there
+        tell(wide, (x, y), prior)
+        del sys.path[: int(odd)]
+        torch.__version__ = torch.torch_version.TorchVersion("2.10.1" if odd else torch.__version__)
+        tell(wide, (x, y), prior)
     say(json.dumps(told))
 
 
@@ -101,6 +114,25 @@ def command_line(kills: str, *arguments: str) -> None:
     from bnn.cli import main
 
     main(list(arguments))
+
+
+def paced(seconds: str, *lines: str) -> None:
+    """`python -m bnn` with each line, with a commit at every chance and a rest before each block, in which something can happen."""
+    together.STATE_SECONDS = 0.0
+    writer.ROW_SECONDS = 0.0
+    take = together.Checkpoints.take
+
+    def rested(self: Any, block: Any, state: Any) -> None:
+        time.sleep(float(seconds))
+        take(self, block, state)
+
+    together.Checkpoints.take = rested  # type: ignore[method-assign]
+    from bnn import cli
+
+    for line in lines[:-1]:
+        if code := cli.run(line.split()):
+            sys.exit(code)
+    cli.main(lines[-1].split())
 
 
 def odd_command(*arguments: str) -> None:
