@@ -172,6 +172,8 @@ class Ranks:
         """
         if columns == 1 or not self.several:
             return self, ALONE
+        if columns == self.world_size:
+            return ALONE, self
         if columns not in self._meshes:
             rows = self.world_size // columns
             by_row = [[columns * row + column for column in range(columns)] for row in range(rows)]
@@ -188,6 +190,22 @@ class Ranks:
                 Ranks(column, columns, group=row_groups[row], **store),
             )
         return self._meshes[columns]
+
+    def placed(self, mesh: tuple[int, int] | None) -> tuple[Ranks, Ranks]:
+        """The same of (data, samples): ranks that take data in turn, and ranks that share samples; by default all take data.
+
+        Raises:
+            ConfigError: a mesh of another number of ranks.
+        """
+        data, samples = mesh or (self.world_size, 1)
+        if min(data, samples) < 1 or data * samples != self.world_size:
+            raise ConfigError(
+                "mesh",
+                want=f"(data, samples) whose product is {self.world_size}, the number of ranks",
+                got=f"{data} x {samples}",
+                fix="leave it out, so that data alone are split, or start as many ranks with torchrun",
+            )
+        return self.mesh(samples)
 
     def first_value(self, value: Any) -> Any:
         """What rank 0 says; what the others pass is not looked at."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -27,7 +27,7 @@ from bnn.likelihoods import (
 from bnn.mixtures import Mixture, NormalMixture, PoissonMixture, StudentTMixture, quantile
 from bnn.posthoc import Calibration, ClassSets, Interval
 from bnn.spread import Spread
-from bnn.turns import in_turn
+from bnn.turns import by_all, in_turn
 from bnn.types import Block
 from bnn.uncertainty import entropy, prior_shift
 
@@ -115,6 +115,7 @@ def predict(
     tolerance: float | None = None,
     calibration: Calibration | None = None,
     ranks: Ranks = ALONE,
+    mesh: tuple[int, int] | None = None,
     progress: bool | None = None,
 ) -> Predictive:
     """Predictive distribution under all samples of a bank, or as many as a tolerance asks for.
@@ -132,6 +133,7 @@ def predict(
 
     **On several ranks** each predicts on its own, unless `ranks=` is given: then all call it with the same arguments, batches of
     a data set or loader are taken in turn, a batch is cut into shares of its rows, and all ranks have all predictions.
+    With a mesh ranks of a row share the samples of each, which changes predictions in their last bits.
 
     Args:
         net: a module under a bank.
@@ -148,6 +150,8 @@ def predict(
         calibration: of `bnn.calibrate` with the same bank: `calibrated` then holds conformal sets or intervals, and class
             probabilities are tempered. Expected entropy and mutual information stay those of the mixture.
         ranks: that share the rows: what `bnn.distributed.joined()` gives.
+        mesh: (data, samples): how many rows of these ranks take rows in turn, and how many ranks of a row share the samples;
+            by default all ranks take rows.
         progress: show a bar on stderr for a data set or loader; by default where stderr is a terminal.
 
     Returns:
@@ -157,7 +161,7 @@ def predict(
         DataError: a sample gives NaN or Inf; its index is named.
         ConfigError: neither the bank nor the caller names a likelihood; a prior shift for a regression;
             other units for counts; levels outside (0, 1); outputs or a calibration beside a tolerance; a tolerance for
-            one batch that ranks share.
+            one batch, or samples, that ranks share; a mesh of another number of ranks.
         BankMismatch: a calibration of other samples.
 
     Examples:
@@ -172,25 +176,36 @@ def predict(
     """
     asked = _asked(net, likelihood, prior_shift, loc, scale, quantiles, outputs, tolerance)
     if calibration is None:
-        return _predicted(net, x, asked, progress, ranks)
+        return _predicted(net, x, asked, progress, ranks, mesh)
     if tolerance is not None:
         raise ConfigError(
             "calibration", want="all samples, as it was made with", got="a tolerance", fix="leave out one of them"
         )
     calibration.check(net.bank, asked.likelihood, prior_shift)
-    found = _predicted(net, x, asked._replace(quantiles=(*asked.quantiles, *calibration.quantiles)), progress, ranks)
+    asked_too = asked._replace(quantiles=(*asked.quantiles, *calibration.quantiles))
+    found = _predicted(net, x, asked_too, progress, ranks, mesh)
     if isinstance(found, ClassPredictive):
         return calibration.of_classes(found)
     found = calibration.of_targets(found, asked.scale)
     return found._replace(quantiles={level: found.quantiles[level] for level in asked.quantiles})
 
 
-def _predicted(net: FunctionalModel, x: Any, asked: _Asked, progress: bool | None, ranks: Ranks) -> Predictive:
+def _predicted(
+    net: FunctionalModel, x: Any, asked: _Asked, progress: bool | None, ranks: Ranks, mesh: tuple[int, int] | None
+) -> Predictive:
     """The predictive of a batch, or of a data set or loader batch by batch."""
+    column, row = ranks.placed(mesh)
+    if row.several and asked.tolerance is not None:
+        raise ConfigError(
+            "tolerance",
+            want="all samples on one rank, which stops once there are enough",
+            got=f"{row.world_size} ranks that share them",
+            fix="leave out tolerance or mesh",
+        )
     batch = _of_classes if asked.likelihood.task == "classification" else _of_targets
     if not isinstance(x, (Dataset, DataLoader)):
         if not ranks.several:
-            return batch(net, x, asked)
+            return batch(net, x, asked, row)
         if asked.tolerance is not None:
             raise ConfigError(
                 "tolerance",
@@ -199,12 +214,12 @@ def _predicted(net: FunctionalModel, x: Any, asked: _Asked, progress: bool | Non
                 fix="leave out tolerance or ranks",
             )
         rows = {len(leaf) for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)}
-        shares: Iterable[Any] = _shares(x, max(rows), ranks.world_size)
+        shares: Iterable[Any] = _shares(x, max(rows), column.world_size)
     else:
         loader = x if isinstance(x, DataLoader) else DataLoader(x, batch_size=BATCH_SIZE, generator=torch.Generator())
         shares = _shown(loader, progress if ranks.rank == 0 else False)
     kind = ClassPredictive if asked.likelihood.task == "classification" else TargetPredictive
-    found = in_turn(shares, lambda share: _as_state(batch(net, share, asked)), ranks)
+    found = in_turn(shares, lambda share: _as_state(batch(net, share, asked, row)), column)
     parts = [_from_state(kind, state) for state in found]
     if not parts:
         raise DataError("x", want="at least one row", got="none", fix="check the data set")
@@ -270,10 +285,8 @@ def mixtures(
         raise ConfigError("likelihood", want="one of targets", got="one of classes", fix="use predict")
     with torch.no_grad():
         for indices, block, found in _outputs(net, x, spread=False, batch=batch, samples=samples):
-            yield (
-                indices,
-                _mixture([(*_columns(found, block, asked), net.bank.log_weight[indices].double())], asked.likelihood),
-            )
+            log_weight = net.bank.log_weight[indices].double().log_softmax(dim=0)
+            yield indices, _mixture(*_columns(found, block, asked), log_weight, asked.likelihood)
 
 
 def class_logits(
@@ -353,62 +366,109 @@ def _asked(
 
 
 @torch.no_grad()
-def _of_classes(net: FunctionalModel, x: Any, asked: _Asked) -> ClassPredictive:
+def _of_classes(net: FunctionalModel, x: Any, asked: _Asked, row: Ranks) -> ClassPredictive:
     spread = Spread(net.bank, asked.tolerance)
-    log_probs = expected_entropy = expected_log_prob = torch.zeros((), dtype=torch.float64, device=net.device)
-    kept: list[Tensor] = []
-    raw: list[Tensor] = []
-    for indices, _, found in _outputs(net, x, spread=asked.tolerance is not None):
-        each = _class_log_probs(found, asked)  # [K, B, C]
-        log_weight = spread.log_weight[indices].to(net.device)
-        weight = log_weight.exp()[:, None, None]
-        probs = each.exp()
-        mixed = torch.logsumexp(each + log_weight[:, None, None], dim=0)  # [B, C]
-        log_probs = mixed if not spread.count else torch.logaddexp(log_probs, mixed)
-        expected_entropy = expected_entropy + (weight[:, 0] * entropy(probs)).sum(dim=0)  # [B]
-        expected_log_prob = expected_log_prob + (weight * each).sum(dim=0)
-        spread.add(indices, probs)
-        kept += [probs.cpu()] if asked.quantiles else []
-        raw += [found.cpu()] if asked.outputs else []
-        if spread.enough():
-            break
-    total, rows = spread.total, len(log_probs)
-    log_probs = log_probs - total.log().to(net.device)
+
+    def own() -> dict[str, Tensor]:
+        log_probs = expected_entropy = expected_log_prob = torch.zeros((), dtype=torch.float64, device=net.device)
+        kept: list[Tensor] = []
+        raw: list[Tensor] = []
+        for indices, _, found in _outputs(net, x, spread=asked.tolerance is not None, samples=_part(net, row)):
+            each = _class_log_probs(found, asked)  # [K, B, C]
+            log_weight = spread.log_weight[indices].to(net.device)
+            weight = log_weight.exp()[:, None, None]
+            probs = each.exp()
+            mixed = torch.logsumexp(each + log_weight[:, None, None], dim=0)  # [B, C]
+            log_probs = mixed if not spread.count else torch.logaddexp(log_probs, mixed)
+            expected_entropy = expected_entropy + (weight[:, 0] * entropy(probs)).sum(dim=0)  # [B]
+            expected_log_prob = expected_log_prob + (weight * each).sum(dim=0)
+            spread.add(indices, probs)
+            kept += [probs.cpu()] if asked.quantiles else []
+            raw += [found.cpu()] if asked.outputs else []
+            if spread.enough():
+                break
+        sums = {"log_probs": log_probs, "expected_entropy": expected_entropy, "expected_log_prob": expected_log_prob}
+        return sums | _cat("kept", kept) | _cat("outputs", raw)
+
+    sums = _shared(own, spread, row)
+    total, rows = spread.total.to(sums["log_probs"].device), len(sums["log_probs"])
     return ClassPredictive(
-        log_probs.cpu(),
-        (expected_entropy / total.to(net.device)).cpu(),
-        (expected_log_prob / total.to(net.device)).cpu(),
+        (sums["log_probs"] - total.log()).cpu(),
+        (sums["expected_entropy"] / total).cpu(),
+        (sums["expected_log_prob"] / total).cpu(),
         spread.variance().cpu(),
         torch.full((rows,), spread.count),
         spread.standard_error().cpu(),
-        _sample_quantiles(kept, spread.used_weights(), asked.quantiles),
-        torch.cat(raw) if raw else None,
+        _sample_quantiles(sums["kept"], spread.used_weights(), asked.quantiles) if asked.quantiles else {},
+        sums.get("outputs"),
     )
 
 
 @torch.no_grad()
-def _of_targets(net: FunctionalModel, x: Any, asked: _Asked) -> TargetPredictive:
+def _of_targets(net: FunctionalModel, x: Any, asked: _Asked, row: Ranks) -> TargetPredictive:
     spread = Spread(net.bank, asked.tolerance)
-    noise_variance = torch.zeros((), dtype=torch.float64)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    raw: list[Tensor] = []
-    for indices, block, found in _outputs(net, x, spread=asked.tolerance is not None):
-        places, noise = _columns(found, block, asked)
-        log_weight = spread.log_weight[indices]
-        means, variances = _moments(places, noise, asked.likelihood)
-        noise_variance = noise_variance + (log_weight.exp()[:, None, None] * variances).sum(dim=0)
-        spread.add(indices, means)
-        kept += [(places, noise, log_weight)] if asked.quantiles else []
-        raw += [found.cpu()] if asked.outputs else []
-        if spread.enough():
-            break
-    mean = spread.mean()
-    levels = {level: quantile(_mixture(kept, asked.likelihood), level) for level in asked.quantiles}
-    aleatoric = (noise_variance / spread.total).expand_as(mean) * _widened(asked.likelihood)
+
+    def own() -> dict[str, Tensor]:
+        noise_variance = torch.zeros((), dtype=torch.float64)
+        kept: list[tuple[Tensor, Tensor]] = []
+        raw: list[Tensor] = []
+        for indices, block, found in _outputs(net, x, spread=asked.tolerance is not None, samples=_part(net, row)):
+            places, noise = _columns(found, block, asked)
+            means, variances = _moments(places, noise, asked.likelihood)
+            weight = spread.log_weight[indices].exp()[:, None, None]
+            noise_variance = noise_variance + (weight * variances).sum(dim=0)
+            spread.add(indices, means)
+            kept += [(places, noise)] if asked.quantiles else []
+            raw += [found.cpu()] if asked.outputs else []
+            if spread.enough():
+                break
+        places_kept, noise_kept = _cat("places", [one for one, _ in kept]), _cat("noise", [one for _, one in kept])
+        return {"noise_variance": noise_variance} | places_kept | noise_kept | _cat("outputs", raw)
+
+    sums = _shared(own, spread, row)
+    mean, levels = spread.mean(), {}
+    if asked.quantiles:
+        whole = _mixture(sums["places"], sums["noise"], spread.used_weights(), asked.likelihood)
+        levels = {level: quantile(whole, level) for level in asked.quantiles}
+    aleatoric = (sums["noise_variance"] / spread.total).expand_as(mean) * _widened(asked.likelihood)
     rows = torch.full((len(mean),), spread.count)
     return TargetPredictive(
-        mean, aleatoric, spread.variance(), rows, spread.standard_error(), levels, torch.cat(raw) if raw else None
+        mean, aleatoric, spread.variance(), rows, spread.standard_error(), levels, sums.get("outputs")
     )
+
+
+def _part(net: FunctionalModel, row: Ranks) -> range | None:
+    """The samples of this rank, where several share those of a batch."""
+    return row.share(len(net.bank)) if row.several else None
+
+
+def _cat(name: str, blocks: list[Tensor]) -> dict[str, Tensor]:
+    return {name: torch.cat(blocks)} if blocks else {}
+
+
+def _shared(own: Callable[[], dict[str, Tensor]], spread: Spread, row: Ranks) -> dict[str, Tensor]:
+    """Sums over all samples and what is kept of each, of which each rank of a row adds and keeps its own."""
+    if not row.several:
+        return own()
+
+    def told() -> dict[str, Tensor]:
+        found = own()
+        moments = spread.state()
+        return {**found, **moments} if moments else {}  # a rank may have no samples
+
+    states = [dict(state) for state in by_all(told, row)]
+    states = [state for state in states if state]
+    spread.take([{name: state[name] for name in state if name.startswith("spread.")} for state in states])
+    merged: dict[str, Tensor] = {}
+    for name in states[0]:
+        values = [state[name] for state in states]
+        if name == "log_probs":
+            merged[name] = torch.logsumexp(torch.stack(values), dim=0)
+        elif name in ("kept", "places", "noise", "outputs"):
+            merged[name] = torch.cat(values)
+        elif not name.startswith("spread."):
+            merged[name] = torch.stack(values).sum(dim=0)
+    return merged
 
 
 def _class_log_probs(outputs: Tensor, asked: _Asked) -> Tensor:
@@ -470,9 +530,7 @@ def _widened(likelihood: Likelihood) -> float:
     return likelihood.df / (likelihood.df - 2.0) if likelihood.df > 2.0 else torch.inf
 
 
-def _mixture(kept: list[tuple[Tensor, Tensor, Tensor]], likelihood: Likelihood) -> Mixture:
-    places, noise, log_weight = (torch.cat(column) for column in zip(*kept, strict=True))
-    log_weight = log_weight.log_softmax(dim=0)
+def _mixture(places: Tensor, noise: Tensor, log_weight: Tensor, likelihood: Likelihood) -> Mixture:
     if isinstance(likelihood, Poisson):
         return PoissonMixture(places, log_weight)
     if isinstance(likelihood, StudentT):
@@ -480,11 +538,9 @@ def _mixture(kept: list[tuple[Tensor, Tensor, Tensor]], likelihood: Likelihood) 
     return NormalMixture(places, noise, log_weight)
 
 
-def _sample_quantiles(kept: list[Tensor], log_weight: Tensor, levels: tuple[float, ...]) -> dict[float, Tensor]:
+def _sample_quantiles(kept: Tensor, log_weight: Tensor, levels: tuple[float, ...]) -> dict[float, Tensor]:
     """The least value that samples of so much weight do not pass, [B, C] a level."""
-    if not levels:
-        return {}
-    ordered, order = torch.cat(kept).sort(dim=0)  # [S, B, C]
+    ordered, order = kept.sort(dim=0)  # [S, B, C]
     reached = log_weight.exp()[order].cumsum(dim=0)
     last = len(ordered) - 1
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class Spread:
                 f"all {self.count} samples leave a standard error of {worst:.2g}{few}; tolerance={self._tolerance:g} is not "
                 "kept: draw more",
                 NotConverged,
-                stacklevel=5,
+                stacklevel=7,
             )
         return False
 
@@ -122,6 +123,37 @@ class Spread:
         unused = torch.ones(len(self.log_weight), dtype=torch.bool)
         unused[torch.cat(self._indices)] = False
         return float(self.log_weight[unused].max().exp()) <= HEAVY * float(self.total) / self.count
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, for other ranks; of no tolerance, whose runs of draws all samples share."""
+        if not self.count:
+            return {}
+        names = ["shift", "first", "second", "squares", *([] if self._alike else ["square_first", "square_second"])]
+        sums = {f"spread.{name}": getattr(self, f"_{name}") for name in names}
+        return {**sums, "spread.total": self.total, "spread.indices": torch.cat(self._indices)}
+
+    def take(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Become the sums of the samples of several ranks, in their order, about the value close by of the first.
+
+        With d from that value to another rank's: sum w (v - d)^2 = sum w v^2 + 2 d sum w v + d^2 sum w.
+        """
+        parts = [{name.removeprefix("spread."): value for name, value in state.items()} for state in states]
+        self._shift = parts[0]["shift"]
+        self._indices = [part["indices"] for part in parts]
+        self.count = sum(map(len, self._indices))
+        self.total = torch.stack([part["total"] for part in parts]).sum()
+        self._squares = torch.stack([part["squares"] for part in parts]).sum()
+        for name, weights in (("", "total"), ("square_", "squares")):
+            if name and self._alike:
+                continue
+            first, second = torch.zeros_like(self._shift), torch.zeros_like(self._shift)
+            for part in parts:
+                apart, weight = part["shift"] - self._shift, part[weights]
+                own = part[f"{name}first"]
+                first = first + own + weight * apart
+                second = second + part[f"{name}second"] + 2 * apart * own + weight * apart.square()
+            setattr(self, f"_{name}first", first)
+            setattr(self, f"_{name}second", second)
 
     def used_weights(self) -> Tensor:
         return self.log_weight[torch.cat(self._indices)].log_softmax(dim=0)

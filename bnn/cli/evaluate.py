@@ -43,14 +43,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.html and pictures.", show_default=False)
     ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            help="Under torchrun, DATAxSAMPLES: ranks that take batches in turn, times ranks that share the samples of each. "
-            "[default: all take batches]",
-            show_default=False,
-        ),
-    ] = None,
+    mesh: reading.Mesh = None,
     device: reading.Device = "cpu",
     residency: reading.Residency = "mapped",
     host_budget: reading.HostBudget = None,
@@ -75,7 +68,7 @@ def evaluate(
     choose("--figures", figures, evaluation.FIGURES)
     common.check_device(device)
     common.check_folder("--report", report)
-    shape = None if mesh is None else _shape(mesh)
+    shape = reading.mesh_of(mesh)
     bank = list(dict.fromkeys(bank))
     opened = reading.open_banks(
         bank,
@@ -134,16 +127,6 @@ def _name(path: str, taken: Collection[str]) -> str:
     last = Path(path).name
     longer = re.sub(r"[^\w.]+", "-", path).strip("-.")
     return next(name for name in chain((last, longer), (f"{last}-{n}" for n in count(2))) if name not in taken)
-
-
-def _shape(mesh: str) -> tuple[int, int]:
-    """`2x3` as (2, 3)."""
-    from bnn.errors import ConfigError
-
-    data, _, samples = mesh.partition("x")
-    if not (data.isdecimal() and samples.isdecimal()):
-        raise ConfigError("--mesh", want="DATAxSAMPLES, two whole numbers", got=repr(mesh), fix="such as 2x1")
-    return int(data), int(samples)
 
 
 def _rows(bank: Bank, dataset: DataSet, rest: bool) -> Batch:

@@ -63,6 +63,7 @@ def predict(
     model: reading.Model = None,
     base: reading.Base = None,
     prior_shift: reading.PriorShift = False,
+    mesh: reading.Mesh = None,
     device: reading.Device = "cpu",
     residency: reading.Residency = "mapped",
     host_budget: reading.HostBudget = None,
@@ -87,6 +88,7 @@ def predict(
 
     common.check_device(device)
     together = ranks()
+    shape = reading.mesh_of(mesh)
     if together.rank == 0:
         check_out(out, overwrite=overwrite or together.again)  # a file that is there was written before the restart
     opened = reading.open_bank(
@@ -120,8 +122,8 @@ def predict(
     counts = _Counts()
     net = FunctionalModel(module, opened, device=device).settled()
     if together.several:
-        _check_ranks(net, _file(data, record, data_root), asked, together)
-    tables = _tables(net, rows, asked, counts, together)
+        _check_ranks(net, _file(data, record, data_root), asked, shape, together)
+    tables = _tables(net, rows, asked, counts, *together.placed(shape))
     if together.rank:
         for _ in tables:
             pass  # rank 0 writes
@@ -167,7 +169,9 @@ def _file(data: str, record: dict[str, Any], data_root: str | None) -> Path:
     return Path(data_root or ".") / _file_of(data, record)
 
 
-def _check_ranks(net: FunctionalModel, path: Path, asked: _Asked, together: Ranks) -> None:
+def _check_ranks(
+    net: FunctionalModel, path: Path, asked: _Asked, mesh: tuple[int, int] | None, together: Ranks
+) -> None:
     """Raise ConfigError on every rank unless all have the same bank, module, file and options."""
     import hashlib
 
@@ -177,7 +181,7 @@ def _check_ranks(net: FunctionalModel, path: Path, asked: _Asked, together: Rank
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     options = asked._asdict()
     options["calibration"] = None if asked.calibration is None else repr(asked.calibration)
-    check_ranks(net, {}, {**options, "file": digest}, together)
+    check_ranks(net, {}, {**options, "mesh": mesh, "file": digest}, together)
 
 
 def _file_of(data: str, record: dict[str, Any]) -> str:
@@ -188,8 +192,10 @@ def _file_of(data: str, record: dict[str, Any]) -> str:
     return data
 
 
-def _tables(net: FunctionalModel, rows: NewRows, asked: _Asked, counts: _Counts, together: Ranks) -> Iterator[Columns]:
-    """The columns of each batch, in order on all ranks, which predict them in turn."""
+def _tables(
+    net: FunctionalModel, rows: NewRows, asked: _Asked, counts: _Counts, column: Ranks, row: Ranks
+) -> Iterator[Columns]:
+    """The columns of each batch, in order on all ranks: those of a column predict them in turn, those of a row together."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -201,7 +207,7 @@ def _tables(net: FunctionalModel, rows: NewRows, asked: _Asked, counts: _Counts,
     def columns_of(x: Tensor) -> dict[str, Any]:
         found = predict(
             net, x, prior_shift=asked.shares, loc=asked.loc, scale=asked.scale, quantiles=_levels(net, asked),
-            calibration=asked.calibration,
+            calibration=asked.calibration, ranks=row, mesh=(1, row.world_size),
         )  # fmt: skip
         if isinstance(found, ClassPredictive):
             columns = _class_columns(found, asked)
@@ -210,9 +216,9 @@ def _tables(net: FunctionalModel, rows: NewRows, asked: _Asked, counts: _Counts,
         state = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in columns.items()}
         return {**state, "@names": list(columns)}  # in their order, which tensors and lists do not travel in
 
-    disable = None if together.rank == 0 else True
+    disable = None if column.rank == row.rank == 0 else True
     with tqdm(total=rows.total, desc="predict", unit="row", delay=1.0, disable=disable) as bar:
-        for state in in_turn(rows.batches, columns_of, together):
+        for state in in_turn(rows.batches, columns_of, column):
             names = state["@names"]
             columns = {n: state[n].numpy() if isinstance(state[n], torch.Tensor) else state[n] for n in names}
             size = len(columns["abstain"])

@@ -67,6 +67,31 @@ PriorShift = Annotated[
     bool, typer.Option("--prior-shift", help="Correct a bank of balanced classes for their natural shares.")
 ]
 
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="Under torchrun, DATAxSAMPLES: ranks that take batches in turn, times ranks that share the samples of each. "
+        "[default: all take batches]",
+        show_default=False,
+    ),
+]
+
+
+def mesh_of(text: str | None) -> tuple[int, int] | None:
+    """`2x3` as (2, 3).
+
+    Raises:
+        ConfigError: something else.
+    """
+    from bnn.errors import ConfigError
+
+    if text is None:
+        return None
+    data, _, samples = text.partition("x")
+    if not (data.isdecimal() and samples.isdecimal()):
+        raise ConfigError("--mesh", want="DATAxSAMPLES, two whole numbers", got=repr(text), fix="such as 2x1")
+    return int(data), int(samples)
+
 
 def open_bank(
     path: str,

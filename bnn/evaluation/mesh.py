@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from bnn.distributed import ALONE, Ranks
-from bnn.errors import ConfigError
 from bnn.evaluation.class_sums import ClassSums
 from bnn.evaluation.target_sums import TargetSums
 from bnn.functional import FunctionalModel
@@ -37,17 +36,9 @@ def mesh_of(mesh: tuple[int, int] | None, together: Ranks, num_samples: int) -> 
     Raises:
         ConfigError: a mesh that is not of as many ranks.
     """
-    data, samples = mesh or (together.world_size, 1)
-    if min(data, samples) < 1 or data * samples != together.world_size:
-        raise ConfigError(
-            "mesh",
-            want=f"(data, samples) whose product is {together.world_size}, the number of ranks",
-            got=f"{data} x {samples}",
-            fix="leave it out, so that data alone are split, or start as many ranks with torchrun",
-        )
+    column, row = together.placed(mesh)
     if not together.several:
         return Mesh()
-    column, row = together.mesh(samples)
     return Mesh(column, row, row.share(num_samples) if row.several else None, True, together.rank == 0)
 
 

@@ -22,20 +22,34 @@ import using  # noqa: E402
 ROWS = 1300  # three batches of 512, of which the last is short
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_rows_that_ranks_share_are_those_of_one_process(world_size: int, tmp_path: Path) -> None:
-    ended = launch(world_size, "predictions", tmp_path, script=SCRIPT)
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "1x2"), (3, "1x3"), (4, "2x2")])
+def test_rows_and_samples_that_ranks_share_are_those_of_one_process(world_size: int, mesh: str, tmp_path: Path) -> None:
+    """Rows alone, and under a mesh 43 samples too."""
+    ended = launch(world_size, "predictions", tmp_path, mesh, script=SCRIPT)
     assert [process.returncode for process in ended] == [0] * world_size, "".join(p.err for p in ended)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
     assert all(each == found[0] for each in found)
     assert "rows decide together" in found[0].pop("tolerance")
-    alone = {name: using.plain(predictive) for name, predictive in using.of_rows(distributed.ALONE).items()}
-    assert found[0].keys() == alone.keys()
+    assert "product is" in found[0].pop(f"{mesh} refused")
+    shared = found[0].pop(mesh)
+    assert shared["batch"]["log_probs"] != found[0]["batch"]["log_probs"]  # to the last bit
+    assert_close(shared, predictives((1, 1)))
+    alone = predictives(None)
+    assert_close(found[0], alone)
     assert found[0]["data set"] == alone["data set"]  # whole batches: to the last bit
-    for name, fields in alone.items():
-        assert found[0][name].keys() == fields.keys()
+
+
+def predictives(mesh: tuple[int, int] | None) -> dict[str, Any]:
+    """Those of one process."""
+    return {name: using.plain(predictive) for name, predictive in using.of_rows(distributed.ALONE, mesh).items()}
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, fields in expected.items():
+        assert found[name].keys() == fields.keys()
         for field, values in fields.items():
-            np.testing.assert_allclose(found[0][name][field], values, rtol=1e-10, atol=1e-13, err_msg=f"{name} {field}")
+            np.testing.assert_allclose(found[name][field], values, rtol=1e-10, atol=1e-13, err_msg=f"{name} {field}")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +87,38 @@ def test_verbs_under_ranks_leave_the_files_of_one_process(
     assert figures(one) == figures(two)
     assert (one / "student" / "curve.csv").read_text().count("\n") == 3
     assert (two / "student" / "curve.csv").read_text().count("\n") == 3
+
+
+def test_samples_of_a_virtual_bank_are_made_by_each_rank(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are split, and in a second table samples: to rounding, which the table shows."""
+    made = folder / "virtual"
+    words = (
+        "fit --data trees.csv:kind --model mlp:4 --method mean-field --num-steps 20 --num-samples 9 --seed 1 --virtual"
+    )
+    assert cli.run([*words.split(), "--data-root", str(folder), "--out", str(made)]) == 0
+
+    def of(out: Path) -> list[str]:
+        out.mkdir()
+        bank = f"--bank {made} --data-root {folder}"
+        table = f"predict {bank} --data new.csv --out {out}"
+        return [f"evaluate {bank} --report {out}/report", f"{table}/rows.csv", f"{table}/samples.csv"]
+
+    split = of(tmp_path / "two")
+    ended = launch(2, "command_lines", *split[:2], f"{split[2]} --mesh 1x2", script=SCRIPT)
+    assert [process.returncode for process in ended] == [0, 0], "".join(p.err for p in ended)
+    for line in of(tmp_path / "one"):
+        assert cli.run(line.split()) == 0
+    capsys.readouterr()
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "rows.csv").read_bytes() == (two / "rows.csv").read_bytes()
+    assert figures(one) == figures(two)
+    shared, whole = (np.genfromtxt(out / "samples.csv", delimiter=",", names=True, dtype=None) for out in (two, one))
+    assert shared.dtype.names == whole.dtype.names
+    assert len(shared) == ROWS
+    for name in ("probability", "total", "aleatoric", "epistemic"):
+        np.testing.assert_allclose(shared[name], whole[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def lines(folder: Path, out: Path) -> list[str]:

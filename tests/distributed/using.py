@@ -133,28 +133,37 @@ def evaluations(out: str, *meshes: str) -> None:
         (Path(out) / f"{together.rank}.json").write_text(json.dumps(found))
 
 
-def of_rows(together: distributed.Ranks) -> dict[str, Any]:
+def of_rows(together: distributed.Ranks, mesh: tuple[int, int] | None = None) -> dict[str, Any]:
     """Predictives of one batch, of a data set and of two rows."""
+    shared: dict[str, Any] = {"ranks": together, "mesh": mesh}
+    tolerance = None if mesh else 0.2
     x, y = classes()
     own, of_numbers = net(Categorical()), net(Gaussian(), 2)
     data = TensorDataset(torch.cat([x] * 40), torch.cat([y] * 40))  # three batches of 512, of 1,160 rows
     levels = (0.25, 0.9)
     return {
-        "batch": bnn.predict(own, x, ranks=together, quantiles=levels, outputs=True),
-        "data set": bnn.predict(own, data, ranks=together, tolerance=0.2),
-        "targets": bnn.predict(of_numbers, x, ranks=together, loc=1.5, scale=2.0, quantiles=levels),
-        "few": bnn.predict(own, x[:2], ranks=together),
+        "batch": bnn.predict(own, x, **shared, quantiles=levels, outputs=True),
+        "data set": bnn.predict(own, data, **shared, tolerance=tolerance),
+        "targets": bnn.predict(of_numbers, x, **shared, loc=1.5, scale=2.0, quantiles=levels),
+        "few": bnn.predict(own, x[:2], **shared),
     }
 
 
-def predictions(out: str) -> None:
-    """Predictives, one file a rank, and what is said of a tolerance."""
+def predictions(out: str, *meshes: str) -> None:
+    """Predictives, without a mesh and under each, one file a rank, and what is said of a tolerance."""
     with distributed.joined() as together:
-        found = {name: plain(predictive) for name, predictive in of_rows(together).items()}
+        found: dict[str, Any] = {name: plain(predictive) for name, predictive in of_rows(together).items()}
         try:
             bnn.predict(net(Categorical()), classes()[0], ranks=together, tolerance=0.2)
         except BnnError as error:
             found["tolerance"] = str(error)
+        for mesh in meshes:
+            shape = (int(mesh[0]), int(mesh[2]))
+            found[mesh] = {name: plain(predictive) for name, predictive in of_rows(together, shape).items()}
+            try:
+                bnn.predict(net(Categorical()), classes()[0], ranks=together, mesh=(shape[0], 2 * shape[1]))
+            except BnnError as error:
+                found[f"{mesh} refused"] = str(error)
         (Path(out) / f"{together.rank}.json").write_text(json.dumps(found))
 
 
