@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from bnn.errors import ConfigError
+from bnn.evaluation import target_figures
 from bnn.evaluation.class_figures import BASIC, MORE, TOP
 from bnn.evaluation.views import Views
 from bnn.inference.adaptation import windows
@@ -119,6 +120,29 @@ def class_state_bytes(num_rows: int, views: Views, *, num_classes: int, num_bins
     if whole:
         numbers += 2 * halves * num_classes * num_bins + num_rows * num_classes + 5 * halves * num_rows
     return COLUMN * numbers
+
+
+def target_state_bytes(num_rows: int, views: Views, *, num_targets: int, whole: bool) -> int:
+    """Bytes of tensors that a batch of a regression's evaluation says to all ranks, but for the rows on which chains are judged.
+
+    8 (V + F V + (F + 2) B C + 2 B), with F figures of V views, B rows and C targets: the log densities of two
+    are of all targets of a row. Where every figure is asked for F is 4 more, and quantiles add 2 B C
+
+    Args:
+        num_rows: B, of the batch.
+        views: of the bank.
+        num_targets: C.
+        whole: whether every figure and curve is asked for.
+
+    Examples:
+        >>> import torch
+        >>> one = Views(torch.zeros(1), torch.zeros(1), torch.zeros(1), 1, torch.zeros(0, 1), (1,))
+        >>> target_state_bytes(3, one, num_targets=2, whole=False)  # 8 (1 + 10 + 72 + 6)
+        712
+    """
+    figures = len(target_figures.BASIC) + (len(target_figures.MORE) if whole else target_figures.ALWAYS)
+    of_targets = figures + 2 + (2 if whole else 0)
+    return COLUMN * (views.num_views * (1 + figures) + (of_targets * num_targets + 2) * num_rows)
 
 
 class Pace(NamedTuple):

@@ -22,6 +22,8 @@ REFERENCES = 200  # samples that others are compared with for the Monte Carlo er
 PAIR_VALUES = 2**20  # numbers held at once while pairs are summed
 LEVEL = 0.9  # of the interval
 BASIC = ("rmse", "mae", "nll", *(f"coverage_{level * 100:.0f}" for level in LEVELS), "aleatoric", "epistemic")
+MORE = ("gibbs_nll", "sharpness", "crps", "width_90", "interval_score_90", "pinball")
+ALWAYS = 2  # of them, which cost nothing and so are found whether asked for or not
 MAIN = ("rmse", "nll", "coverage_90")  # shown against samples
 ROOTS = {"rmse": "squared_error", "sharpness": "variance"}
 
@@ -191,12 +193,7 @@ class TargetCollector:
         """Put all figures into a report."""
         assert self.weight is not None
         report.rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
-        names = (
-            (*BASIC, "gibbs_nll", "sharpness", "crps", "width_90", "interval_score_90", "pinball")
-            if self.whole
-            else BASIC
-        )
-        for name in names:
+        for name in (*BASIC, *MORE) if self.whole else BASIC:
             views = self._sums[ROOTS.get(name, name)] / self.count
             rows = report.rows[ROOTS.get(name, name)].mean(dim=1)  # [N]
             error = standard_error(rows)

@@ -19,7 +19,7 @@ import bnn
 from bnn import distributed
 from bnn.evaluation import mesh
 from bnn.inference import HMC, Guide
-from bnn.likelihoods import Categorical
+from bnn.likelihoods import Categorical, Gaussian
 from bnn.traffic import Traffic, counted
 
 EXTRA: dict[str, Any] = {
@@ -28,7 +28,7 @@ EXTRA: dict[str, Any] = {
 }
 METHODS = ranked.CHAINS | ranked.ROWS | ranked.GUIDES | EXTRA
 COUNTED = ("hmc", "chees", "low-rank mass", "climbed", "nuts", "sghmc", "prior", "mean-field", "two", "flow", "map")
-FIGURES = ("basic", "all")
+EVALUATED = [(figures, task) for figures in ("basic", "all") for task in ("classes", "targets")]
 
 
 def marked(method: Any, traffic: Traffic, marks: list[Traffic]) -> Any:
@@ -59,9 +59,10 @@ def fits(out: Path) -> dict[str, Any]:
     return found
 
 
-def evaluated(figures: Any) -> Any:
+def evaluated(figures: Any, task: str) -> Any:
     """Calls and bytes of an evaluation of one batch, after what is compared before it, and how long its JSON is."""
-    (x, y), marks, texts = using.classes(), list[Traffic](), list[int]()
+    of_classes, marks, texts = task == "classes", list[Traffic](), list[int]()
+    net = using.net(Categorical()) if of_classes else using.net(Gaussian(), 2)
     compared, values = mesh.check_ranks, distributed.Ranks.values
 
     def check(*arguments: Any) -> None:
@@ -77,12 +78,13 @@ def evaluated(figures: Any) -> Any:
     with counted() as traffic, pytest.MonkeyPatch.context() as patch:
         patch.setattr("bnn.evaluation.scoring.check_ranks", check)
         patch.setattr(distributed.Ranks, "values", said)
-        bnn.evaluate(using.net(Categorical()), (x, y), num_bins=6, figures=figures, batch_size=using.N)
+        data = using.classes() if of_classes else using.numbers()
+        bnn.evaluate(net, data, num_bins=6, figures=figures, batch_size=using.N)
     return [[each.calls, each.payload] for each in (marks[0], traffic)], texts
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with distributed.joined():
-        told = {"fits": fits(Path(sys.argv[1])), "evaluations": {each: evaluated(each) for each in FIGURES}}
+        told = {"fits": fits(Path(sys.argv[1])), "evaluations": [evaluated(*each) for each in EVALUATED]}
     sys.stdout.write(json.dumps(told))

@@ -14,7 +14,7 @@ from ranked import launch, model
 from bnn.evaluation.views import views_of
 from bnn.inference.guide import make_family
 from bnn.likelihoods import Categorical
-from bnn.scaling import class_state_bytes, fit_calls, gathered
+from bnn.scaling import class_state_bytes, fit_calls, gathered, target_state_bytes
 from bnn.together import split_of
 from bnn.traffic import Call
 
@@ -49,15 +49,20 @@ def test_a_fit_sends_what_the_model_says(name: str, told: tuple[int, list[dict[s
         assert difference(after, before) == by_kind(expected)
 
 
-@pytest.mark.parametrize("figures", counting.FIGURES)
-def test_an_evaluation_sends_what_the_model_says(figures: str, told: tuple[int, list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize(("figures", "task"), counting.EVALUATED)
+def test_an_evaluation_sends_what_the_model_says(
+    figures: str, task: str, told: tuple[int, list[dict[str, Any]]]
+) -> None:
     """One batch, so that all but one rank have nothing to say: JSON, then tensors, and each time how many bytes."""
     whole = figures == "all"
     views = views_of(using.net(Categorical()).bank, beginnings=whole)
-    tensors = class_state_bytes(using.N, views, num_classes=using.C, num_bins=6, whole=whole)
+    if task == "classes":
+        tensors = class_state_bytes(using.N, views, num_classes=using.C, num_bins=6, whole=whole)
+    else:
+        tensors = target_state_bytes(using.N, views, num_targets=2, whole=whole)
     tensors += using.N * using.D * 8 if whole else 0  # rows on which chains are judged
     for each in told[1]:
-        (before, after), [text] = each["evaluations"][figures]
+        (before, after), [text] = each["evaluations"][counting.EVALUATED.index((figures, task))]
         assert difference(after, before) == by_kind(gathered(text) + gathered(tensors))
 
 
