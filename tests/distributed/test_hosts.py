@@ -75,7 +75,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts torchrun on both hosts, which meet at the first; what is left at the end is killed."""
     started: list[Agent] = []
 
-    def both(pair: Pair, *arguments: str | Path, ranks: int = 1, restarts: int = 0) -> list[Agent]:
+    def both(pair: Pair, *arguments: str | Path, ranks: tuple[int, int] = (1, 1), restarts: int = 0) -> list[Agent]:
         port, agents = free_port(), []
         for number, host in enumerate(pair):
             meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{pair[0].address}:{port}", "--rdzv-id", "7"]
@@ -83,7 +83,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 "--rdzv-conf",
                 f"is_host={'false' if number else 'true'}",
             ]  # the name of the machine is that of both
-            size = ["--nnodes", "2", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+            size = ["--nnodes", "2", "--nproc-per-node", str(ranks[number]), "--max-restarts", str(restarts)]
             log = tmp_path / f"{len(started) + number}.log"
             agents.append(host.start(log, *size, *meeting, *first, *arguments, BNN_RANKS_TIMEOUT=str(TIMEOUT)))
         started.extend(agents)
@@ -95,7 +95,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def have_committed(bank: Path, *, rows: int) -> Callable[[], bool]:
-    """Whether all ranks have committed a state, and together so many rows."""
+    """Whether two ranks have committed a state, and all together so many rows."""
 
     def found() -> bool:
         try:
@@ -127,10 +127,10 @@ def figures(report: Path) -> Any:
 
 
 def test_killed_ranks_of_a_host_are_started_again(pair: Pair, start: Start, folder: Path, tmp_path: Path) -> None:
-    """Two ranks a host. Then both hosts evaluate the bank, to the figures of one process."""
+    """One rank on the first host, two on the other. Then both hosts evaluate the bank, to the figures of one process."""
     bank = tmp_path / "bank"
     lines = [" ".join(words) for words in (fit(folder, bank), evaluate(folder, bank, tmp_path / "two"))]
-    agents = start(pair, WORK, "paced", PACE, *lines, ranks=2, restarts=1)
+    agents = start(pair, WORK, "paced", PACE, *lines, ranks=(1, 2), restarts=1)
     until(have_committed(bank, rows=8), what="rows of warm chains")
     before = len(bnn.Bank.open(bank))
     killed = hosts.ranks_of(agents[1])
@@ -139,7 +139,7 @@ def test_killed_ranks_of_a_host_are_started_again(pair: Pair, start: Start, fold
     assert [agent.ended() for agent in agents] == [0, 0], "".join(agent.said() for agent in agents)
     assert before < 80
     assert "exitcode: -9" in agents[1].said() or "SIGKILL" in agents[1].said()
-    assert bnn.Bank.open(bank).info["ranks"] == {"world_size": 4}
+    assert bnn.Bank.open(bank).info["ranks"] == {"world_size": 3}
     same_rows(bank, folder / "bank")
     assert cli.run(evaluate(folder, bank, tmp_path / "one")) == 0
     assert figures(tmp_path / "two") == figures(tmp_path / "one")
@@ -149,7 +149,7 @@ def test_killed_ranks_of_a_host_are_started_again(pair: Pair, start: Start, fold
 def test_a_host_that_dies_ends_the_other_at_once(
     pair: Pair, start: Start, folder: Path, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    """Its connections close. What was committed is gone on with."""
+    """Its connections close. What was committed is there."""
     bank = tmp_path / "bank"
     agents = start(pair, WORK, "paced", PACE, " ".join(fit(folder, bank)))
     until(have_committed(bank, rows=0), what="states of warm-up")
@@ -161,7 +161,7 @@ def test_a_host_that_dies_ends_the_other_at_once(
     assert seconds < TIMEOUT
     tell(f"said after {seconds:.1f} s")
     assert not len(bnn.Bank.open(bank))
-    finish(start, pair, bank, folder)
+    assert len(list(bank.glob("state-*"))) >= 2
 
 
 @pytest.mark.hosts
