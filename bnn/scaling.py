@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
 
 from bnn.errors import ConfigError
 from bnn.evaluation import target_figures
 from bnn.evaluation.class_figures import BASIC, MORE, TOP
-from bnn.evaluation.views import Views
+from bnn.evaluation.views import GROUPS, Views, views_of
 from bnn.inference.adaptation import windows
 from bnn.inference.hmc import HMC
 from bnn.inference.starting import CLIMB_STEPS, climbs
@@ -22,6 +26,7 @@ from bnn.types import Method, State
 
 LENGTH, FLAG, COLUMN = 8, 1, 8  # bytes: of what says how many rows a rank has; of a yes or no; of a float64
 NULL = 4  # bytes of the JSON that a barrier says
+JSON = 2048  # at most of what a batch of an evaluation says beside its tensors: their names and shapes
 CLIMB_PER_STATE = 50
 
 
@@ -143,6 +148,61 @@ def target_state_bytes(num_rows: int, views: Views, *, num_targets: int, whole: 
     figures = len(target_figures.BASIC) + (len(target_figures.MORE) if whole else target_figures.ALWAYS)
     of_targets = figures + 2 + (2 if whole else 0)
     return COLUMN * (views.num_views * (1 + figures) + (of_targets * num_targets + 2) * num_rows)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Draws of a bank that is not there yet, chain by chain."""
+
+    chain: Tensor
+    draw: Tensor
+
+    @property
+    def log_weight(self) -> Tensor:
+        return torch.zeros(len(self), dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.chain)
+
+
+def planned_views(num_samples: int, num_chains: int) -> Views:
+    """As many views as an evaluation of all figures has of a bank with so many samples that weigh alike.
+
+    Chains are cut into no more than 20 runs, so that 20 draws of each tell how many: its samples are not looked at.
+
+    Examples:
+        >>> planned_views(1000, 4).num_views  # the whole, 19 halves of 20 runs, and beginnings of 1, 2, ..., 512
+        30
+    """
+    draws = max(1, min(num_samples // num_chains, GROUPS))
+    number = torch.arange(num_chains * draws)
+    views = views_of(_Planned(number // draws, number % draws), beginnings=False)
+    shorter = (2**power for power in range((num_samples - 1).bit_length()))
+    return views._replace(sizes=(*shorter, num_samples))
+
+
+def evaluation_calls(
+    num_rows: int, num_ranks: int, state_bytes: Callable[[int], int], *, batch_size: int, json_bytes: int = JSON
+) -> list[Call]:
+    """What R ranks say to each other in an evaluation, after what is compared before anyone begins.
+
+    Ranks take batches in turn, and all say in rounds of R batches what they have found, each padded to that of the largest.
+
+    Args:
+        num_rows: N, of the data.
+        num_ranks: R.
+        state_bytes: of what a batch of so many rows says in tensors.
+        batch_size: rows of a batch.
+        json_bytes: beside them.
+
+    Examples:
+        >>> [call.payload for call in evaluation_calls(20, 2, lambda rows: 8 * rows, batch_size=8, json_bytes=50)]
+        [8, 50, 8, 64, 8, 50, 8, 32]
+    """
+    calls = []
+    for first in range(0, num_rows, batch_size * num_ranks):
+        calls += gathered(json_bytes) + gathered(state_bytes(min(batch_size, num_rows - first)))
+    return calls
 
 
 class Pace(NamedTuple):

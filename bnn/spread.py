@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -159,7 +160,22 @@ class Spread:
         return self.log_weight[torch.cat(self._indices)].log_softmax(dim=0)
 
 
-def groups_of(bank: SampleSource, *, num: int = GROUPS) -> tuple[Tensor, int]:
+class Draws(Protocol):
+    """What is asked of a bank, or of one that is planned, to tell its runs of draws."""
+
+    @property
+    def chain(self) -> Tensor: ...
+
+    @property
+    def draw(self) -> Tensor: ...
+
+    @property
+    def log_weight(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+def groups_of(bank: Draws, *, num: int = GROUPS) -> tuple[Tensor, int]:
     """A number of a run of draws for each sample, int64 [S], and how many runs, at least `num`: each chain is cut into as many."""
     chain, draw = bank.chain.numpy(), bank.draw.numpy()
     _, chain = np.unique(chain, return_inverse=True)

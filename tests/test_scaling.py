@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import bnn
 from bnn import scaling
 from bnn.errors import ConfigError
+from bnn.evaluation.views import views_of
 from bnn.inference import HMC, SWAG, Guide, Prior
-from bnn.scaling import Pace, fit_calls, paces, plan_ranks, share_of
+from bnn.layout import Entry, Layout
+from bnn.scaling import Pace, fit_calls, paces, plan_ranks, planned_views, share_of
 from bnn.traffic import Call, Network, count, counted, network_of, talk_of
+from bnn.types import make_block
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8, 64, 1024])
@@ -61,6 +66,22 @@ def test_a_fit_says_in_closed_form() -> None:
     assert fit_calls(Prior(), 3, num_values=7, itemsize=4).step == []
     low = fit_calls(HMC(num_chains=4, mass="low-rank", rank=3), 2, num_values=7, itemsize=4).edge
     assert low[-1].payload == 2 * (20 * 3 // 4 + 1) * 7 * 4
+
+
+@pytest.mark.parametrize(("num_samples", "num_chains"), [(1, 1), (7, 1), (60, 3), (600, 5), (90, 45), (520, 40)])
+def test_views_of_a_plan_are_as_many_as_those_of_its_bank(num_samples: int, num_chains: int) -> None:
+    block = make_block(
+        {"weight": torch.zeros(num_samples, 2)},
+        chain=torch.arange(num_samples) // (num_samples // num_chains),
+        draw=torch.arange(num_samples) % (num_samples // num_chains),
+    )
+    bank = bnn.Bank.from_blocks([block], layout=Layout((Entry("weight", (2,), torch.float32),), {}), info={})
+    found, expected = planned_views(num_samples, num_chains), views_of(bank)
+    assert (found.num_views, found.left_out, found.sizes) == (
+        expected.num_views,
+        expected.left_out,
+        expected.sizes,
+    )
 
 
 def test_the_busiest_rank_has_the_larger_part() -> None:

@@ -88,6 +88,36 @@ def foresee(
     )
 
 
+def tell_evaluation(dataset: DataSet, num_samples: int, num_chains: int, num_ranks: int, network: Network) -> None:
+    """A line of what `bnn evaluate` says between ranks on the held-out rows, with what it does where nothing is asked for."""
+    import inspect
+
+    from bnn.evaluation import evaluate
+    from bnn.scaling import class_state_bytes, evaluation_calls, planned_views, target_state_bytes
+    from bnn.traffic import talk_of
+
+    usual = {name: one.default for name, one in inspect.signature(evaluate).parameters.items()}
+    views, batch_size = planned_views(num_samples, num_chains), usual["batch_size"]
+
+    def of_tensors(num_rows: int) -> int:
+        if dataset.task == "classification":
+            return class_state_bytes(
+                num_rows, views, num_classes=dataset.num_outputs, num_bins=usual["num_bins"], whole=True
+            )
+        return target_state_bytes(num_rows, views, num_targets=dataset.num_outputs, whole=True)
+
+    num_rows = len(dataset.test.y)
+    num_batches = -(-num_rows // batch_size)
+    talk = talk_of(evaluation_calls(num_rows, num_ranks, of_tensors, batch_size=batch_size), num_ranks, network)
+    batches = "1 batch" if num_batches == 1 else f"{num_batches:,} batches"
+    typer.echo(
+        f"evaluate    {batches} of held-out rows: {size(talk.sent)} sent by a rank in {talk.calls} calls, "
+        f"{talk.seconds * 1e3:.3g} ms"
+    )
+    if num_batches < num_ranks:
+        typer.echo("            fewer batches than ranks: share samples with --mesh")
+
+
 def tell(found: RanksPlan, network: Network) -> None:
     """The plan as lines."""
     from bnn.cli.plan import duration

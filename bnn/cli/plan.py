@@ -126,6 +126,7 @@ def plan(
             ),
             between,
         )  # fmt: skip
+        many.tell_evaluation(dataset, num_samples, getattr(chosen, "num_chains", 1), num_ranks, between)
     elif trial:
         run = with_progress(
             chosen.run(bayesian_model, dataset.train, num_samples=num_samples, seed=seed), f"try {chosen.name}", None

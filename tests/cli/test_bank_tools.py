@@ -230,6 +230,9 @@ def test_plan_foresees_ranks(bnn: Call) -> None:
     )
     assert re.search(r"^first       talk, \d+% of the run: a trajectory of warm-up: 22 ms of talk$", out, re.MULTILINE)
     assert "a fit wants a chain for each rank" in out
+    # One batch: 4 calls of 4 messages of 2 ms, beside which bytes take microseconds.
+    assert re.search(r"^evaluate    1 batch of held-out rows: .* sent by a rank in 4 calls, 32 ms$", out, re.MULTILINE)
+    assert "fewer batches than ranks: share samples with --mesh" in out
     words = "bank plan --data rows.csv:y --model mlp:3 --method mean-field --num-samples 6 --trial .1"
     code, out, _ = bnn(f"{words} --ranks 4 --latency 0.02")
     assert code == 0

@@ -16,7 +16,7 @@ import ranked
 from distributed import using
 
 import bnn
-from bnn import distributed
+from bnn import distributed, together
 from bnn.evaluation import mesh
 from bnn.inference import HMC, Guide
 from bnn.likelihoods import Categorical, Gaussian
@@ -28,7 +28,8 @@ EXTRA: dict[str, Any] = {
 }
 METHODS = ranked.CHAINS | ranked.ROWS | ranked.GUIDES | EXTRA
 COUNTED = ("hmc", "chees", "low-rank mass", "climbed", "nuts", "sghmc", "prior", "mean-field", "two", "flow", "map")
-EVALUATED = [(figures, task) for figures in ("basic", "all") for task in ("classes", "targets")]
+EVALUATED = [(figures, task, using.N) for figures in ("basic", "all") for task in ("classes", "targets")]
+EVALUATED.append(("basic", "targets", using.BATCH))  # in rounds of as many batches as there are ranks
 
 
 def marked(method: Any, traffic: Traffic, marks: list[Traffic]) -> Any:
@@ -59,8 +60,8 @@ def fits(out: Path) -> dict[str, Any]:
     return found
 
 
-def evaluated(figures: Any, task: str) -> Any:
-    """Calls and bytes of an evaluation of one batch, after what is compared before it, and how long its JSON is."""
+def evaluated(figures: Any, task: str, batch_size: int) -> Any:
+    """Calls and bytes of an evaluation, after what is compared before it, and how long its JSON is."""
     of_classes, marks, texts = task == "classes", list[Traffic](), list[int]()
     net = using.net(Categorical()) if of_classes else using.net(Gaussian(), 2)
     compared, values = mesh.check_ranks, distributed.Ranks.values
@@ -79,12 +80,13 @@ def evaluated(figures: Any, task: str) -> Any:
         patch.setattr("bnn.evaluation.scoring.check_ranks", check)
         patch.setattr(distributed.Ranks, "values", said)
         data = using.classes() if of_classes else using.numbers()
-        bnn.evaluate(net, data, num_bins=6, figures=figures, batch_size=using.N)
+        bnn.evaluate(net, data, num_bins=6, figures=figures, batch_size=batch_size)
     return [[each.calls, each.payload] for each in (marks[0], traffic)], texts
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    together.STATE_SECONDS = float("inf")  # the model counts no states of warm-up, which a slow machine would come to
     with distributed.joined():
         told = {"fits": fits(Path(sys.argv[1])), "evaluations": [evaluated(*each) for each in EVALUATED]}
     sys.stdout.write(json.dumps(told))

@@ -14,7 +14,7 @@ from ranked import launch, model
 from bnn.evaluation.views import views_of
 from bnn.inference.guide import make_family
 from bnn.likelihoods import Categorical
-from bnn.scaling import class_state_bytes, fit_calls, gathered, target_state_bytes
+from bnn.scaling import JSON, class_state_bytes, evaluation_calls, fit_calls, target_state_bytes
 from bnn.together import split_of
 from bnn.traffic import Call
 
@@ -49,21 +49,29 @@ def test_a_fit_sends_what_the_model_says(name: str, told: tuple[int, list[dict[s
         assert difference(after, before) == by_kind(expected)
 
 
-@pytest.mark.parametrize(("figures", "task"), counting.EVALUATED)
+@pytest.mark.parametrize(("figures", "task", "batch_size"), counting.EVALUATED)
 def test_an_evaluation_sends_what_the_model_says(
-    figures: str, task: str, told: tuple[int, list[dict[str, Any]]]
+    figures: str, task: str, batch_size: int, told: tuple[int, list[dict[str, Any]]]
 ) -> None:
-    """One batch, so that all but one rank have nothing to say: JSON, then tensors, and each time how many bytes."""
+    """In one batch all but one rank have nothing to say. JSON, then tensors, and each time how many bytes."""
     whole = figures == "all"
     views = views_of(using.net(Categorical()).bank, beginnings=whole)
-    if task == "classes":
-        tensors = class_state_bytes(using.N, views, num_classes=using.C, num_bins=6, whole=whole)
-    else:
-        tensors = target_state_bytes(using.N, views, num_targets=2, whole=whole)
-    tensors += using.N * using.D * 8 if whole else 0  # rows on which chains are judged
+
+    def of_tensors(num_rows: int) -> int:
+        judged = using.N * using.D * 8 if whole else 0  # rows on which chains are judged
+        if task == "classes":
+            found = class_state_bytes(num_rows, views, num_classes=using.C, num_bins=6, whole=whole)
+        else:
+            found = target_state_bytes(num_rows, views, num_targets=2, whole=whole)
+        return found + judged
+
     for each in told[1]:
-        (before, after), [text] = each["evaluations"][counting.EVALUATED.index((figures, task))]
-        assert difference(after, before) == by_kind(gathered(text) + gathered(tensors))
+        (before, after), texts = each["evaluations"][counting.EVALUATED.index((figures, task, batch_size))]
+        assert len(set(texts)) <= 2  # a batch more or less, in digits
+        assert max(texts) <= JSON
+        made, payload = by_kind(evaluation_calls(using.N, told[0], of_tensors, batch_size=batch_size, json_bytes=0))
+        payload["all_gather"] += sum(texts)
+        assert difference(after, before) == (made, payload)
 
 
 def difference(after: list[dict[str, int]], before: list[dict[str, int]]) -> tuple[Counter[str], Counter[str]]:
