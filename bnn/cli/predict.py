@@ -90,7 +90,9 @@ def predict(
     together = ranks()
     shape = reading.mesh_of(mesh)
     if together.rank == 0:
-        check_out(out, overwrite=overwrite or together.again)  # a file that is there was written before the restart
+        check_out(
+            out, overwrite=overwrite
+        )  # after a restart too: the file may be one that the first start refused to replace
     opened = reading.open_bank(
         bank,
         residency=residency,

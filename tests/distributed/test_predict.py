@@ -121,6 +121,17 @@ def test_samples_of_a_virtual_bank_are_made_by_each_rank(
         np.testing.assert_allclose(shared[name], whole[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
+def test_a_restart_replaces_no_file_that_was_there(folder: Path, tmp_path: Path) -> None:
+    """One that the first start refused to replace: torchrun starts again whatever ended it."""
+    out = tmp_path / "found.csv"
+    out.write_text("mine\n")
+    line = f"predict --bank {folder}/trees --data-root {folder} --data new.csv --out {out}"
+    ended = launch(2, "command_lines", line, script=SCRIPT, TORCHELASTIC_RESTART_COUNT="1")
+    assert all(process.returncode for process in ended)
+    assert "--overwrite" in ended[0].err
+    assert out.read_text() == "mine\n"
+
+
 def lines(folder: Path, out: Path) -> list[str]:
     out.mkdir()
     bank = f"--bank {folder}/trees --data-root {folder}"
