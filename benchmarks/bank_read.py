@@ -348,6 +348,30 @@ def _rows(question: str, kept: Kept, speeds: dict[str, float]) -> Iterator[dict[
                 }  # fmt: skip
 
 
+def table(run: dict[str, Any]) -> list[str]:
+    """Lines of the table on the page about residency."""
+    lines = [
+        "| values | cold pass, streamed | checked | cold pass, mapped | random, mapped | room for all | beside `torch.load`, handed out | read "
+        "| memory of an epoch, of its budget |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for values in dict.fromkeys(row["values"] for row in run["rows"]):
+        of = {
+            (row["question"], row["ours"].removeprefix("bnn, "), row["rival"]): row["ratio"]
+            for row in run["rows"]
+            if row["values"] == values and "ratio" in row
+        }
+        epoch = next(row for row in run["rows"] if row["values"] == values and row["question"] == "memory of an epoch")
+        keys = [
+            *(("cold, first to last", way, "bare reads") for way in ("streamed", "streamed, checked", "mapped")),
+            *(("random samples, read", way, "NumPy memmap") for way in ("mapped", "mapped, room for all")),
+            *((f"random samples, {what}", "mapped", "torch.load a sample") for what in ("hand out", "read")),
+        ]
+        held = f"{epoch['peak_bytes'] / 1e6:.0f} of {epoch['budget'] / 1e6:.0f} MB"
+        lines.append(f"| {values:,} | {' | '.join(f'{of[key]:.2f}' for key in keys)} | {held} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder on the disk to measure; a temporary one by default")

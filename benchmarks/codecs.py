@@ -108,7 +108,7 @@ def speeds(out: Path, width: int, size: int, repeats: int) -> list[dict[str, Any
     banks = {codec: Bank.open(bank.path, verify="never") for codec, bank in coded.items() if bank.path is not None}
     order = torch.randperm(size, generator=source)[: min(size, 512)].tolist()
     buffer, num_bytes = np.empty(8 * 2**20, dtype=np.uint8), size * layout.num_bytes
-    memory = torch.empty(2, BLOCK, layout.num_values)
+    memory = torch.empty(2, min(size, BLOCK), layout.num_values)
 
     def cold(bank: Bank, read: Callable[[Bank], float]) -> float:
         assert bank.path is not None
@@ -119,7 +119,7 @@ def speeds(out: Path, width: int, size: int, repeats: int) -> list[dict[str, Any
     ways: dict[str, Callable[[], float]] = {
         "read, float32, cold": lambda: reading(folder, buffer),
         "blocks, float32, cold": lambda: cold(plain, blocks_of),
-        "blocks, memcpy": lambda: copying(memory[0], memory[1], size // BLOCK),
+        "blocks, memcpy": lambda: copying(memory[0], memory[1], -(-size // BLOCK)),
         "singles, float32, cold": lambda: cold(plain, lambda bank: singles_of(bank, order)),
         "singles, float32": lambda: singles_of(plain, order),
     }
@@ -142,6 +142,21 @@ def speeds(out: Path, width: int, size: int, repeats: int) -> list[dict[str, Any
             f"{rival / seconds:6.2f} of the speed of cold float32: P={layout.num_values:,} {name}, {done / seconds / 1e6:,.0f} MB/s"
         )
     return rows
+
+
+def table(run: dict[str, Any]) -> list[str]:
+    """Lines of the table on the page about smaller banks: times as fast as float32 rows come from the disk."""
+    of = {(row["values"], row["way"]): row["ratio"] for row in run["rows"]}
+    lines = [
+        "| values | | float32, cold | bf16 | fp16 | int8 | int8, cold | copied in memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for values in sorted({values for values, _ in of}):
+        for kind in ("blocks", "singles"):
+            ways = ("float32, cold", "bf16", "fp16", "int8", "int8, cold", "memcpy")
+            cells = [f"{of[values, f'{kind}, {way}']:.2f}" if (values, f"{kind}, {way}") in of else "" for way in ways]
+            lines.append(f"| {values:,} | {kind} | {' | '.join(cells)} |")
+    return lines
 
 
 def granularity(bank: Bank) -> dict[str, dict[str, float]]:

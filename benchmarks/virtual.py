@@ -76,8 +76,37 @@ def compare(what: str, bank: Bank, plain: Bank | None) -> list[Pair]:
     return pairs
 
 
+def parts(bank: Any) -> list[Pair]:
+    """Where the time of a small sample of mean-field goes, beside the bare normals."""
+    draws, size = bank._draws, bank.layout.num_values
+    row, source = torch.randn(size), torch.Generator()
+    values = row.numpy()
+    calls: dict[str, Callable[[int], Any]] = {
+        "seed": draws._source,
+        "product and sum": lambda _: draws._scale(values, False, slice(None), out=values),
+        "a tensor for each entry": lambda _: draws.space.values(row),
+        "bare": lambda _: torch.randn(size, generator=source),
+    }
+    took = least(calls, VALUES_A_ROUND // size)
+    randn = f"part of torch.randn, P = {size:,}"
+    return [Pair(f"mean-field, {name}", randn, took[name], took["bare"]) for name in calls if name != "bare"]
+
+
+def table(run: dict[str, Any]) -> list[str]:
+    """Lines of the table on the page about virtual banks: what a sample costs, and the speed beside `torch.randn`."""
+    lines = [
+        "| family | values | alone, us | of `torch.randn` | 16 at once, us | of `torch.randn` |",
+        "|---|---|---|---|---|---|",
+    ]
+    pairs = [row for row in run["rows"] if row["rival"].startswith("torch.randn")]
+    for one, many in zip(pairs[::2], pairs[1::2], strict=True):
+        cells = [f"{row['our_cost']:,.0f} | {row['ratio']:.2f}" for row in (one, many)]
+        lines.append(f"| {one['ours'].split(',')[0]} | {one['rival'].split(' = ')[1]} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
-    pairs = []
+    pairs: list[Pair] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for size, width in WIDTHS.items():
@@ -86,6 +115,7 @@ def main() -> None:
             bank = fitted(module_of(width), guide, place / f"{size}", num)
             plain = materialise(bank, place / f"plain-{size}") if size <= 1_000_000 else None
             pairs += compare("mean-field", bank, plain)
+            pairs += parts(bank) if size == min(WIDTHS) else []
         for family, size in (("low-rank", 10_000), ("low-rank", 1_000_000), ("full-rank", FULL_RANK)):
             width = WIDTHS.get(size, 44)
             guide = bnn.inference.Guide(family, num_steps=1, rank=RANK)

@@ -137,6 +137,18 @@ def test_the_page_on_residency_shows_what_row_orders_cost() -> None:
         assert row["measured"] == pytest.approx(row["formula"], rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("script", "page"), [("bank_read", "residency"), ("virtual", "virtual-banks"), ("codecs", "smaller-banks")]
+)
+def test_pages_on_where_samples_are_show_the_committed_runs(
+    script: str, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where scripts find what they share
+    lines = runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))["table"](found(script))
+    assert len(lines) > 4
+    assert "\n".join(lines) in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+
+
 def test_the_page_on_applying_shows_the_committed_grid() -> None:
     run = found("apply")
     lines = runpy.run_path(str(ROOT / "benchmarks" / "apply_table.py"))["table"](run)
