@@ -138,7 +138,13 @@ def test_the_page_on_residency_shows_what_row_orders_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "page"), [("bank_read", "residency"), ("virtual", "virtual-banks"), ("codecs", "smaller-banks")]
+    ("script", "page"),
+    [
+        ("bank_read", "residency"),
+        ("bank_growth", "residency"),
+        ("virtual", "virtual-banks"),
+        ("codecs", "smaller-banks"),
+    ],
 )
 def test_pages_on_where_samples_are_show_the_committed_runs(
     script: str, page: str, monkeypatch: pytest.MonkeyPatch
