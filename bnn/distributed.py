@@ -24,6 +24,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun
 LEAVING = 10.0  # seconds that rank 0 keeps the meeting place open for the others to leave
 ASKING = 1.0  # seconds in which the meeting place says why a rank ended, once something is wrong
 FAILED = "failed"  # where a rank says why it ends
+ENDED = b""  # in place of the name of a start, once all its ranks have ended well
 
 
 class Ranks:
@@ -57,6 +58,7 @@ class Ranks:
         self._store, self._waits, self._group = store, 0, group
         self._meshes: dict[int, tuple[Ranks, Ranks]] = {}
         self._again = again
+        self._place: Any = None  # where this start and others under one torchrun meet
 
     @property
     def several(self) -> bool:
@@ -418,7 +420,9 @@ def _meet(timeout: float) -> Ranks:
         store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
         place = Meeting(PrefixStore("bnn", store), timeout)
-        again = place.check(["round"]) if _again is None else _again  # by processes before this one
+        again = _again
+        if again is None:  # whether processes before this one met here, and did not end well
+            again = place.check(["round"]) and place.get("round") != ENDED
         round_name = agree(place, rank, world_size, timeout)
         store = PrefixStore(f"bnn/{round_name}", store)
         own = Meeting(PrefixStore("own", store), timeout)
@@ -432,7 +436,9 @@ def _meet(timeout: float) -> Ranks:
             got=lines[0][:200],
             fix=f"look at the other ranks' messages and the hosts' firewall, or set {TIMEOUT_NAME} to more seconds",
         ) from error
-    return Ranks(rank, world_size, store=own, timeout=timeout, again=again and rank == 0)
+    together = Ranks(rank, world_size, store=own, timeout=timeout, again=again and rank == 0)
+    together._place = place
+    return together
 
 
 def _beat(together: Ranks, stop: threading.Event) -> None:
@@ -450,3 +456,5 @@ def _leave(together: Ranks) -> None:
         while together.rank == 0 and left < together.world_size and time.monotonic() < end:
             time.sleep(0.02)
             left = store.add("left", 0)
+        if together.rank == 0 and left == together.world_size:
+            together._place.set("round", ENDED.decode())  # what follows under this torchrun is no restart of it

@@ -81,7 +81,7 @@ class GuideDraws:
             self._make(row, index)
             return self.space.values(row)
         source, negated = self._source(index)
-        row = torch.randn(len(loc), generator=source, dtype=loc.dtype)
+        row = torch.randn(len(loc), generator=source, dtype=loc.dtype, device=loc.device)
         values = row.numpy()
         self._scale(values, negated, ALL, out=values)
         return self.space.values(row)

@@ -61,7 +61,7 @@ def blank(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape)
     num_bytes = size * dtype.itemsize
     if num_bytes < FRESH or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, -(-num_bytes // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system built without them
         pages.madvise(mmap.MADV_HUGEPAGE)

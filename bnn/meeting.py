@@ -50,7 +50,8 @@ class Meeting:
             asking = threading.Thread(target=asked, daemon=True, name="bnn-meeting")
             asking.start()
             asking.join(self.limit)
-            self._lost = not (found or failed)
+            if not (found or failed):
+                self._lost = True  # never again otherwise: a late answer to another thread is no sign of life
         if failed:
             raise failed[0]
         if not found:

@@ -100,6 +100,8 @@ def kill(*processes: int) -> None:
 
 def kill_all(agent: Agent) -> None:
     """Everything of a host at once."""
+    if agent.process.poll() is not None:
+        return  # another process may have its number
     kill(agent.process.pid, *descendants(agent.process.pid))
     agent.process.wait(20)
 
@@ -121,8 +123,8 @@ def missing() -> str | None:
     try:
         with namespaces("probe"):
             return None
-    except subprocess.CalledProcessError as error:
-        return f"no network namespaces here: {error.stderr.strip()}"
+    except (subprocess.SubprocessError, OSError) as error:
+        return f"no network namespaces here: {getattr(error, 'stderr', None) or error}".strip()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -130,12 +130,14 @@ class Codec:
 
     def decode(self, params: Mapping[str, Tensor], memory: Reused | None = None) -> Params:
         """Coded samples [K, *shape], or one of them [*shape], as they are read: in memory of their own, but for exact entries."""
-        return {
-            entry.name: params[entry.name]
-            if entry.name in self.exact
-            else self._decoded(entry.name, params[entry.name], memory or blank).to(entry.dtype)
-            for entry in self.layout.entries
-        }
+        found = {}
+        for name, _, dtype in self.layout.entries:
+            if name in self.exact:
+                found[name] = params[name]
+                continue
+            make = blank if memory is None else partial(memory, name)
+            found[name] = self._decoded(name, params[name], make).to(dtype)
+        return found
 
     def fact(self) -> dict[str, Any]:
         """What `bank.json` says of the file, before it is written."""
@@ -212,13 +214,14 @@ class Reused:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, list[_Held]] = {}  # by dtype and shape of a row: of a block, and of the one before
+        # By entry, dtype and shape of a row: of a block, and of the one before.
+        self._kept: dict[tuple[str, torch.dtype, tuple[int, ...]], list[_Held]] = {}
 
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor [K, *shape] whose values are not set."""
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor [K, *shape] for an entry, whose values are not set."""
         if math.prod(shape) * dtype.itemsize < FRESH:  # which the allocator uses again itself
             return blank(shape, dtype)
-        kept = self._kept.setdefault((dtype, tuple(shape[1:])), [])
+        kept = self._kept.setdefault((name, dtype, tuple(shape[1:])), [])
         memory = next((each.memory for each in kept if each.lease() is None and len(each.memory) >= shape[0]), None)
         if memory is None:
             memory = blank(shape, dtype).numpy()

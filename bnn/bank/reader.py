@@ -388,9 +388,8 @@ class Bank(Sequence[Params]):
         for place, shard in enumerate(self._shards):
             first = int(self._firsts[place])
             for start in range(first, first + shard.rows, size):
-                block = self._sliced(start, min(start + size, first + shard.rows), 1, memory)
-                assert block is not None  # neighbours in one shard
-                yield start, block
+                # Neighbours in one shard; without a name, by which this frame would hold the block while the next is made.
+                yield start, cast(Block, self._sliced(start, min(start + size, first + shard.rows), 1, memory))
 
     @cached_property
     def _codec(self) -> Codec:

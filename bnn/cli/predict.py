@@ -90,9 +90,8 @@ def predict(
     together = ranks()
     shape = reading.mesh_of(mesh)
     if together.rank == 0:
-        check_out(
-            out, overwrite=overwrite
-        )  # after a restart too: the file may be one that the first start refused to replace
+        # After a restart too: the file may be one that the first start refused to replace.
+        check_out(out, overwrite=overwrite)
     opened = reading.open_bank(
         bank,
         residency=residency,

@@ -113,25 +113,44 @@ def check_equal(found: Block, bank: Block, wanted: Params, rows: list[int]) -> N
 def test_memory_is_used_again_only_where_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "FRESH", 4 * 5 * 3)
     memory = codecs.Reused()
-    first = memory((5, 3), torch.float32).fill_(1.0)
-    second = memory((5, 3), torch.float32).fill_(2.0)
-    third, view = memory((5, 3), torch.float32).fill_(3.0), second[1:, 2]
+    first = memory("a", (5, 3), torch.float32).fill_(1.0)
+    second = memory("a", (5, 3), torch.float32).fill_(2.0)
+    third, view = memory("a", (5, 3), torch.float32).fill_(3.0), second[1:, 2]
     starts = [tensor.data_ptr() for tensor in (first, second, third)]
     assert len(set(starts)) == 3
     del second
-    assert memory((5, 3), torch.float32).fill_(4.0).data_ptr() not in starts  # the view holds the second
+    assert memory("a", (5, 3), torch.float32).fill_(4.0).data_ptr() not in starts  # the view holds the second
     assert torch.equal(view, torch.full((4,), 2.0))
     assert torch.equal(first, torch.ones(5, 3))
     at = third.data_ptr()
     del third
-    again = memory((5, 3), torch.float32)
-    few = memory((5, 3), torch.float64).fill_(5.0)
+    again = memory("a", (5, 3), torch.float32)
+    few = memory("a", (5, 3), torch.float64).fill_(5.0)
     assert again.data_ptr() == at
     assert again.dtype == torch.float32
     assert few.dtype == torch.float64
     assert not torch.equal(again, few.float())
-    small = memory((2, 3), torch.float32)
+    small = memory("a", (2, 3), torch.float32)
     assert small.shape == (2, 3)
+
+
+def test_entries_of_one_shape_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "FRESH", 4 * 5 * 3)
+    memory, starts = codecs.Reused(), set()
+    for _ in range(9):
+        block = [memory(name, (5, 3), torch.float32) for name in ("a", "b", "c")]
+        assert len({tensor.data_ptr() for tensor in block}) == 3
+        starts |= {tensor.data_ptr() for tensor in block}
+    assert len(starts) == 6  # of a block, and of the one that is still held meanwhile
+
+
+def test_samples_are_decoded_where_they_are_whatever_the_default_device(tmp_path: Path) -> None:
+    bank = code(write(tmp_path / "old", values(LAYOUT)), tmp_path / "new", "int8")
+    wanted = bank.block(slice(0, 4)).params
+    with torch.device("meta"):
+        found = Bank.open(tmp_path / "new").block(slice(0, 4)).params
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value)
 
 
 @pytest.mark.parametrize("name", list(CODECS))

@@ -41,6 +41,15 @@ def path(tmp_path: Path) -> Path:
     assert len(shards(tmp_path / "bank")) == 6
     if not forget(tmp_path / "bank"):
         pytest.skip("this system keeps what it is told to forget, or does not tell")
+    descriptor = os.open(shards(tmp_path / "bank")[-1], os.O_RDONLY)
+    try:
+        if disk.is_cached(descriptor, 0):
+            pytest.skip("this file system does not tell what is in the page cache")
+        if not disk.bypass_cache(descriptor, True):
+            pytest.skip("this file system has no reads past the page cache")
+    finally:
+        os.close(descriptor)
+    assert forget(tmp_path / "bank")  # asking begins to read
     return tmp_path / "bank"
 
 

@@ -72,5 +72,11 @@ def starts(*counts: str) -> None:
     say(json.dumps(found))
 
 
+def ends_badly() -> None:
+    """A start that comes to nothing."""
+    with distributed.joined():
+        raise SystemExit("rows that nobody has")
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

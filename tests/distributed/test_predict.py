@@ -128,7 +128,7 @@ def test_a_restart_replaces_no_file_that_was_there(folder: Path, tmp_path: Path)
     line = f"predict --bank {folder}/trees --data-root {folder} --data new.csv --out {out}"
     ended = launch(2, "command_lines", line, script=SCRIPT, TORCHELASTIC_RESTART_COUNT="1")
     assert all(process.returncode for process in ended)
-    assert "--overwrite" in ended[0].err
+    assert "got a file, which is kept" in ended[0].err
     assert out.read_text() == "mine\n"
 
 

@@ -68,7 +68,9 @@ def test_a_start_that_nobody_counts_is_known_by_where_ranks_meet() -> None:
     """As where a host joins a run: torchrun's store is that of the start before, and no count goes up."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for again in (False, True):
+    ended = launch(2, "ends_badly", script=TALK, **place)
+    assert all(process.returncode for process in ended)
+    for again in (True, False):  # the second follows one that ended well
         ended = launch(2, "starts", script=TALK, **place)
         assert [json.loads(process.out) for process in ended] == [[again, again]] * 2, ended[0].err
 
@@ -96,7 +98,7 @@ def test_ranks_end_in_time_where_the_meeting_place_is_lost(kind: str) -> None:
     ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", awaited=1, timeout=60, script=TALK)
     waited, _, said = ended[1].out.partition("\n")
     assert said.startswith("RankLost: rank 1 of 2: want "), ended[1].err
-    assert 2.5 < float(waited) < 8
+    assert 2.5 < float(waited) < 30  # and not a quarter of an hour
     if kind == "meeting waited":
         assert "no answer from where the ranks meet" in said
 
