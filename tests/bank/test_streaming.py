@@ -661,8 +661,9 @@ def test_a_fork_reads_by_threads_of_its_own(tmp_path: Path, alone: Callable[...,
 
 
 CTRL_C = """
-import sys, torch
+import signal, sys, torch
 from bnn.bank import Bank
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start in the background
 bank = Bank.open(sys.argv[1], residency="streamed", host_budget=int(sys.argv[2]))
 bank.follow([i % len(bank) for i in range(10**6)])
 print("ready", flush=True)
@@ -684,7 +685,10 @@ def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
+        try:
+            _, told = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode in (1, 130, -signal.SIGINT)
     assert "KeyboardInterrupt" in told
 
