@@ -842,7 +842,13 @@ def test_a_real_ctrl_c_keeps_what_was_committed(tmp_path: Path) -> None:
     words = (
         "fit --data diabetes --model mlp:20 --method hmc --num-chains 2 --num-warmup 0 --num-samples 200000 --out bank"
     )
-    with subprocess.Popen([sys.executable, "-m", "bnn", *words.split()], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "bnn", *words.split()],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Which shells take from what they start in the background, and with it from its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         for _ in range(1200):
             time.sleep(0.1)
             if (tmp_path / "bank" / "manifest-main.json").exists() or process.poll() is not None:
