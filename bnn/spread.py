@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from bnn.errors import NotConverged
 from bnn.functional import SampleSource
+from bnn.types import DrawTable
 
 GROUPS = 16  # runs of draws, of all chains together, whose means tell how much draws are alike
 LEAST_SAMPLES, LEAST_EFFECTIVE = (
@@ -160,22 +160,7 @@ class Spread:
         return self.log_weight[torch.cat(self._indices)].log_softmax(dim=0)
 
 
-class Draws(Protocol):
-    """What is asked of a bank, or of one that is planned, to tell its runs of draws."""
-
-    @property
-    def chain(self) -> Tensor: ...
-
-    @property
-    def draw(self) -> Tensor: ...
-
-    @property
-    def log_weight(self) -> Tensor: ...
-
-    def __len__(self) -> int: ...
-
-
-def groups_of(bank: Draws, *, num: int = GROUPS) -> tuple[Tensor, int]:
+def groups_of(bank: DrawTable, *, num: int = GROUPS) -> tuple[Tensor, int]:
     """A number of a run of draws for each sample, int64 [S], and how many runs, at least `num`: each chain is cut into as many."""
     chain, draw = bank.chain.numpy(), bank.draw.numpy()
     _, chain = np.unique(chain, return_inverse=True)

@@ -80,6 +80,21 @@ def make_block(
     )
 
 
+class DrawTable(Protocol):
+    """Chain, draw and log weight of S samples, whatever holds them or plans to."""
+
+    @property
+    def chain(self) -> Tensor: ...
+
+    @property
+    def draw(self) -> Tensor: ...
+
+    @property
+    def log_weight(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
 class Method(Protocol):
     """A way of making samples: a frozen dataclass of options with one verb.
 

@@ -77,7 +77,8 @@ def read_config(folder: Path) -> Described:
     """
     path = folder / "bank.json"
     if not disk.exists(path):
-        got = "a folder without bank.json" if disk.is_folder(folder) else "nothing there"
+        there = "a file" if disk.exists(folder) else "nothing there"
+        got = "a folder without bank.json" if disk.is_folder(folder) else there
         raise BankNotFound(str(folder), want="a bank", got=got, fix="make one with bnn.fit or 'bnn fit --out'")
     config: dict[str, Any] = files.read_json(path)
     fmt.check_version(config, str(path))

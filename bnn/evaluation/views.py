@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.spread import Draws, groups_of
+from bnn.spread import groups_of
+from bnn.types import DrawTable
 
 GROUPS = 20  # runs of draws at least, where there are as many samples: their error is then known to a sixth
 MOST_GROUPS = 32  # beyond, chains are joined
@@ -128,7 +129,7 @@ class Views(NamedTuple):
         return math.sqrt(float(apart @ apart) / free) if free > LEAST else None
 
 
-def views_of(bank: Draws, *, errors: bool = True, beginnings: bool = True) -> Views:
+def views_of(bank: DrawTable, *, errors: bool = True, beginnings: bool = True) -> Views:
     """Runs of draws by chain, and beginnings of 1, 2, 4, ... samples that lie evenly over chains and draws.
 
     Args:

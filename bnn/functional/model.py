@@ -32,7 +32,7 @@ from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of, is_tr
 from bnn.functional.trunk import NotAHead, trunks_of
 from bnn.functional.ways import Form, Runner, Strategy, Way, rows_of
 from bnn.layout import Layout, layout_of
-from bnn.types import Block, Params
+from bnn.types import Block, DrawTable, Params
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ LEAST_FOR_TRUNK = 4  # samples, for which what comes before the head is run apar
 SETTLED_BYTES = 2**25  # of values at once, where the choice goes by rule: about a cache
 
 
-class SampleSource(Protocol):
+class SampleSource(DrawTable, Protocol):
     """What is asked of a bank here: a fixed, ordered set of samples."""
 
     @property
@@ -56,18 +56,7 @@ class SampleSource(Protocol):
     def info(self) -> Mapping[str, Any]: ...
 
     @property
-    def chain(self) -> Tensor: ...
-
-    @property
-    def draw(self) -> Tensor: ...
-
-    @property
-    def log_weight(self) -> Tensor: ...
-
-    @property
     def digest(self) -> str: ...
-
-    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Params: ...
 

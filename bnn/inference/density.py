@@ -295,7 +295,8 @@ def _num_slices(target: Target, vectorised: Callable[..., Any], flat: Tensor, me
 
     The bytes of each value are a + b rows: two small traces tell them for any number of rows.
     """
-    if target.most_slices < 16 or (memory is None and flat.device.type != "cpu"):
+    fewest = max(target.most_slices // FEW_ROWS, 1)
+    if target.most_slices < 16 or (memory is None and (flat.device.type != "cpu" or fewest == 1)):
         return 1
     few, many = (target.slices(target.most_slices // rows)[0][1] for rows in (4, 8))
     graphs = [trace(vectorised, (flat, *tensors)) for tensors in (few, many)]
@@ -310,7 +311,6 @@ def _num_slices(target: Target, vectorised: Callable[..., Any], flat: Tensor, me
 
     fixed = max(bytes_of(0), 0.0)
     budget = fixed + CACHE if memory is None else memory
-    fewest = max(target.most_slices // FEW_ROWS, 1)
     if memory is None and bytes_of(1) > budget:
         return fewest  # no slice fits a cache
     if bytes_of(1) > budget:

@@ -48,6 +48,10 @@ class Adaptation(NamedTuple):
 def first_adaptation(
     options: HMC, density: Prepared, at: Position, scale: Tensor, seed: int, together: Ranks
 ) -> Adaptation:
+    """Where warm-up begins: each chain's own first step, the prior's scale [P] as mass, and a trajectory of unit time.
+
+    Noise by which steps are tried is that of all chains, of which a rank takes its own: [C, P] whatever the split.
+    """
     metric = diagonal(scale)
     if options.step_size is None:
         noise = torch.randn(

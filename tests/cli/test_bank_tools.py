@@ -39,18 +39,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bnn(capfd: pytest.CaptureFixture[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+def bnn(
+    call: Callable[[str], tuple[int, str, str]], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Call:
     """Run a command line in an empty folder with links to the banks: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     for name in ("rows.csv", "bank0", "bank1"):
         (tmp_path / name).symlink_to(made / name)
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
     return call
 
 

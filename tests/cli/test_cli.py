@@ -620,6 +620,7 @@ FIT = "fit --model mlp:4 --method prior --num-samples 4 --out bank"
         ("fly", "No such command 'fly'"),
         ("evaluate --bank nowhere", "nowhere: want a bank, got nothing there"),
         ("evaluate --bank .", ".: want a bank, got a folder without bank.json"),
+        (f"evaluate --bank {__file__}", "test_cli.py: want a bank, got a file"),
         ("bank info nowhere", "nowhere: want a bank"),
         ("bank verify nowhere", "nowhere: want a bank"),
         ("train --bank nowhere --out s", "nowhere: want a bank"),

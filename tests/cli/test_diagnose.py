@@ -54,17 +54,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bnn(capfd: pytest.CaptureFixture[str], made: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+def bnn(call: Callable[[str], tuple[int, str, str]], made: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run a command line in the folder of the bank: exit code, stdout, stderr."""
     monkeypatch.chdir(made)
     monkeypatch.syspath_prepend(str(made))
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
     return call
 
 

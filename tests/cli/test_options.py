@@ -13,7 +13,6 @@ import torch
 
 from bnn import likelihoods, priors
 from bnn.bank import Bank
-from bnn.cli import run
 from bnn.cli.options import as_toml, check_kind, parse_pairs
 from bnn.errors import ConfigError
 from bnn.inference import METHODS
@@ -46,15 +45,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture
-def bnn(capfd: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str, str]]:
+def bnn(call: Callable[[str], tuple[int, str, str]]) -> Callable[[str], tuple[int, str, str]]:
     """Run a command line: exit code, stdout, stderr."""
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
     return call
 
 

@@ -28,15 +28,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture
-def bnn(capfd: pytest.CaptureFixture[str]) -> Run:
+def bnn(call: Callable[[str], tuple[int, str, str]]) -> Run:
     """Run a command line: exit code, stdout, stderr."""
-
-    def call(words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = cli.run(words.split())
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
     return call
 
 

@@ -492,6 +492,23 @@ def test_without_a_bound_slices_fit_a_cache_but_are_not_small(monkeypatch: pytes
     assert slices_of(int(0.05 * 1100 * a_row)) == 4  # of 275 rows: FEW_ROWS are 256
 
 
+@pytest.mark.parametrize(("rows", "traces"), [(511, 1), (512, 3)])
+def test_few_rows_are_traced_once(monkeypatch: pytest.MonkeyPatch, rows: int, traces: int) -> None:
+    """Of fewer than two slices' worth nothing has to be known to take one."""
+    shapes: list[torch.Size] = []
+
+    def counted(function: Any, arguments: Any) -> Any:
+        shapes.append(arguments[1].shape)
+        return trace(function, arguments)
+
+    monkeypatch.setattr(density_module, "trace", counted)
+    target, flat = regression("mlp:50", rows, 6)
+    made = prepare(target, flat, num_gradients=1, memory=None, compile=False)
+    assert made.plan.slices == 1
+    assert len(shapes) == traces
+    assert shapes[-1][0] == rows
+
+
 def test_rows_wider_than_a_cache_are_still_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one slice, since there are few; nothing is warned of."""
     monkeypatch.setattr(density_module, "CACHE", 10)
