@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bnn.errors import BnnError, ConfigError, FitError
 from bnn.inference import products
+from bnn.inference.costs import Costs, Operation, record
 from bnn.machine import threads
 from bnn.model import BayesianModel
 from bnn.tracing import compiled, has_compiler, trace
@@ -25,11 +25,10 @@ from bnn.types import Batch
 
 Mode: TypeAlias = Literal["compiled", "traced", "eager"]
 
-# What a gradient costs without a compiler, for the rule that decides: measured with small networks on one core.
-SECONDS_PER_CALL, SECONDS_PER_VALUE, SECONDS_PER_OPERATION = 4e-6, 6e-10, 2.5e-11
 WORTH_COMPILING = 30.0  # seconds of gradients; a compilation takes 3 to 20, and halves them
 ONE_THREAD = 5e-4  # seconds of arithmetic a gradient, under which two threads only wait for each other
 CACHE, FEW_ROWS = 32 * 2**20, 256  # bytes of a slice where memory is not bounded, about a cache; and its rows, at least
+RECORDED = (4, 8)  # rows, at least, whose gradients tell what those of all cost
 
 
 class Plan(NamedTuple):
@@ -134,14 +133,9 @@ def prepare(
         ConfigError: `compile=True`, or a plan that was compiled, without a compiler; `memory` for not even one row.
         FitError: the density cannot be vectorised over chains.
     """
-    resumed = plan is not None
+    resumed, graph = plan is not None, None
     if plan is None:
-        whole = num_chains in (None, len(flat))
-        every = flat if whole else flat[:1].expand(num_chains or 1, -1)  # [C, P]
-        plan, graph = _plan(target, every, num_gradients, memory, compile)
-        graph = graph if whole else None  # of other shapes
-    else:
-        graph = None
+        plan, graph = _plan(target, flat, num_chains or len(flat), num_gradients, memory, compile)
     if plan.mode == "compiled" and not has_compiler(flat.device):
         raise ConfigError(
             "compile",
@@ -169,7 +163,10 @@ def prepare(
 
 
 class Prepared:
-    """A density with its plan: holds the traced or compiled functions, one for each shape of a slice."""
+    """A density with its plan: holds the traced or compiled functions, one for each shape of a slice.
+
+    `graph` is the trace of the first, where there is one already.
+    """
 
     def __init__(self, target: Target, plan: Plan, flat: Tensor, graph: fx.GraphModule | None = None) -> None:
         self.plan, self.compile_seconds = plan, 0.0
@@ -180,7 +177,8 @@ class Prepared:
         for _, tensors in self._slices:
             shapes = tuple(tensor.shape for tensor in tensors)
             if shapes not in self._functions:
-                self._functions[shapes] = self._made(flat, tensors, graph if plan.slices == 1 else None)
+                self._functions[shapes] = self._made(flat, tensors, graph)
+                graph = None
         if plan.mode == "compiled":
             self.compile_seconds = time.perf_counter() - started
 
@@ -223,30 +221,43 @@ def _vectorised(target: Target) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 def _plan(
-    target: Target, flat: Tensor, num_gradients: int, memory: int | None, compile: bool | None
+    target: Target, flat: Tensor, num_chains: int, num_gradients: int, memory: int | None, compile: bool | None
 ) -> tuple[Plan, fx.GraphModule | None]:
-    vectorised = _vectorised(target)
-    slices, cost, graph = 1, None, None
+    """The plan of so many chains by the rule, and the trace of those of `flat` on the first slice."""
+    vectorised, slices = _vectorised(target), 1
     try:
-        slices = _num_slices(target, vectorised, flat, memory)
-        tensors = target.slices(slices)[0][1]
-        graph = trace(vectorised, (flat, *tensors))
-        cost = cost_of(graph)
+        costs = _costs(target, vectorised, flat)
+        slices = _num_slices(target, costs, num_chains, memory, flat.device)
+        cost = costs.at(target.most_slices // slices, num_chains)
+        graph = trace(vectorised, (flat, *target.slices(slices)[0][1]))
     except BnnError:
         raise
     except Exception as error:  # tracing runs anybody's code: whether it can be vectorised at all is asked next
         _require_vectorisable(target, flat, target.slices(slices)[0][1], error)
-    if cost is None or graph is None:
         if memory is not None and target.most_slices > 1:
             raise ConfigError(
                 "memory", want="a density that can be traced, to be cut", got="one that cannot", fix="leave memory out"
-            )
+            ) from error
         return Plan("eager", slices, 0), None
     threads = 1 if cost.seconds - cost.overhead < ONE_THREAD and flat.device.type == "cpu" else 0
     by_rule = slices * cost.seconds * num_gradients > WORTH_COMPILING and has_compiler(flat.device)
     wanted = by_rule if compile is None else compile
     onednn = products.worthwhile() and products.replaced(graph) > 0
     return Plan("compiled" if wanted else "traced", slices, threads, onednn), graph
+
+
+def _costs(target: Target, vectorised: Callable[..., Any], flat: Tensor) -> Costs:
+    """What gradients of the target cost, for any number of rows and chains."""
+    total = target.most_slices
+    rows = [total // (total // few) for few in RECORDED] if total >= 2 * max(RECORDED) else [total]
+
+    def recorded(rows: int, chains: int) -> list[Operation]:
+        these = torch.arange(chains, device=flat.device) % len(flat)
+        slices = target.slices(total // rows)[0][1]
+        data = (tensor if dim is None else tensor[these] for tensor, dim in zip(slices, target.in_dims, strict=True))
+        return record(vectorised, (flat[these], *data))
+
+    return Costs(recorded, rows)
 
 
 def _require_vectorisable(target: Target, flat: Tensor, tensors: Sequence[Tensor], error: Exception) -> None:
@@ -290,105 +301,25 @@ def _in_a_line(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def _num_slices(target: Target, vectorised: Callable[..., Any], flat: Tensor, memory: int | None) -> int:
-    """The least number of slices with which a gradient keeps at most `memory` bytes at once.
-
-    The bytes of each value are a + b rows: two small traces tell them for any number of rows.
-    """
+def _num_slices(target: Target, costs: Costs, num_chains: int, memory: int | None, device: torch.device) -> int:
+    """The least number of slices with which a gradient keeps at most `memory` bytes at once."""
     fewest = max(target.most_slices // FEW_ROWS, 1)
-    if target.most_slices < 16 or (memory is None and (flat.device.type != "cpu" or fewest == 1)):
+    if target.most_slices < 2 * max(RECORDED) or (memory is None and (device.type != "cpu" or fewest == 1)):
         return 1
-    few, many = (target.slices(target.most_slices // rows)[0][1] for rows in (4, 8))
-    graphs = [trace(vectorised, (flat, *tensors)) for tensors in (few, many)]
-    sizes = [{node.name: _num_bytes(node) for node in graph.graph.nodes} for graph in graphs]
-    rows_few, rows_many = len(few[0]), len(many[0])
 
     def bytes_of(rows: int) -> float:
-        share = (rows - rows_few) / (rows_many - rows_few)
-        return _peak(
-            graphs[1], {n: sizes[0].get(n, 0.0) + share * (s - sizes[0].get(n, 0.0)) for n, s in sizes[1].items()}
-        )
+        return costs.at(rows, num_chains).bytes
 
-    fixed = max(bytes_of(0), 0.0)
-    budget = fixed + CACHE if memory is None else memory
+    budget = max(bytes_of(0), 0.0) + CACHE if memory is None else memory
     if memory is None and bytes_of(1) > budget:
         return fewest  # no slice fits a cache
     if bytes_of(1) > budget:
         raise ConfigError(
             "memory",
-            want=f"at least {math.ceil(bytes_of(1)):,} bytes, for one row of data and {len(flat)} chains",
+            want=f"at least {math.ceil(bytes_of(1)):,} bytes, for one row of data and {num_chains} chains",
             got=f"{memory:,}",
             fix="raise it, or take fewer chains",
         )
     counts = range(1, target.most_slices + 1)  # of slices, of which the first that fits is sought
     fits = bisect.bisect_left(counts, True, key=lambda n: bytes_of(math.ceil(target.most_slices / n)) <= budget)
     return min(counts[fits], fewest) if memory is None else counts[fits]
-
-
-class Cost(NamedTuple):
-    """Of one run of a graph, from its shapes alone."""
-
-    bytes: float  # of the values that are kept at once, at most
-    operations: float  # multiplications and additions of matrix products
-    seconds: float  # about, without a compiler
-    overhead: float  # of them, that of calls
-
-
-def cost_of(graph: fx.GraphModule) -> Cost:
-    """What a graph costs: the peak of its living values, its matrix products, and a rough time on one core."""
-    sizes = {node.name: _num_bytes(node) for node in graph.graph.nodes}
-    made = [node for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node)]
-    operations = sum(_operations(node) for node in made)
-    overhead = len(made) * SECONDS_PER_CALL
-    work = sum(_numel(node) for node in made) * SECONDS_PER_VALUE + operations * SECONDS_PER_OPERATION
-    return Cost(_peak(graph, sizes), operations, overhead + work, overhead)
-
-
-def _peak(graph: fx.GraphModule, sizes: dict[str, float]) -> float:
-    """The most bytes that values of the graph take at once, where each lives until it and its views are last used."""
-    owner: dict[fx.Node, fx.Node] = {}  # of the memory that a value lies in
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in graph.graph.nodes:
-        inputs = node.all_input_nodes
-        owner[node] = owner[inputs[0]] if inputs and _is_view(node) else node
-        last_use.update({owner[used]: node for used in inputs})
-    ends: dict[fx.Node, float] = {}
-    for node, user in last_use.items():
-        if node.op == "call_function":
-            ends[user] = ends.get(user, 0.0) + sizes[node.name]
-    living = peak = 0.0
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and owner[node] is node:
-            living += sizes[node.name]
-            peak = max(peak, living)
-        living -= ends.get(node, 0.0)
-    return peak
-
-
-def _operations(node: fx.Node) -> float:
-    """2 m k n of a product [.., m, k] x [.., k, n]; of convolutions the same over their windows."""
-    name = str(node.target)
-    shapes: list[tuple[int, ...]] = [tuple(arg.meta["val"].shape) for arg in node.args if isinstance(arg, fx.Node)]
-    if any(word in name for word in ("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm")):
-        return 2.0 * _numel(node) * shapes[-2][-1]
-    if "convolution" in name and len(shapes) >= 2:
-        # A product for each output (forward) or each input and weight (backward): bounded by output x window.
-        largest = max(math.prod(shape[:1] + shape[2:]) for shape in shapes)
-        return 2.0 * largest * math.prod(shapes[1][:2]) * math.prod(shapes[1][2:])
-    return 0.0
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a value lies in the memory of another: its operation says that it returns an alias, or picks from a list."""
-    schema = getattr(node.target, "_schema", None)
-    return node.target in (operator.getitem, torch.ops.aten._unsafe_view.default) or (
-        schema is not None and any(result.alias_info is not None for result in schema.returns)
-    )
-
-
-def _numel(node: fx.Node) -> float:
-    return float(sum(v.numel() for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)))
-
-
-def _num_bytes(node: fx.Node) -> float:
-    return float(sum(v.nbytes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)))

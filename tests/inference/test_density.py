@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from bnn import likelihoods, priors
 from bnn.errors import ConfigError, FitError
 from bnn.inference import density as density_module
+from bnn.inference.costs import cost_of, record
 from bnn.inference.density import (
     Plan,
     Prepared,
     Target,
-    cost_of,
     prepare,
     target_of_function,
     target_of_model,
@@ -262,7 +262,7 @@ def test_the_rule_compiles_what_takes_longer_than_a_compilation(monkeypatch: pyt
     assert planned(10, compile=True).mode == "compiled"
     assert planned(10**10, compile=False).mode == "traced"
     target, flat = target_of_function(quadratic, None), torch.ones(3, 5)
-    seconds = cost_of(trace(density_module._vectorised(target), (flat,))).seconds
+    seconds = cost_of(record(density_module._vectorised(target), (flat,))).seconds
     monkeypatch.setattr(density_module, "WORTH_COMPILING", seconds * 1000.5)
     assert [planned(number).mode for number in (1000, 1001)] == ["traced", "compiled"]
 
@@ -273,7 +273,7 @@ def test_the_rule_counts_every_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = positions_of(case.model)
     target = target_of_model(case.model, case.batch)
     monkeypatch.setattr(density_module, "_num_slices", lambda *_: 5)
-    seconds = cost_of(trace(density_module._vectorised(target), (flat, *target.slices(5)[0][1]))).seconds
+    seconds = cost_of(record(density_module._vectorised(target), (flat, *target.slices(5)[0][1]))).seconds
     monkeypatch.setattr(density_module, "WORTH_COMPILING", 100 * seconds * 4.5)
     assert prepare(target, flat, num_gradients=100, memory=PLENTY, compile=None).plan == Plan("compiled", 5, 1)
     monkeypatch.setattr(density_module, "WORTH_COMPILING", 100 * seconds * 5.5)
@@ -326,7 +326,7 @@ def test_whether_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_work_takes_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("plain")
     flat, target = positions_of(case.model), target_of_model(case.model, case.batch)
-    cost = cost_of(trace(density_module._vectorised(target), (flat, *target.slices(1)[0][1])))
+    cost = cost_of(record(density_module._vectorised(target), (flat, *target.slices(1)[0][1])))
     arithmetic = cost.seconds - cost.overhead
     assert 0 < arithmetic < cost.seconds
     for limit, number in ((1.001 * arithmetic, 1), (0.999 * arithmetic, 0)):
@@ -440,7 +440,7 @@ def test_the_cost_of_a_gradient_bounds_the_bytes_that_it_keeps(spec: str) -> Non
     graph = trace(density_module._vectorised(target), (flat, *tensors))
     with torch.no_grad(), Living() as living:
         graph(flat, *tensors)
-    assert living.peak <= cost_of(graph).bytes < 3 * living.peak
+    assert living.peak <= cost_of(record(density_module._vectorised(target), (flat, *tensors))).bytes < 3 * living.peak
 
 
 @pytest.mark.parametrize(("spec", "share"), [("mlp:50", 0.9), ("mlp:50,50", 0.3), ("mlp:10,200,10,relu", 0.1)])
@@ -448,11 +448,11 @@ def test_memory_bounds_the_bytes_that_a_gradient_keeps(spec: str, share: float) 
     """Under budgets that are too small for all rows, by the plan's own count and by what operations keep."""
     target, flat = regression(spec, 1100, 6)
     vectorised = density_module._vectorised(target)
-    memory = int(share * cost_of(trace(vectorised, (flat, *target.slices(1)[0][1]))).bytes)
+    memory = int(share * cost_of(record(vectorised, (flat, *target.slices(1)[0][1]))).bytes)
     made = prepare(target, flat, num_gradients=1, memory=memory, compile=False)
     assert made.plan.slices > 1
     sizes = {len(tensors[0]): tensors for _, tensors in target.slices(made.plan.slices)}
-    assert cost_of(trace(vectorised, (flat, *sizes[max(sizes)]))).bytes <= memory
+    assert cost_of(record(vectorised, (flat, *sizes[max(sizes)]))).bytes <= memory
     with Living() as living:
         cut = made(flat)
     sums = 4 * flat.nbytes  # gradients that are added up
@@ -462,15 +462,20 @@ def test_memory_bounds_the_bytes_that_a_gradient_keeps(spec: str, share: float) 
     torch.testing.assert_close(cut.gradient, whole.gradient, rtol=1e-3, atol=1e-4 * float(whole.gradient.abs().max()))
 
 
+def slices_of(target: Target, flat: Tensor, memory: int | None) -> int:
+    costs = density_module._costs(target, density_module._vectorised(target), flat)
+    return density_module._num_slices(target, costs, len(flat), memory, flat.device)
+
+
 def test_as_few_slices_as_the_budget_allows() -> None:
     target, flat = regression("mlp:50", 1100, 6)
     vectorised = density_module._vectorised(target)
 
     def needed(count: int) -> float:
-        return cost_of(trace(vectorised, (flat, *target.slices(count)[0][1]))).bytes
+        return cost_of(record(vectorised, (flat, *target.slices(count)[0][1]))).bytes
 
     for count in (1, 6):
-        found = density_module._num_slices(target, vectorised, flat, int(1.05 * needed(count)))
+        found = slices_of(target, flat, int(1.05 * needed(count)))
         assert found <= count
         assert needed(found) <= 1.05 * needed(count)
 
@@ -480,33 +485,53 @@ def test_without_a_bound_slices_fit_a_cache_but_are_not_small(monkeypatch: pytes
     target, flat = regression("mlp:10,200,10,relu", 1100, 6)
     vectorised = density_module._vectorised(target)
 
-    def slices_of(cache: int) -> int:
-        monkeypatch.setattr(density_module, "CACHE", cache)
-        return density_module._num_slices(target, vectorised, flat, None)
+    def in_a_cache(size: int) -> int:
+        monkeypatch.setattr(density_module, "CACHE", size)
+        return slices_of(target, flat, None)
 
-    few, many = (cost_of(trace(vectorised, (flat, *target.slices(count)[0][1]))).bytes for count in (2, 1))
+    few, many = (cost_of(record(vectorised, (flat, *target.slices(count)[0][1]))).bytes for count in (2, 1))
     a_row = (many - few) / 550  # both far from where fixed parts decide
-    assert slices_of(int(1.001 * 1100 * a_row)) == 1
-    assert slices_of(int(1.001 * 550 * a_row)) == 2
-    assert slices_of(int(0.3 * 1100 * a_row)) == 4
-    assert slices_of(int(0.05 * 1100 * a_row)) == 4  # of 275 rows: FEW_ROWS are 256
+    assert in_a_cache(int(1.001 * 1100 * a_row)) == 1
+    assert in_a_cache(int(1.001 * 550 * a_row)) == 2
+    assert in_a_cache(int(0.3 * 1100 * a_row)) == 4
+    assert in_a_cache(int(0.05 * 1100 * a_row)) == 4  # of 275 rows: FEW_ROWS are 256
 
 
-@pytest.mark.parametrize(("rows", "traces"), [(511, 1), (512, 3)])
-def test_few_rows_are_traced_once(monkeypatch: pytest.MonkeyPatch, rows: int, traces: int) -> None:
-    """Of fewer than two slices' worth nothing has to be known to take one."""
-    shapes: list[torch.Size] = []
+@pytest.mark.parametrize("rows", [511, 512, 9])
+@pytest.mark.parametrize(("chains", "all_chains"), [(3, 3), (3, 1024), (1, 7)])
+def test_a_density_is_traced_once(monkeypatch: pytest.MonkeyPatch, rows: int, chains: int, all_chains: int) -> None:
+    """At the shape that is used, whatever has to be known of others; the largest other is of a few rows and chains."""
+    shapes: list[tuple[int, int]] = []
+    tried: list[tuple[int, int]] = []
 
     def counted(function: Any, arguments: Any) -> Any:
-        shapes.append(arguments[1].shape)
+        shapes.append((len(arguments[0]), len(arguments[1])))
         return trace(function, arguments)
 
+    def recorded(function: Any, arguments: Any) -> Any:
+        tried.append((len(arguments[0]), len(arguments[1])))
+        return record(function, arguments)
+
     monkeypatch.setattr(density_module, "trace", counted)
+    monkeypatch.setattr(density_module, "record", recorded)
     target, flat = regression("mlp:50", rows, 6)
-    made = prepare(target, flat, num_gradients=1, memory=None, compile=False)
-    assert made.plan.slices == 1
-    assert len(shapes) == traces
-    assert shapes[-1][0] == rows
+    made = prepare(target, flat[:chains], num_gradients=1, memory=None, compile=False, num_chains=all_chains)
+    assert shapes == [(chains, rows // made.plan.slices)]
+    assert max(tried) <= (3, 9)
+
+
+@pytest.mark.parametrize(("spec", "memory"), [("mlp:50", None), ("mlp:10,200,10,relu", 20_000_000)])
+def test_the_plan_of_a_share_of_the_chains_is_that_of_all(spec: str, memory: int | None) -> None:
+    """Rules go by all chains of all ranks, so that each computes as one process would."""
+    target, flat = regression(spec, 2300, 6)
+    many = flat.repeat(31, 1)  # 93 chains
+
+    def plan_of(chains: int, all_chains: int) -> Plan:
+        return density_module._plan(target, many[:chains], all_chains, 40, memory, None)[0]
+
+    whole = plan_of(93, 93)
+    assert whole.slices > plan_of(3, 3).slices
+    assert plan_of(1, 93) == plan_of(31, 93) == whole
 
 
 def test_rows_wider_than_a_cache_are_still_traced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,46 +551,6 @@ def test_memory_for_not_even_one_row_is_refused_in_one_line() -> None:
     needed = int(refused.value.want.split(" ")[2].replace(",", ""))
     made = prepare(target, flat, num_gradients=1, memory=needed, compile=False)
     assert made.plan.slices > 100
-
-
-def node_cost(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> density_module.Cost:
-    first, *rest = (torch.ones(shape) for shape in shapes)
-    return cost_of(trace(function, (first, *rest)))
-
-
-@pytest.mark.parametrize(
-    ("function", "shapes", "expected"),
-    [
-        (torch.mm, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),
-        (torch.bmm, [(4, 3, 5), (4, 5, 7)], 2 * 4 * 3 * 5 * 7),
-        (torch.addmm, [(7,), (3, 5), (5, 7)], 2 * 3 * 5 * 7),
-        (torch.baddbmm, [(4, 3, 7), (4, 3, 5), (4, 5, 7)], 2 * 4 * 3 * 5 * 7),
-        (lambda a, b: a @ b @ b, [(3, 5), (5, 5)], 2 * 2 * 3 * 5 * 5),
-        (lambda a: a @ a, [(5, 5)], 2 * 5 * 5 * 5),
-        (lambda a, b: (a + b).tanh(), [(3, 5), (3, 5)], 0),
-    ],
-)
-def test_operations_of_products(function: Callable[..., Tensor], shapes: Any, expected: int) -> None:
-    assert node_cost(function, *shapes).operations == expected
-
-
-def test_operations_of_a_convolution_are_bounded_by_its_input_and_window() -> None:
-    """2 x rows x output channels x positions x input channels x window; positions of the input are a few more."""
-    found = node_cost(nn.functional.conv2d, (2, 3, 8, 9), (5, 3, 3, 4)).operations
-    products = 2 * 5 * 3 * 3 * 4
-    assert products * 6 * 6 * 2 <= found <= products * 8 * 9 * 2
-
-
-def test_bytes_are_those_that_live_at_once() -> None:
-    kept, size = 4 * 6 * 10, (6, 10)
-    assert node_cost(lambda a: (a + 1) * 2, size).bytes == 2 * kept  # a sum until its product is there
-    assert node_cost(lambda a: (((a + 1) * 2).tanh() - 3).exp(), size).bytes == 2 * kept  # one after the other
-    assert node_cost(lambda a: torch.stack([a + 1, a + 2, a + 3]), size).bytes == 6 * kept
-    assert node_cost(lambda a: a.t().reshape(60).view(3, 20)[1:], (10, 6)).bytes == kept  # only the copy is new
-    assert node_cost(lambda a: a.view(60)[3:].unsqueeze(0), size).bytes == 0
-    assert node_cost(lambda a: a.index_select(0, torch.tensor([0, 2, 4])), size).bytes >= kept // 2
-    values = node_cost(lambda a: torch.func.grad(lambda b: b[2, 3].square())(a), size)
-    assert values.bytes >= kept  # the gradient of a selection is as large as what was selected from
 
 
 @pytest.mark.slow
