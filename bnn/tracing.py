@@ -92,7 +92,7 @@ _FASTER: dict[Any, Callable[..., Tensor]] = {
 
 
 def _does_nothing(node: fx.Node) -> bool:
-    """A view or expansion to the shape that is there already, or a product with 1."""
+    """A view or expansion to the shape that is there already, or a number that changes nothing: x 1, / 1, ** 1, - 0."""
     aten = torch.ops.aten
     before, after = (
         part.meta.get("val") if isinstance(part, fx.Node) else None
@@ -101,11 +101,21 @@ def _does_nothing(node: fx.Node) -> bool:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
         return False
     same = before.shape == after.shape
-    if node.target is aten.mul.Scalar:
+    if node.target in _NEUTRAL:
         returned = any(user.op == "output" for user in node.users)  # outputs are no inputs
-        return same and bool(node.args[1] == 1) and not returned
+        number = node.args[1] if len(node.args) == 2 and not node.kwargs else None
+        return same and isinstance(number, int | float) and number == _NEUTRAL[node.target] and not returned
     views = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
     return node.target in views and same and before.stride() == after.stride()
+
+
+_NEUTRAL: dict[Any, int] = {
+    torch.ops.aten.mul.Scalar: 1,
+    torch.ops.aten.mul.Tensor: 1,
+    torch.ops.aten.div.Tensor: 1,
+    torch.ops.aten.pow.Tensor_Scalar: 1,
+    torch.ops.aten.sub.Tensor: 0,
+}
 
 
 def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:

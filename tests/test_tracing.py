@@ -57,6 +57,27 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        pytest.param(lambda x: (x * 1.0).exp(), 1, id="times 1"),
+        pytest.param(lambda x: (x / 1).exp(), 1, id="over 1"),
+        pytest.param(lambda x: (x**1.0).exp(), 1, id="to the power of 1"),
+        pytest.param(lambda x: (x - 0.0).exp(), 1, id="less 0"),
+        pytest.param(lambda x: (x + 0.0) / x, 2, id="and 0"),  # -0 and 0 are 0
+        pytest.param(lambda x: (x / 2).exp(), 2, id="over 2"),
+        pytest.param(lambda x: (1.0 - x).exp(), 2, id="1 less it"),
+    ],
+)
+def test_numbers_that_change_nothing_are_taken_out(function: Callable[..., Tensor], left: int) -> None:
+    x = torch.tensor([-0.0, 0.0, 3.5, -torch.inf, torch.nan, 1e-45])
+    graph = trace(function, [x])
+    simplify(graph)
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(calls) == left
+    assert torch.equal(graph(x).view(torch.int32), function(x).view(torch.int32))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_simplified_trace_gives_what_the_function_gives(case: str) -> None:
     function, arguments = CASES[case]

@@ -20,7 +20,7 @@ from bnn.inference import products
 from bnn.inference.costs import Costs, Operation, record
 from bnn.machine import threads
 from bnn.model import BayesianModel
-from bnn.tracing import compiled, has_compiler, trace
+from bnn.tracing import compiled, has_compiler, simplify, trace
 from bnn.types import Batch
 
 Mode: TypeAlias = Literal["compiled", "traced", "eager"]
@@ -204,6 +204,7 @@ class Prepared:
             if self.plan.onednn:
                 products.replaced(graph)
             if self.plan.mode == "traced":
+                simplify(graph)
                 return graph
             return compiled(graph, (flat, *tensors), self.plan.threads)
 
