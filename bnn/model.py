@@ -81,7 +81,7 @@ class BayesianModel:
         self.unknowns = (*likelihood.unknowns, *priors.unknowns(prior, self._entries))
         extra = (Entry(unknown.name, (), torch.float32) for unknown in self.unknowns)
         self.layout = Layout((*own.entries, *extra), own.aliases)
-        self.space = Space(self.layout, self._entries, prior, self.unknowns)
+        self.space = Space(self.layout, self._entries, prior, self.unknowns, device_of(module))
         self._skeleton = Skeleton(module, self.layout, detach=True)
 
     @property
@@ -101,18 +101,14 @@ class BayesianModel:
 
     def log_prior(self, params: Params) -> Tensor:
         """log p(theta), unknowns included, a scalar."""
-        total = priors.log_prob(self.prior, self._entries, params)
-        for unknown in self.unknowns:
-            total = total + unknown.prior.log_prob(params[unknown.name])
-        return total
+        return self.space.log_prior(params)
 
     def log_joint(self, params: Params, batch: Batch, *, weight: float = 1.0) -> Tensor:
         """(weight N / B sum_b w_b log p(y_b | x_b, theta) + log p(theta)) / T for one sample, a scalar.
 
         The weight is 1, or B_i / mean B where batches of unlike sizes are visited equally often.
         """
-        scale = weight * self.num_data / len(batch.y)
-        return (scale * self.log_likelihood(params, batch) + self.log_prior(params)) / self.temperature
+        return self._joined(params, batch, self.log_prior(params), weight)
 
     def log_density(self, flat: Tensor, batch: Batch, *, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log joint in the unconstrained space of the samplers, and in the constrained one.
@@ -129,8 +125,12 @@ class BayesianModel:
             The density to sample from and the log joint that a bank keeps, both scalars.
         """
         params, log_jacobian = self.constrain(flat)
-        log_joint = self.log_joint(params, batch, weight=weight)
+        log_joint = self._joined(params, batch, self.space.log_prior_at(flat, params), weight)
         return log_joint + log_jacobian, log_joint
+
+    def _joined(self, params: Params, batch: Batch, log_prior: Tensor, weight: float) -> Tensor:
+        scale = weight * self.num_data / len(batch.y)
+        return (scale * self.log_likelihood(params, batch) + log_prior) / self.temperature
 
     def constrain(self, flat: Tensor) -> tuple[Params, Tensor]:
         """u [P] or [K, P] -> params as banks keep them, and log |d theta / d u|, a scalar or [K]."""
