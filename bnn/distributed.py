@@ -59,6 +59,7 @@ class Ranks:
         self._meshes: dict[int, tuple[Ranks, Ranks]] = {}
         self._again = again
         self._place: Any = None  # where this start and others under one torchrun meet
+        self._remembers = False  # whether that place was there in an earlier one
 
     @property
     def several(self) -> bool:
@@ -69,6 +70,24 @@ class Ranks:
     def again(self) -> bool:
         """Whether torchrun has started this run before: the same on all ranks, also where it has counted on some hosts alone."""
         return self._again or restarts() > 0
+
+    def begun(self, work: str) -> str | None:
+        """What `begin` left of this work in an earlier start, or None if none had begun it: the same on all ranks; a call of all.
+
+        Where nobody remembers earlier starts, since torchrun has made a new meeting place, each is taken to have: "".
+        """
+        if not self.again:
+            return None
+        found: str | None = ""
+        if self.rank == 0 and self._remembers:
+            found = self._place.get(_begun(work)).decode() if self._place.check([_begun(work)]) else None
+        told: str | None = self.first_value(found)
+        return told
+
+    def begin(self, work: str, note: str = "") -> None:
+        """Let later starts know that this work is theirs to go on with, with a note for them; rank 0's counts."""
+        if self.several and self.rank == 0:
+            self._place.set(_begun(work), note)
 
     def share(self, total: int) -> range:
         """This rank's neighbours among `total` things: parts differ by one at most, in the order of ranks.
@@ -314,7 +333,7 @@ ALONE = Ranks()
 """The one rank of a run that nobody splits."""
 
 _current = ALONE
-_again: bool | None = None  # as this process found it when it first joined others
+_earlier: tuple[bool, bool] | None = None  # as this process found it when it first joined others: `again`, `_remembers`
 
 
 def ranks() -> Ranks:
@@ -358,7 +377,7 @@ def joined(*, timeout: float | None = None) -> Iterator[Ranks]:
         ...     together.world_size
         1
     """
-    global _current, _again
+    global _current, _earlier
     if _current.several or not launched():
         yield _current
         return
@@ -367,7 +386,8 @@ def joined(*, timeout: float | None = None) -> Iterator[Ranks]:
     pulse = threading.Thread(target=_beat, args=(together, stop), daemon=True, name="bnn-pulse")
     pulse.start()
     try:
-        _again = together._again = any(together.values(together.again))  # and all are here
+        together._again = any(together.values(together.again))  # and all are here
+        _earlier = together._again, together._remembers
         _current = together
         yield together
         _leave(together)
@@ -420,9 +440,9 @@ def _meet(timeout: float) -> Ranks:
         store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
         place = Meeting(PrefixStore("bnn", store), timeout)
-        again = _again
-        if again is None:  # whether processes before this one met here, and did not end well
-            again = place.check(["round"]) and place.get("round") != ENDED
+        again, remembers = _earlier or (False, place.check(["round"]))
+        if _earlier is None and remembers:  # processes before this one met here
+            again = place.get("round") != ENDED
         round_name = agree(place, rank, world_size, timeout)
         store = PrefixStore(f"bnn/{round_name}", store)
         own = Meeting(PrefixStore("own", store), timeout)
@@ -437,8 +457,12 @@ def _meet(timeout: float) -> Ranks:
             fix=f"look at the other ranks' messages and the hosts' firewall, or set {TIMEOUT_NAME} to more seconds",
         ) from error
     together = Ranks(rank, world_size, store=own, timeout=timeout, again=again and rank == 0)
-    together._place = place
+    together._place, together._remembers = place, remembers
     return together
+
+
+def _begun(work: str) -> str:
+    return f"begun/{work}"
 
 
 def _beat(together: Ranks, stop: threading.Event) -> None:

@@ -108,38 +108,53 @@ def open_part(
 ) -> BankWriter | None:
     """This rank's writer in the bank at `out`, begun, taken up or put in place of an old one by all ranks alike.
 
-    A run that torchrun started again goes on with what it had committed. Each host may have a folder of its own: then
-    the first rank of each replaces what is there.
+    A run that torchrun started again goes on with what it had begun, and with nothing else: what its first start refused it
+    refuses again. Each host may have a folder of its own: then the first rank of each replaces what is there.
 
     Args:
         options: of `BankWriter`, but for name, resume and overwrite.
         alone: whether rank 0 writes for all; the others then get None.
+
+    Raises:
+        BankExists: a bank is there, of which nobody said what to do with it.
     """
-    there = any(together.values((out / "bank.json").exists()))
-    if there and not resume and not overwrite and not together.again:
+    work = str(out)
+    earlier = together.begun(work)
+    there, here = any(together.values((out / "bank.json").exists())), (out / "bank.json").exists()
+    if there and not resume and not overwrite and earlier is None:
         raise BankExists(
-            str(out),
+            work,
             want="a new folder",
             got="a bank, which is kept",
             fix="go on with resume, replace it with overwrite, or choose another name",
         )
-    again, here = together.again, (out / "bank.json").exists()
-    resume = here if again else resume and (here or not there)
-    overwrite = overwrite and not again
-    if alone:
-        return BankWriter(out, resume=resume, overwrite=overwrite, **options) if together.rank == 0 else None
-    own = writer_name(together.rank)
-    if not overwrite:
-        return BankWriter(out, writer=own, resume=resume, **options)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    turn = 0 if together.rank == 0 else 1 if local == 0 else 2
-    for number in range(2):
-        if number == turn and (turn == 0 or (out / f"manifest-{own}.json").exists()):
-            begun = BankWriter(out, writer=own, overwrite=True, **options)
-            begun.commit()  # the old bank is gone before others join the new one
-            begun.release()  # and with it the names of all, which it held
-        together.barrier()
-    return BankWriter(out, writer=own, resume=True, **options)
+    old = _mark(out) if alone and overwrite else ""  # rank 0 replaces it with its first commit
+    overwrite = overwrite and earlier in (None, old or None)
+    resume = resume and (here or not there) if earlier is None else here and not overwrite
+    own = "main" if alone else writer_name(together.rank)
+    if overwrite and not alone:  # the old bank is gone before others join the new one
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        turn = 0 if together.rank == 0 else 1 if local == 0 else 2
+        for number in range(2):
+            if number == turn and (turn == 0 or (out / f"manifest-{own}.json").exists()):
+                begun = BankWriter(out, writer=own, overwrite=True, **options)
+                begun.commit()
+                begun.release()  # and with it the names of all, which it held
+            together.barrier()
+        overwrite, resume = False, True
+    together.begin(work, old)
+    together.barrier()  # before anyone commits a row
+    if alone and together.rank:
+        return None
+    return BankWriter(out, writer=own, resume=resume, overwrite=overwrite, **options)
+
+
+def _mark(out: Path) -> str:
+    """By which the bank at a path is told from one that takes its place; nothing where there is none."""
+    if not (out / "bank.json").exists():
+        return ""
+    found = (out / "bank.json").stat()
+    return f"{found.st_ino}/{found.st_mtime_ns}"
 
 
 def agreed_state(part: BankWriter, method: Method, together: Ranks) -> State | None:

@@ -187,6 +187,27 @@ def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, diabetes: Path) -> No
     assert all(torch.equal(values[key], found[key]) for key in values)
 
 
+def test_a_restart_goes_on_with_what_an_earlier_start_began_and_nothing_else(tmp_path: Path) -> None:
+    """Not with a bank that it refused to replace, though of the same run; nor with one that it was to replace and had not yet."""
+    method, num_samples = GUIDES["mean-field"]
+    out = tmp_path / "bank"
+    bnn.fit(model(), rows(), method=method, num_samples=num_samples, out=out, seed=3)
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # where torchrun's starts all meet
+    for _ in range(2):
+        ended = launch(2, "over", out, "", "", **place)
+        assert all(process.out.startswith("BankExists") for process in ended), ended[0].err
+        assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    ended = launch(2, "over", out, "overwrite", "killed", **place)
+    assert all(process.returncode == -9 for process in ended)
+    assert (out / "bank.json").stat().st_mtime_ns == before["bank.json"][0]
+    ended = launch(2, "over", out, "overwrite", "", **place)
+    assert [process.returncode for process in ended] == [0, 0], ended[0].err
+    assert (out / "bank.json").stat().st_mtime_ns != before["bank.json"][0]
+    assert len(bnn.Bank.open(out)) == num_samples
+
+
 def test_rank_0_speaks_for_all(tmp_path: Path) -> None:
     """Steps far too long: each rank warns of its own chains. Then the bank is there, which all ranks would say."""
     useless = ["--num-warmup", "1", "--option", "step_size=50.0", "--out", str(tmp_path / "bank")]

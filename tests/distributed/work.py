@@ -44,6 +44,23 @@ def fits(out: str, names: str) -> None:
         bnn.fit(model, data, method=method, num_samples=num_samples, out=over, seed=5, overwrite=True)
 
 
+def over(out: str, overwrite: str, killed: str) -> None:
+    """A guide into a folder that has a bank, with all ranks killed before they have optimised anything."""
+    warnings.simplefilter("ignore")
+    method, num_samples = ranked.GUIDES["mean-field"]
+    if killed:
+        Guide.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
+    with distributed.joined():
+        try:
+            bnn.fit(
+                ranked.model(), ranked.rows(), method=method, num_samples=num_samples, out=out, seed=3,
+                overwrite=bool(overwrite),
+            )  # fmt: skip
+        except BnnError as error:
+            say(f"{type(error).__name__}: {error}")
+            raise
+
+
 def refusals(out: str) -> None:
     """What `fit` says where ranks differ, or a method cannot be split: one line a case, on every rank."""
     told: list[str] = []
