@@ -64,15 +64,20 @@ def on_ranks(arguments: list[str]) -> Iterator[None]:
 
 
 def _is_said(error: BaseException, together: Ranks) -> bool:
-    """Whether rank 0 says the same for all."""
+    """Whether rank 0 says the same for all. It stays a while, for those who ask: the meeting place may end with it."""
     if together.rank and isinstance(error, KeyboardInterrupt):
         return True
+    others = range(1, together.world_size)
     with suppress(RuntimeError):
         together.post(f"error/{together.rank}", str(error))
         end = time.monotonic() + ALIKE_SECONDS
-        while together.rank and time.monotonic() < end:
-            if (said := together.posted("error/0")) is not None:
+        while time.monotonic() < end:
+            said = together.posted("error/0")
+            if together.rank and said is not None:
+                together.post(f"heard/{together.rank}", "")
                 return said == str(error)
+            if together.rank == 0 and all(together.posted(f"heard/{rank}") is not None for rank in others):
+                break
             time.sleep(0.02)
     return False
 
