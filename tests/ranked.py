@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -125,9 +125,7 @@ def forking() -> ForkServerContext:
         ["ranked", "bnn.cli", "bnn.evaluation", "bnn.training", "torch._dynamo", "torch.fx.experimental.proxy_tensor"]
     )
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # where torch tells how sockets close on a busy machine
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**paths(), **quiet, "OMP_NUM_THREADS": "1"}.items():  # read when torch is imported
-            patch.setenv(name, value)
+    with mock.patch.dict(os.environ, {**paths(), **quiet, "OMP_NUM_THREADS": "1"}):  # read when torch is imported
         forkserver.ensure_running()
     return context
 

@@ -147,26 +147,36 @@ def test_what_differs_between_ranks_is_named_on_all(tmp_path: Path) -> None:
 
 
 HMC_OPTIONS = [
-    "--data", "diabetes", "--model", "mlp:2", "--method", "hmc", "--num-samples", "24", "--num-chains", "4",
+    "--model", "mlp:2", "--method", "hmc", "--num-samples", "24", "--num-chains", "4",
     "--num-warmup", "45", "--option", "num_steps=3", "--option", "init=prior", "--option", "dtype=float64",
     "--option", "compile=false",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def diabetes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of a fit to a file, which is read without the packages that data sets come with."""
+    path = tmp_path_factory.mktemp("data") / "rows.csv"
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(5))
+    lines = [f"{a:.4f},{b:.4f},{c:.4f},{2 * a - b:.4f}" for a, b, c in x.tolist()]
+    path.write_text("\n".join(["a,b,c,y", *lines, ""]))
+    return ["--data", f"{path}:y", *HMC_OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def alone(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "bank"
     from bnn.cli import run
 
-    assert run(["fit", *HMC_OPTIONS, "--out", str(out)]) == 0
+    assert run(["fit", *options, "--out", str(out)]) == 0
     return out
 
 
-def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, diabetes: Path) -> None:
+def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, options: list[str], alone: Path) -> None:
     """Rank 1 dies by SIGKILL in warm-up, while rank 0 commits the state that it lacks, and again in sampling."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    arguments = [str(WORK), "command_line", "31,18", "fit", *HMC_OPTIONS, "--out", str(tmp_path / "bank")]
+    arguments = [str(WORK), "command_line", "31,18", "fit", *options, "--out", str(tmp_path / "bank")]
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     ended = subprocess.run(
         [*command, *meeting, *arguments],
@@ -180,7 +190,7 @@ def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, diabetes: Path) -> No
     assert ended.stderr.count("Signal 9 (SIGKILL)") >= 2 or ended.stderr.count("exitcode: -9") >= 2
     assert ended.stdout.count("verdict") == 1
     (places, values), (others, found) = (
-        sorted_rows(bnn.Bank.open(diabetes)),
+        sorted_rows(bnn.Bank.open(alone)),
         sorted_rows(bnn.Bank.open(tmp_path / "bank")),
     )
     assert torch.equal(places, others)
@@ -208,21 +218,21 @@ def test_a_restart_goes_on_with_what_an_earlier_start_began_and_nothing_else(tmp
     assert len(bnn.Bank.open(out)) == num_samples
 
 
-def test_rank_0_speaks_for_all(tmp_path: Path) -> None:
+def test_rank_0_speaks_for_all(tmp_path: Path, options: list[str]) -> None:
     """Steps far too long: each rank warns of its own chains. Then the bank is there, which all ranks would say."""
     useless = ["--num-warmup", "1", "--option", "step_size=50.0", "--out", str(tmp_path / "bank")]
-    first, second = launch(2, "command_line", "", "fit", *HMC_OPTIONS, *useless)
+    first, second = launch(2, "command_line", "", "fit", *options, *useless)
     assert (first.returncode, second.returncode) == (0, 0), first.err
     assert "warning: HMC: chains 0, 1 accepted" in first.err
     assert "warning: rank 1: HMC: chains 2, 3 accepted" in first.err
     assert "verdict" in first.out
     assert second.out + second.err == ""
-    first, second = launch(2, "command_line", "", "fit", *HMC_OPTIONS, *useless)
+    first, second = launch(2, "command_line", "", "fit", *options, *useless)
     assert (first.returncode, second.returncode) == (2, 2)
     assert first.err.strip().startswith(f"{tmp_path}/bank: want a new folder")
     assert second.err == ""
     # Something that only one of them meets is said by that one, and the other says why it ends.
-    first, second = launch(2, "odd_command", "fit", *HMC_OPTIONS, "--out", str(tmp_path / "other"))
+    first, second = launch(2, "odd_command", "fit", *options, "--out", str(tmp_path / "other"))
     assert (first.returncode, second.returncode) == (3, 2)
     assert second.err.startswith("rank 1: missing.csv")
     assert "rank 1 ended: DataError: missing.csv" in first.err
