@@ -131,7 +131,7 @@ def with_outside(plan: Views, logits: Tensor, y: Tensor) -> Report:
 @pytest.mark.parametrize(("num_chains", "draws"), [(1, 120), (7, 6)])
 def test_monte_carlo_errors_of_figures_that_jump_are_their_spread_over_banks(num_chains: int, draws: int) -> None:
     """Leaving out one run at a time says twice as much of them. Of 7 chains there are 21 runs, an odd number."""
-    rows, banks, source, plan = 160, 200, generator(10, num_chains), views(num_chains, draws)
+    rows, banks, source, plan = 160, BANKS, generator(10, num_chains), views(num_chains, draws)
     y = torch.randint(CLASSES, (rows,), generator=generator(11))
     reports = [with_outside(plan, chains(source, num_chains, draws, 0.0, CLASSES, rows), y) for _ in range(banks)]
     check_spread(reports, (*SMOOTH, *JUMPING, "aurc", "coverage_at_risk_5", "auroc", "aupr_in", "aupr_out"))
