@@ -46,20 +46,19 @@ class FitCalls(NamedTuple):
         return once.plus(step.times(self.num_steps)).plus(edge.times(self.num_edges))
 
 
-def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int, num_parameters: int = 0) -> FitCalls:
+def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int) -> FitCalls:
     """What R ranks say to each other in a fit; nothing after warm-up, nor of methods whose rows are split.
 
     Rows of c = ceil(C / R) chains are gathered, of which the flags of a trajectory of HMC, which are 2 c + 1 bytes; ChEES
     adds 4 c P values and 3 c float64; where a mass is learnt 2 c P values are, and c W P for W draws of a low-rank
-    one. A step of a guide sums its gradient and its loss at once: Q + 1 values. States that all commit in warm-up, one
-    in 20 seconds, come to it, 12 bytes each.
+    one. A step of a guide sums the slope at its draw and its height at once: P + 1 values, and 2 P + 1 of antithetic
+    draws. States that all commit in warm-up, one in 20 seconds, come to it, 12 bytes each.
 
     Args:
         method: to be split.
         num_ranks: R.
         num_values: P, the numbers in one sample.
         itemsize: bytes of one.
-        num_parameters: Q, of what a guide optimises.
 
     Examples:
         >>> calls = fit_calls(HMC(num_chains=6, trajectory="jittered"), 4, num_values=100, itemsize=4)
@@ -67,7 +66,8 @@ def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int,
         13
     """
     if split_of(method) == "gradients":
-        step = [Call("all_reduce", (num_parameters + 1) * itemsize)]
+        draws = 2 if method.variance_reduction == "antithetic" else 1  # type: ignore[attr-defined]
+        step = [Call("all_reduce", (draws * num_values + 1) * itemsize)]
         return FitCalls([], step, method.num_steps, [], 0, "a step")  # type: ignore[attr-defined]
     if isinstance(method, HMC):
         return _hmc_calls(method, num_ranks, num_values * itemsize)
