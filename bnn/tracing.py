@@ -20,9 +20,15 @@ def trace(
 
     `check` sees all operations, also those whose results went into Python alone, which are then taken out.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # a third of a second, which not everybody needs
+    # A third of a second, which not everybody needs.
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    with warnings.catch_warnings():
+    # Each operation notes the shape of its result in a mode for such notes: without one at hand torch makes one an
+    # operation, stack trace and all, which is half the time of a trace.
+    notes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with tracing(notes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of its own tracing
         graph = make_fx(function)(*arguments)
     check(graph)
