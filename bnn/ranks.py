@@ -80,14 +80,16 @@ class Ranks:
             return None
         found: str | None = ""
         if self.rank == 0 and self._remembers:
-            found = self._place.get(_begun(work)).decode() if self._place.check([_begun(work)]) else None
+            with self._told("what earlier starts have left"):
+                found = self._place.get(_begun(work)).decode() if self._place.check([_begun(work)]) else None
         told: str | None = self.first_value(found)
         return told
 
     def begin(self, work: str, note: str = "") -> None:
         """Let later starts know that this work is theirs to go on with, with a note for them; rank 0's counts."""
         if self.several and self.rank == 0:
-            self._place.set(_begun(work), note)
+            with self._told("later starts to find what this one has begun"):
+                self._place.set(_begun(work), note)
 
     def share(self, total: int) -> range:
         """This rank's neighbours among `total` things: parts differ by one at most, in the order of ranks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -106,13 +107,14 @@ def _does_nothing(node: fx.Node) -> bool:
     )
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
         return False
-    same = before.shape == after.shape
+    same = before.shape == after.shape and before.stride() == after.stride()
     if node.target in _NEUTRAL:
         returned = any(user.op == "output" for user in node.users)  # outputs are no inputs
         number = node.args[1] if len(node.args) == 2 and not node.kwargs else None
-        return same and isinstance(number, int | float) and number == _NEUTRAL[node.target] and not returned
+        neutral = isinstance(number, int | float) and number == _NEUTRAL[node.target] and math.copysign(1.0, number) > 0
+        return same and neutral and not returned  # of a slice it is a copy, in another order, which a view may count on
     views = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
-    return node.target in views and same and before.stride() == after.stride()
+    return node.target in views and same
 
 
 _NEUTRAL: dict[Any, int] = {

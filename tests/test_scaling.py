@@ -53,8 +53,10 @@ def test_calls_are_counted_where_somebody_counts() -> None:
 
 
 def test_a_fit_says_in_closed_form() -> None:
-    """Of P = 7 numbers of 4 bytes: a guide's gradient and loss; the flags of HMC; what ChEES asks of each trajectory."""
-    assert fit_calls(Guide(), 6, num_values=7, itemsize=4).step == [Call("all_reduce", 4 * 8)]
+    """Of P = 7 numbers of 4 bytes: a guide's slope and height, and its 3 x 14 parameters and moments; the flags of HMC; what ChEES asks of each trajectory."""
+    guide = fit_calls(Guide(num_steps=101), 6, num_values=7, itemsize=4, num_parameters=14)
+    assert (guide.step, guide.num_steps) == ([Call("all_reduce", 4 * 8)], 101)
+    assert (guide.edge, guide.num_edges) == ([Call("broadcast", 4 * 42)], 3)
     pair = Guide(variance_reduction="antithetic")
     assert fit_calls(pair, 6, num_values=7, itemsize=4).step == [Call("all_reduce", 4 * 15)]
     for chains, ranks, most in ((8, 3, 3), (64, 64, 1), (5, 8, 1)):

@@ -51,12 +51,15 @@ def foresee(
     write_seconds: float,
 ) -> RanksPlan:
     """A plan for so many ranks, from `trial` seconds of the whole fit and as many of the largest part."""
-    from bnn.inference import Guide
+    from bnn.inference.guide import Guide, make_family
     from bnn.progress import with_progress
     from bnn.scaling import fit_calls, paces, plan_ranks, share_of
 
     share = share_of(method, num_samples, len(dataset.train.y), num_ranks)
-    most = method.num_steps if isinstance(method, Guide) else None
+    most, num_parameters = None, 0
+    if isinstance(method, Guide):
+        most = method.num_steps
+        num_parameters = sum(p.numel() for p in make_family(method, model, seed).parameters.values())
 
     def tried(one: Method, samples: int, title: str) -> Any:
         run = one.run(model, dataset.train, num_samples=samples, seed=seed)
@@ -65,7 +68,13 @@ def foresee(
     whole = tried(method, num_samples, f"try {method.name}")
     own = tried(share.method, share.num_samples, f"try the part of a rank of {num_ranks}")
     layout = model.layout
-    calls = fit_calls(method, num_ranks, num_values=layout.num_values, itemsize=layout.dtype.itemsize)
+    calls = fit_calls(
+        method,
+        num_ranks,
+        num_values=layout.num_values,
+        itemsize=layout.dtype.itemsize,
+        num_parameters=num_parameters,
+    )
     phases = whole.keys() & own.keys()
     return plan_ranks(
         share,

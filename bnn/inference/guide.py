@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -240,6 +240,8 @@ def _run(
         steps = range(step, min(step + STEPS_PER_STATE, options.num_steps))
         with fitted.around(step):
             elbos = _optimise(options, fitted, optimizer, batches, steps, info.get("elbo_per_row"), model.num_data)
+        if ranks().several:
+            _align(optimizer, fitted.parameters)
         step, info = steps.stop, {"elbo_per_row": float(elbos.mean())}
         trend = trend.index_add(0, torch.tensor(steps) * WINDOWS // options.num_steps, elbos)
         if step == options.num_steps:
@@ -366,7 +368,7 @@ def _optimise(
     last_good: float | None,
     num_data: int,
 ) -> Tensor:
-    """Take these steps; their ELBO a row, float64. Ranks take their rows of each batch, and sum their gradients."""
+    """Take these steps; their ELBO a row, float64. Ranks take their rows of each batch, and sum what these say."""
     losses, several = [], ranks().several
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
@@ -402,7 +404,7 @@ def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tens
     loss(batch) = -mean_u (sum_r B_r / B height(u; rows of r) + surprise(u)): each log likelihood is scaled by N / B_r
 
     What travels, as one flat tensor, are the heights' slopes at the draws, P numbers each, whatever the number of parameters:
-    all ranks have the same draws, and lead the sum of the slopes back to the parameters.
+    all ranks have the same draws, to rounding (`_align`), and lead the sum of the slopes back to the parameters.
     """
     assert fitted.draws is not None, "a guide that ranks share has draws"
     assert fitted.height is not None
@@ -420,6 +422,22 @@ def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tens
     led_back = torch.stack([draw.flat @ slope for draw, slope in zip(draws, slopes, strict=True)]).sum()
     (-(led_back + surprise)).backward()
     return torch.reshape(-(total + surprise.detach()), ())
+
+
+def _align(optimizer: torch.optim.Adam, parameters: Mapping[str, Tensor]) -> None:
+    """Give all ranks the parameters and moments of rank 0.
+
+    Each leads the same slopes back by itself, which processors of two kinds, or two numbers of threads, round apart.
+    """
+    together, held = ranks(), []
+    for parameter in parameters.values():
+        moments = optimizer.state[parameter]
+        held += [parameter.data, moments["exp_avg"], moments["exp_avg_sq"]]
+    own = torch.cat([tensor.flatten() for tensor in held]).cpu() if together.rank == 0 else None
+    told = together.broadcast(own, shape=(sum(tensor.numel() for tensor in held),), dtype=held[0].dtype)
+    if own is None:
+        for tensor, values in zip(held, told.split([tensor.numel() for tensor in held]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def _warn_if_rising(options: Guide, trend: Tensor) -> None:

@@ -12,8 +12,10 @@ import pytest
 from ranked import launch, model
 
 from bnn.evaluation.views import views_of
+from bnn.inference.guide import make_family
 from bnn.likelihoods import Categorical
 from bnn.scaling import JSON, class_state_bytes, evaluation_calls, fit_calls, target_state_bytes
+from bnn.together import split_of
 from bnn.traffic import Call
 
 HERE = Path(__file__).parent
@@ -37,7 +39,10 @@ def test_a_fit_sends_what_the_model_says(name: str, told: tuple[int, list[dict[s
     world_size, counts = told
     method, _ = counting.METHODS[name]
     layout = model().layout
-    calls = fit_calls(method, world_size, num_values=layout.num_values, itemsize=8)
+    num_parameters = 0
+    if split_of(method) == "gradients":
+        num_parameters = sum(p.numel() for p in make_family(method, model(), 3).parameters.values())
+    calls = fit_calls(method, world_size, num_values=layout.num_values, itemsize=8, num_parameters=num_parameters)
     expected = [*calls.once, *calls.step * calls.num_steps, *calls.edge * calls.num_edges]
     for each in counts:
         before, after = each["fits"][name]
