@@ -120,14 +120,24 @@ def _meet(timeout: float) -> Ranks:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    try:
+
+    def agreed() -> tuple[Any, Meeting, bool, bool, str]:
         store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
         place = Meeting(PrefixStore("bnn", store), timeout)
         again, remembers = _earlier or (False, place.check(["round"]))
         if _earlier is None and remembers:  # processes before this one met here
             again = place.get("round") != ENDED
-        round_name = agree(place, rank, world_size, timeout)
+        return store, place, again, remembers, agree(place, rank, world_size, timeout)
+
+    try:
+        try:
+            found = agreed()
+        except distributed.DistNetworkError:
+            if _earlier is None or rank == 0:
+                raise
+            found = agreed()  # that was where these processes met before, which rank 0 had not closed yet
+        store, place, again, remembers, round_name = found
         store = PrefixStore(f"bnn/{round_name}", store)
         own = Meeting(PrefixStore("own", store), timeout)
         own.add(f"pulse/{rank}", 0)

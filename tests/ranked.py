@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -75,36 +81,66 @@ def launch(
 ) -> list[Any]:
     """Run a script once a rank; the processes as they ended, with what they said as `out` and `err`.
 
-    The others are killed once the rank `awaited` has ended.
+    The others are killed once the rank `awaited` has ended. Ranks are forked from one process that has imported torch
+    and the package, which is most of what a start costs.
     """
-    port = str(free_port())
-    processes = []
-    for rank in range(world_size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        meeting["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # where torch tells how sockets close on a busy machine
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, arguments)],
-                env={**os.environ, **paths(), **meeting, **own, **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    ended: dict[int, Any] = {}
+    started = forking()
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     order = list(range(world_size)) if awaited is None else [awaited, *(r for r in range(world_size) if r != awaited)]
-    try:
-        for rank in order:
-            if ended and awaited is not None:
-                processes[rank].kill()
-            out, err = processes[rank].communicate(timeout=timeout)
-            ended[rank] = SimpleNamespace(returncode=processes[rank].returncode, out=out, err=err)
-    finally:
-        for rank in order[len(ended) :]:
-            processes[rank].kill()
-            processes[rank].communicate()
-    return [ended[rank] for rank in range(world_size)]
+    with TemporaryDirectory() as folder:
+        said = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world_size)]
+        processes = []
+        for rank in range(world_size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            values = {**meeting, **own, **environment}
+            words = [str(script), *map(str, arguments)]
+            processes.append(started.Process(target=run_script, args=(words, values, *map(str, said[rank]))))
+            processes[-1].start()
+        try:
+            for rank in order:
+                processes[rank].join(timeout)
+                if processes[rank].exitcode is None:
+                    told = "".join(err.read_text() for _, err in said if err.exists())
+                    raise TimeoutError(
+                        f"rank {rank} of {script.name} runs for more than {timeout} s; they said {told!r}"
+                    )
+                if awaited is not None:
+                    for process in processes:
+                        process.kill()
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [
+            SimpleNamespace(returncode=process.exitcode, out=out.read_text(), err=err.read_text())
+            for process, (out, err) in zip(processes, said, strict=True)
+        ]
+
+
+@functools.cache
+def forking() -> ForkServerContext:
+    """Where processes are forked from one that has imported what ranks import, and done nothing with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["ranked", "bnn.cli", "bnn.evaluation", "bnn.training", "torch._dynamo", "torch.fx.experimental.proxy_tensor"]
+    )
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # where torch tells how sockets close on a busy machine
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**paths(), **quiet, "OMP_NUM_THREADS": "1"}.items():  # read when torch is imported
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def run_script(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    """In a process of its own: what `python SCRIPT WORDS` does there, with what it says in two files."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.update(environment)
+    sys.argv, sys.path[:0] = words, [str(Path(words[0]).parent)]
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def paths() -> dict[str, str]:

@@ -521,11 +521,15 @@ def test_memory_of_a_refusal_is_bounded(tmp_path: Path) -> None:
 
 def junk_manifests(folder: Path, count: int, size: int) -> None:
     """Sealed manifests of so many more writers, each without rows and filled with a key that nobody knows."""
+    junk = [{}] * ((size - 2000) // 3)
+    kept = json.loads((folder / "manifest-main.json").read_text())
+    del kept["checksum"]
+    kept |= {"writer": "WRITER", "rows": 0, "shards": [], "state": None, "zz": junk}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     for number in range(count):
-        path = folder / f"manifest-w{number}.json"
-        path.write_bytes((folder / "manifest-main.json").read_bytes())
-        junk = [{}] * ((size - 2000) // 4)
-        edit_json(path, writer=f"w{number}", rows=0, shards=[], state=None, zz=junk)
+        own = text.replace("WRITER", f"w{number}")
+        seal = hashlib.sha256(own.encode()).hexdigest()
+        (folder / f"manifest-w{number}.json").write_text(f'{own[:-1]},"checksum":"{seal}"}}')
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,17 @@ def starts(*counts: str) -> None:
     say(json.dumps(found))
 
 
+def meets(times: str) -> None:
+    """Joined so many times; rank 0 closes where they met when the others are there again already."""
+    found = []
+    for number in range(int(times)):
+        with distributed.joined() as together:
+            found.append(together.values([number, together.rank]))
+        time.sleep(0.2 * (together.rank == 0))
+        del together  # and the store with it
+    say(json.dumps(found))
+
+
 def ends_badly() -> None:
     """A start that comes to nothing."""
     with distributed.joined():

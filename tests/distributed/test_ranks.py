@@ -64,6 +64,13 @@ def test_a_restart_that_one_host_counts_is_known_to_all(counts: tuple[str, ...],
     assert [json.loads(process.out) for process in ended] == [[again, again]] * 3
 
 
+def test_ranks_meet_again_where_rank_0_has_not_closed_the_last_meeting_yet() -> None:
+    ended = launch(3, "meets", "4", script=TALK)
+    expected = [[[number, rank] for rank in range(3)] for number in range(4)]
+    assert [process.returncode for process in ended] == [0, 0, 0], "".join(p.err for p in ended)
+    assert [json.loads(process.out) for process in ended] == [expected] * 3
+
+
 def test_a_start_that_nobody_counts_is_known_by_where_ranks_meet() -> None:
     """As where a host joins a run: torchrun's store is that of the start before, and no count goes up."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

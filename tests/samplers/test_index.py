@@ -404,7 +404,7 @@ def test_a_window_takes_each_sample_once_from_few_shards(rows: list[int], window
 
 def test_a_window_over_all_shards_is_a_shuffle() -> None:
     """Each sample is at each place equally often, and before each other half the time, within 5 standard errors."""
-    bank, passes = Sharded((1, 4, 2)), 20_000
+    bank, passes = Sharded((1, 4, 2)), 8_000
     order = SampleIndexSampler(bank, window=3, seed=2).at(range(7 * passes)).view(passes, 7)  # type: ignore[arg-type]
     place = order.argsort(dim=1)  # [passes, S]
     for sample in range(7):
@@ -420,7 +420,7 @@ def test_a_window_draws_from_what_is_open_uniformly() -> None:
 
     Shards of 2, 2 and 1 rows, two open: how often each order of shards comes, by counting all that can happen.
     """
-    bank, passes = Sharded((2, 2, 1)), 40_000
+    bank, passes = Sharded((2, 2, 1)), 10_000
 
     def chances(
         left: tuple[int, ...], opened: tuple[int, ...], waiting: tuple[int, ...], path: tuple[int, ...], p: float
