@@ -125,8 +125,17 @@ class BayesianModel:
             The density to sample from and the log joint that a bank keeps, both scalars.
         """
         params, log_jacobian = self.constrain(flat)
-        log_joint = self._joined(params, batch, self.space.log_prior_at(flat, params), weight)
+        if self._has_own_joint:
+            log_joint = self.log_joint(params, batch, weight=weight)
+        else:
+            log_joint = self._joined(params, batch, self.space.log_prior_at(flat, params), weight)
         return log_joint + log_jacobian, log_joint
+
+    @property
+    def _has_own_joint(self) -> bool:
+        """Whether this is of a class with a prior or joint written anew, which counts in u as elsewhere."""
+        kind = type(self)
+        return kind.log_prior is not BayesianModel.log_prior or kind.log_joint is not BayesianModel.log_joint
 
     def _joined(self, params: Params, batch: Batch, log_prior: Tensor, weight: float) -> Tensor:
         scale = weight * self.num_data / len(batch.y)

@@ -36,7 +36,7 @@ class FitCalls(NamedTuple):
     once: list[Call]
     step: list[Call]  # of each of `num_steps`
     num_steps: int
-    edge: list[Call]  # of each of `num_edges`, where a mass is learnt
+    edge: list[Call]  # of each of `num_edges`, where a mass is learnt, or a guide's ranks are aligned
     num_edges: int
     what: str  # a step is
 
@@ -51,8 +51,9 @@ def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int,
 
     Rows of c = ceil(C / R) chains are gathered, of which the flags of a trajectory of HMC, which are 2 c + 1 bytes; ChEES
     adds 4 c P values and 3 c float64; where a mass is learnt 2 c P values are, and c W P for W draws of a low-rank
-    one. A step of a guide sums its gradient and its loss at once: Q + 1 values. States that all commit in warm-up, one
-    in 20 seconds, come to it, 12 bytes each.
+    one. A step of a guide sums the slope at its draw and its height at once: P + 1 values, and 2 P + 1 of antithetic
+    draws; after fifty rank 0 tells its parameters and their two moments. States that all commit in warm-up, one in 20
+    seconds, come to it, 12 bytes each.
 
     Args:
         method: to be split.
@@ -67,8 +68,12 @@ def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int,
         13
     """
     if split_of(method) == "gradients":
-        step = [Call("all_reduce", (num_parameters + 1) * itemsize)]
-        return FitCalls([], step, method.num_steps, [], 0, "a step")  # type: ignore[attr-defined]
+        from bnn.inference.guide import STEPS_PER_STATE  # with Pyro, which not everybody needs
+
+        draws = 2 if method.variance_reduction == "antithetic" else 1  # type: ignore[attr-defined]
+        step = [Call("all_reduce", (draws * num_values + 1) * itemsize)]
+        edge, num_steps = [Call("broadcast", 3 * num_parameters * itemsize)], method.num_steps  # type: ignore[attr-defined]
+        return FitCalls([], step, num_steps, edge, math.ceil(num_steps / STEPS_PER_STATE), "a step")
     if isinstance(method, HMC):
         return _hmc_calls(method, num_ranks, num_values * itemsize)
     return FitCalls([], [], 0, [], 0, "a row")

@@ -120,6 +120,7 @@ def open_part(
     """
     work = str(out)
     earlier = together.begun(work)
+    resume, overwrite = together.first_value([resume, overwrite])  # after a restart hosts may differ
     there, here = any(together.values((out / "bank.json").exists())), (out / "bank.json").exists()
     if there and not resume and not overwrite and earlier is None:
         raise BankExists(
@@ -142,7 +143,7 @@ def open_part(
                 begun.release()  # and with it the names of all, which it held
             together.barrier()
         overwrite, resume = False, True
-    together.begin(work, old)
+    together.begin(work, old if overwrite else "")
     together.barrier()  # before anyone commits a row
     if alone and together.rank:
         return None

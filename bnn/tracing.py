@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,9 +21,15 @@ def trace(
 
     `check` sees all operations, also those whose results went into Python alone, which are then taken out.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # a third of a second, which not everybody needs
+    # A third of a second, which not everybody needs.
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    with warnings.catch_warnings():
+    # Each operation notes the shape of its result in a mode for such notes: without one at hand torch makes one an
+    # operation, stack trace and all, which is half the time of a trace.
+    notes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with tracing(notes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of its own tracing
         graph = make_fx(function)(*arguments)
     check(graph)
@@ -100,13 +107,14 @@ def _does_nothing(node: fx.Node) -> bool:
     )
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
         return False
-    same = before.shape == after.shape
+    same = before.shape == after.shape and before.stride() == after.stride()
     if node.target in _NEUTRAL:
         returned = any(user.op == "output" for user in node.users)  # outputs are no inputs
         number = node.args[1] if len(node.args) == 2 and not node.kwargs else None
-        return same and isinstance(number, int | float) and number == _NEUTRAL[node.target] and not returned
+        neutral = isinstance(number, int | float) and number == _NEUTRAL[node.target] and math.copysign(1.0, number) > 0
+        return same and neutral and not returned  # of a slice it is a copy, in another order, which a view may count on
     views = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
-    return node.target in views and same and before.stride() == after.stride()
+    return node.target in views and same
 
 
 _NEUTRAL: dict[Any, int] = {

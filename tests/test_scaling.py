@@ -53,8 +53,12 @@ def test_calls_are_counted_where_somebody_counts() -> None:
 
 
 def test_a_fit_says_in_closed_form() -> None:
-    """Of P = 7 numbers of 4 bytes: a guide's gradient and loss; the flags of HMC; what ChEES asks of each trajectory."""
-    assert fit_calls(Guide(), 6, num_values=7, itemsize=4, num_parameters=14).step == [Call("all_reduce", 4 * 15)]
+    """Of P = 7 numbers of 4 bytes: a guide's slope and height, and its 3 x 14 parameters and moments; the flags of HMC; what ChEES asks of each trajectory."""
+    guide = fit_calls(Guide(num_steps=101), 6, num_values=7, itemsize=4, num_parameters=14)
+    assert (guide.step, guide.num_steps) == ([Call("all_reduce", 4 * 8)], 101)
+    assert (guide.edge, guide.num_edges) == ([Call("broadcast", 4 * 42)], 3)
+    pair = Guide(variance_reduction="antithetic")
+    assert fit_calls(pair, 6, num_values=7, itemsize=4).step == [Call("all_reduce", 4 * 15)]
     for chains, ranks, most in ((8, 3, 3), (64, 64, 1), (5, 8, 1)):
         plain = HMC(num_chains=chains, trajectory="fixed")
         found = fit_calls(plain, ranks, num_values=7, itemsize=4)
@@ -168,7 +172,7 @@ def test_the_page_says_what_the_model_says() -> None:
     }
     for name, method in methods.items():
         for ranks in (8, 64, 1024):
-            calls = fit_calls(method, ranks, num_values=100_000, itemsize=4, num_parameters=200_000)
+            calls = fit_calls(method, ranks, num_values=100_000, itemsize=4)
             talk = talk_of(calls.step, ranks, Network())
             cells = f"{ranks:,} | {talk.payload:,} | {talk.sent:,.0f} | {talk.seconds * 1e3:,.1f} ms"
             assert f"| {name} | {cells} |" in page

@@ -13,6 +13,7 @@ from bnn.inference.costs import record
 from bnn.model import BayesianModel
 from bnn.priors import FanIn, HalfCauchy, Laplace, Normal, ScaleMixture, StudentT
 from bnn.seeding import generator, isolated
+from bnn.types import Batch
 
 PRIORS: dict[str, Any] = {
     "normal": Normal(0.3, 0.7),
@@ -62,15 +63,32 @@ def test_its_operations_do_not_grow_with_the_entries() -> None:
     assert counts[0] == counts[1] < 10
 
 
-@pytest.mark.parametrize("kind", ["another dtype", "half precision", "unknown scale", "many values"])
+@pytest.mark.parametrize("kind", ["another dtype", "half precision", "unknown scale", "too many values", "one vector"])
 def test_where_values_are_no_one_vector_it_is_the_sum_itself(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == "many values":
-        monkeypatch.setattr("bnn.space.FEW", 41)  # of 42
+    monkeypatch.setattr("bnn.space.FEW", 45 if kind == "too many values" else 46)
     prior = Normal(0.1, HalfCauchy(0.4)) if kind == "unknown scale" else Normal(0.1, 0.4)
     model = model_of(prior, torch.bfloat16 if kind == "half precision" else torch.float32)
+    assert model.layout.num_values - len(model.unknowns) == 46
     dtype = torch.float64 if kind == "another dtype" else torch.float32
     flat = torch.randn(model.layout.num_values, generator=generator(3), dtype=dtype)
-    assert torch.equal(at(model, flat), model.log_prior(model.constrain(flat)[0]))
+    params = model.constrain(flat)[0]
+    asked: list[Any] = []
+    monkeypatch.setattr(type(model.space), "log_prior", lambda self, params: asked.append(params) or torch.tensor(3.0))
+    found = model.space.log_prior_at(flat, params)
+    assert (asked == [params] and float(found) == 3.0) if kind != "one vector" else not asked
+
+
+def test_a_class_with_a_prior_of_its_own_has_it_at_positions_too() -> None:
+    class Own(BayesianModel):
+        def log_prior(self, params: Any) -> torch.Tensor:
+            return super().log_prior(params) - 300.0
+
+    plain = model_of(Normal())
+    own = Own(plain.module, prior=Normal(), likelihood=plain.likelihood, num_data=7)
+    batch = Batch(torch.randn(7, 3, generator=generator(5)), torch.randn(7, 2, generator=generator(6)))
+    flat = torch.randn(plain.layout.num_values, generator=generator(7))
+    for found, expected in zip(own.log_density(flat, batch), plain.log_density(flat, batch), strict=True):
+        torch.testing.assert_close(found, expected - 300.0)
 
 
 def test_a_prior_of_unlike_families_is_summed_by_entry() -> None:

@@ -97,7 +97,7 @@ def sent() -> dict[str, list[float]]:
     for name, (method, spec) in works.items():
         model, data = model_of(spec, 256)
         size = model.layout.num_values
-        calls = fit_calls(method, together.world_size, num_values=size, itemsize=4, num_parameters=2 * size)
+        calls = fit_calls(method, together.world_size, num_values=size, itemsize=4)
         with counted() as traffic:
             for _, state in method.run(model, data, num_samples=8, seed=0):
                 if state["step"] >= calls.num_steps:

@@ -65,13 +65,14 @@ def on_ranks(arguments: list[str]) -> Iterator[None]:
 
 def _is_said(error: BaseException, together: Ranks) -> bool:
     """Whether rank 0 says the same for all. It stays a while, for those who ask: the meeting place may end with it."""
-    if together.rank and isinstance(error, KeyboardInterrupt):
+    interrupted = isinstance(error, KeyboardInterrupt)  # which rank 0 says for all, unasked
+    if together.rank and interrupted:
         return True
     others = range(1, together.world_size)
     with suppress(RuntimeError):
         together.post(f"error/{together.rank}", str(error))
         end = time.monotonic() + ALIKE_SECONDS
-        while time.monotonic() < end:
+        while time.monotonic() < end and not interrupted:
             said = together.posted("error/0")
             if together.rank and said is not None:
                 together.post(f"heard/{together.rank}", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # What a gradient costs without a compiler, for the rule that decides: measured with small networks on one core.
 SECONDS_PER_CALL, SECONDS_PER_VALUE, SECONDS_PER_OPERATION = 4e-6, 6e-10, 2.5e-11
@@ -43,7 +45,8 @@ def record(function: Callable[..., Any], arguments: Sequence[Tensor]) -> list[Op
         ['aten.mm.default', 'aten.sum.default']
     """
     recorder = _Recorder()
-    with recorder:
+    with recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of operations without a rule for many at once: costs tell
         returned = function(*arguments)
     needed = {recorder.maker_of(leaf) for leaf in pytree.tree_leaves(returned)} - {None}
     for number in reversed(range(len(recorder.operations))):
@@ -57,15 +60,16 @@ def record(function: Callable[..., Any], arguments: Sequence[Tensor]) -> list[Op
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down operations; holds on to their results, so that each is known by its identity."""
+    """Writes down operations, and knows whose result a tensor is as long as there is one that needs it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self._made: dict[int, tuple[int, Tensor]] = {}  # by identity: the operation that made a tensor, and the tensor
+        self._made: Any = WeakTensorKeyDictionary()  # by tensor: the operation that made it
 
     def maker_of(self, value: Any) -> int | None:
-        return self._made[id(value)][0] if id(value) in self._made else None
+        found: int | None = self._made.get(value) if isinstance(value, Tensor) else None
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -73,7 +77,8 @@ class _Recorder(TorchDispatchMode):
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         makers = [self.maker_of(tensor) for tensor in given]  # before an operation in place becomes the maker
-        self._made.update({id(tensor): (len(self.operations), tensor) for tensor in results})
+        for tensor in results:
+            self._made[tensor] = len(self.operations)
         self.operations.append(
             Operation(
                 str(func),
@@ -149,42 +154,57 @@ class Costs:
     """What gradients of any number of rows and chains cost, from those of few.
 
     Of each operation, values, bytes and products are a + b rows + c chains + d rows chains; four small records tell
-    them. Where operations differ with the numbers, those of the largest record are taken in proportion.
+    them. Where there are other operations for another number of chains, as of a module that is unrolled chain by chain, what
+    all cost together is a line in chains; where there are for another number of rows it is in proportion to them. What
+    grows faster than its rows, such as attention of all rows to all, is told as too cheap.
 
     Args:
-        recorded: numbers of rows and chains -> the operations of that gradient; told of them as they come out.
+        recorded: numbers of rows and chains -> the operations of that gradient.
         rows: two numbers to record at, or one where data cannot be cut.
+        chains: two numbers to record at, or one where no other is asked for.
     """
 
-    def __init__(self, recorded: Callable[[int, int], list[Operation]], rows: Sequence[int]) -> None:
-        self._rows, self._chains = (rows[0], rows[-1]), (2, 3)
-        self._found = [[recorded(r, c) for c in self._chains] for r in dict.fromkeys(rows)]
-        names = {tuple(operation.name for operation in found) for row in self._found for found in row}
-        self._alike = len(names) == 1
+    def __init__(
+        self, recorded: Callable[[int, int], list[Operation]], rows: Sequence[int], chains: Sequence[int]
+    ) -> None:
+        self._rows, self._chains = tuple(dict.fromkeys(rows)), tuple(chains)
+        self._found = [[recorded(r, c) for r in self._rows] for c in self._chains]
 
     def at(self, rows: int, chains: int) -> Cost:
         """Of one gradient of so many chains on so many rows of data."""
-        largest = self._found[-1][-1]
-        if not self._alike:
-            times = rows / self._rows[-1] * chains / self._chains[-1]
-            return cost_of([_combined([operation], [times]) for operation in largest])
-        few, many = self._rows
-        over = (rows - few) / (many - few) if many > few else 0.0
-        across = (chains - self._chains[0]) / (self._chains[1] - self._chains[0])
-        shares = [1.0 - over, over] if many > few else [1.0]
-        corners = [
-            (found, s * t)
-            for row, s in zip(self._found, shares, strict=True)
-            for found, t in zip(row, (1.0 - across, across), strict=True)
-        ]
-        parts = [share for _, share in corners]
-        return cost_of([_combined(each, parts) for each in zip(*(found for found, _ in corners), strict=True)])
+        by_chains = [self._of_rows(found, rows) for found in self._found]
+        shares = _shares(self._chains, chains)
+        if _alike(by_chains):
+            return cost_of([_combined(each, shares) for each in zip(*by_chains, strict=True)])
+        costs = [cost_of(found) for found in by_chains]
+        return Cost(*(max(_weighed(each, shares), 0.0) for each in zip(*costs, strict=True)))
+
+    def _of_rows(self, found: Sequence[list[Operation]], rows: int) -> list[Operation]:
+        """The operations of so many rows, from those of few and many."""
+        if not _alike(found):
+            return [_combined([operation], [rows / self._rows[-1]]) for operation in found[-1]]
+        return [_combined(each, _shares(self._rows, rows)) for each in zip(*found, strict=True)]
+
+
+def _shares(known: Sequence[int], asked: int) -> list[float]:
+    """Of what is known at one number or two, to add up to what a line through them says of another."""
+    if len(known) == 1:
+        return [1.0]
+    across = (asked - known[0]) / (known[1] - known[0])
+    return [1.0 - across, across]
+
+
+def _alike(records: Sequence[list[Operation]]) -> bool:
+    """Whether all have the same operations."""
+    return len({tuple(operation.name for operation in found) for found in records}) == 1
 
 
 def _combined(operations: Sequence[Operation], shares: Sequence[float]) -> Operation:
     """An operation whose figures are the sum of shares of others'."""
-    values, size, products = (
-        max(sum(share * getattr(operation, name) for operation, share in zip(operations, shares, strict=True)), 0.0)
-        for name in ("values", "bytes", "products")
-    )
+    figures = zip(*((each.values, each.bytes, each.products) for each in operations), strict=True)
+    values, size, products = (max(_weighed(each, shares), 0.0) for each in figures)
     return operations[0]._replace(values=values, bytes=size, products=products)
+
+
+def _weighed(figures: Sequence[float], shares: Sequence[float]) -> float:
+    return sum(share * figure for share, figure in zip(shares, figures, strict=True))

@@ -28,7 +28,7 @@ Mode: TypeAlias = Literal["compiled", "traced", "eager"]
 WORTH_COMPILING = 30.0  # seconds of gradients; a compilation takes 3 to 20, and halves them
 ONE_THREAD = 5e-4  # seconds of arithmetic a gradient, under which two threads only wait for each other
 CACHE, FEW_ROWS = 32 * 2**20, 256  # bytes of a slice where memory is not bounded, about a cache; and its rows, at least
-RECORDED = (4, 8)  # rows, at least, whose gradients tell what those of all cost
+RECORDED, RECORDED_CHAINS = (4, 8), (2, 3)  # rows, at least, and chains whose gradients tell what those of all cost
 
 
 class Plan(NamedTuple):
@@ -227,7 +227,7 @@ def _plan(
     """The plan of so many chains by the rule, and the trace of those of `flat` on the first slice."""
     vectorised, slices = _vectorised(target), 1
     try:
-        costs = _costs(target, vectorised, flat)
+        costs = _costs(target, vectorised, flat, num_chains)
         slices = _num_slices(target, costs, num_chains, memory, flat.device)
         cost = costs.at(target.most_slices // slices, num_chains)
         graph = trace(vectorised, (flat, *target.slices(slices)[0][1]))
@@ -247,10 +247,11 @@ def _plan(
     return Plan("compiled" if wanted else "traced", slices, threads, onednn), graph
 
 
-def _costs(target: Target, vectorised: Callable[..., Any], flat: Tensor) -> Costs:
-    """What gradients of the target cost, for any number of rows and chains."""
+def _costs(target: Target, vectorised: Callable[..., Any], flat: Tensor, num_chains: int) -> Costs:
+    """What gradients of so many chains cost, for any number of rows of the target."""
     total = target.most_slices
     rows = [total // (total // few) for few in RECORDED] if total >= 2 * max(RECORDED) else [total]
+    chains = RECORDED_CHAINS if num_chains > max(RECORDED_CHAINS) else [num_chains]
 
     def recorded(rows: int, chains: int) -> list[Operation]:
         these = torch.arange(chains, device=flat.device) % len(flat)
@@ -258,7 +259,7 @@ def _costs(target: Target, vectorised: Callable[..., Any], flat: Tensor) -> Cost
         data = (tensor if dim is None else tensor[these] for tensor, dim in zip(slices, target.in_dims, strict=True))
         return record(vectorised, (flat[these], *data))
 
-    return Costs(recorded, rows)
+    return Costs(recorded, rows, chains)
 
 
 def _require_vectorisable(target: Target, flat: Tensor, tensors: Sequence[Tensor], error: Exception) -> None:

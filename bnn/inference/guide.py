@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -20,7 +20,7 @@ from bnn.drawing import NORMAL_FAMILIES, VIRTUAL_DRAWS, GuideDraws, frozen
 from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
 from bnn.inference.climbing import weighted_batches
-from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFamily, Point
+from bnn.inference.families import Draw, Family, FlowFamily, FullRankFamily, NormalFamily, Point
 from bnn.inference.row_noise import RowNoise, eligible_rows, row_noise_loss
 from bnn.model import BayesianModel
 from bnn.seeding import derive, generator, isolated
@@ -218,6 +218,8 @@ class Fitted(NamedTuple):
     loss: Callable[[Batch, float, int], Tensor]  # batch, weight of its likelihood, step -> -ELBO, a scalar
     draw: Callable[[range], Params]  # bank indices -> params [K, *shape]
     around: Callable[[int], AbstractContextManager[None]]  # of steps from this one on
+    draws: Callable[[int], list[Draw]] | None = None  # of a step, whose heights the loss is the mean of, where it is
+    height: Callable[[Tensor, Batch, float], Tensor] | None = None  # of u [P], batch and weight: what the guide climbs
 
 
 def _run(
@@ -238,6 +240,8 @@ def _run(
         steps = range(step, min(step + STEPS_PER_STATE, options.num_steps))
         with fitted.around(step):
             elbos = _optimise(options, fitted, optimizer, batches, steps, info.get("elbo_per_row"), model.num_data)
+        if ranks().several:
+            _align(optimizer, fitted.parameters)
         step, info = steps.stop, {"elbo_per_row": float(elbos.mean())}
         trend = trend.index_add(0, torch.tensor(steps) * WINDOWS // options.num_steps, elbos)
         if step == options.num_steps:
@@ -265,22 +269,32 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
     model.check_rows(batch)
     rows: frozenset[str] = frozenset() if how is None else eligible_rows(model, batch, how)
 
-    def loss(batch: Batch, weight: float, step: int) -> Tensor:
+    def normals_of(step: int) -> tuple[torch.Generator, Tensor]:
         # Draws are made where they are used: by (seed, step), whatever ran before.
         source = generator(seed, "step", step, device=model.device)
-        normals = torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
+        return source, torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
+
+    def draws(step: int) -> list[Draw]:
+        _, normals = normals_of(step)
+        signs = (normals, -normals) if options.variance_reduction == "antithetic" else (normals,)
+        return [family.draw(each) for each in signs]
+
+    def height(flat: Tensor, batch: Batch, weight: float) -> Tensor:
+        return family_height(model, flat, batch, weight, options)
+
+    def loss(batch: Batch, weight: float, step: int) -> Tensor:
         if how is not None:
             assert isinstance(family, NormalFamily)
+            source, normals = normals_of(step)
             return row_noise_loss(family, model, batch, weight, normals, rows, how, source)
-        if options.variance_reduction == "antithetic":
-            pair = (family_loss(family, model, batch, weight, z, options) for z in (normals, -normals))
-            return 0.5 * (next(pair) + next(pair))
-        return family_loss(family, model, batch, weight, normals, options)
+        found = [-(height(draw.flat, batch, weight) + draw.surprise) for draw in draws(step)]
+        return found[0] if len(found) == 1 else 0.5 * (found[0] + found[1])
 
     def draw(indices: range) -> Params:
         return model.space.values(_draw(family, options, model, seed, indices).cpu().contiguous())  # [K, P]
 
-    return Fitted(family.parameters, loss, draw, lambda step: nullcontext())
+    fitted = Fitted(family.parameters, loss, draw, lambda step: nullcontext())
+    return fitted if how is not None else fitted._replace(draws=draws, height=height)
 
 
 def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
@@ -302,9 +316,13 @@ def family_loss(
 ) -> Tensor:
     """-(log density of u + -log q(u)) of one draw, in nats."""
     draw = family.draw(normals)
-    log_density, log_joint = model.log_density(draw.flat, batch, weight=weight)
-    # A point has no density to transform: the mode is that of the constrained values.
-    return -log_joint if options.family == "map" else -(log_density + draw.surprise)
+    return -(family_height(model, draw.flat, batch, weight, options) + draw.surprise)
+
+
+def family_height(model: BayesianModel, flat: Tensor, batch: Batch, weight: float, options: Guide) -> Tensor:
+    """What a guide wants to be high at u [P]: the log density; of a mode the log joint, for a point has no density to transform."""
+    log_density, log_joint = model.log_density(flat, batch, weight=weight)
+    return log_joint if options.family == "map" else log_density
 
 
 def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fitted:
@@ -350,7 +368,7 @@ def _optimise(
     last_good: float | None,
     num_data: int,
 ) -> Tensor:
-    """Take these steps; their ELBO a row, float64. Ranks take their rows of each batch, and sum their gradients."""
+    """Take these steps; their ELBO a row, float64. Ranks take their rows of each batch, and sum what these say."""
     losses, several = [], ranks().several
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
@@ -381,23 +399,45 @@ def _optimise(
 
 
 def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tensor:
-    """The loss of a batch whose rows are split over ranks, with its gradient, which travels as one flat tensor.
+    """The loss of a batch whose rows are split over ranks, with its gradient.
 
-    loss(batch) = sum_r B_r / B loss(rows of r): each log likelihood is scaled by N / B_r, the rest counts once
+    loss(batch) = -mean_u (sum_r B_r / B height(u; rows of r) + surprise(u)): each log likelihood is scaled by N / B_r
+
+    What travels, as one flat tensor, are the heights' slopes at the draws, P numbers each, whatever the number of parameters:
+    all ranks have the same draws, to rounding (`_align`), and lead the sum of the slopes back to the parameters.
     """
-    together, parameters = ranks(), list(fitted.parameters.values())
+    assert fitted.draws is not None, "a guide that ranks share has draws"
+    assert fitted.height is not None
+    together, draws = ranks(), fitted.draws(step)
+    places = [draw.flat.detach().requires_grad_() for draw in draws]
     own = together.share(len(batch.y))
-    loss = parameters[0].new_zeros(())
+    total, slopes = places[0].new_zeros(()), [torch.zeros_like(place) for place in places]
     if len(own):
-        loss = fitted.loss(rows_of(batch, own), weight, step) * (len(own) / len(batch.y))
-        loss.backward()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in gradients), loss.detach().to(gradients[0]).reshape(1)])
-    summed: list[Tensor]
-    *summed, total = together.total(flat).split([*(p.numel() for p in parameters), 1])
-    for parameter, gradient in zip(parameters, summed, strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return torch.reshape(total, ())
+        rows, share = rows_of(batch, own), len(own) / len(batch.y) / len(draws)
+        heights = [share * fitted.height(place, rows, weight) for place in places]
+        slopes = list(torch.autograd.grad(heights, places))
+        total = torch.stack(heights).detach().sum().to(slopes[0])
+    *slopes, total = together.total(torch.cat([*slopes, total.reshape(1)])).split([*map(len, places), 1])
+    surprise = torch.stack([draw.surprise for draw in draws]).mean()
+    led_back = torch.stack([draw.flat @ slope for draw, slope in zip(draws, slopes, strict=True)]).sum()
+    (-(led_back + surprise)).backward()
+    return torch.reshape(-(total + surprise.detach()), ())
+
+
+def _align(optimizer: torch.optim.Adam, parameters: Mapping[str, Tensor]) -> None:
+    """Give all ranks the parameters and moments of rank 0.
+
+    Each leads the same slopes back by itself, which processors of two kinds, or two numbers of threads, round apart.
+    """
+    together, held = ranks(), []
+    for parameter in parameters.values():
+        moments = optimizer.state[parameter]
+        held += [parameter.data, moments["exp_avg"], moments["exp_avg_sq"]]
+    own = torch.cat([tensor.flatten() for tensor in held]).cpu() if together.rank == 0 else None
+    told = together.broadcast(own, shape=(sum(tensor.numel() for tensor in held),), dtype=held[0].dtype)
+    if own is None:
+        for tensor, values in zip(held, told.split([tensor.numel() for tensor in held]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def _warn_if_rising(options: Guide, trend: Tensor) -> None:

@@ -27,7 +27,20 @@ EXTRA: dict[str, Any] = {
     "two": (Guide("low-rank", rank=3, num_steps=20, batch_size=10), 4),
 }
 METHODS = ranked.CHAINS | ranked.ROWS | ranked.GUIDES | EXTRA
-COUNTED = ("hmc", "chees", "low-rank mass", "climbed", "nuts", "sghmc", "prior", "mean-field", "two", "flow", "map")
+COUNTED = (
+    "hmc",
+    "chees",
+    "low-rank mass",
+    "climbed",
+    "nuts",
+    "sghmc",
+    "prior",
+    "mean-field",
+    "two",
+    "antithetic",
+    "flow",
+    "map",
+)
 EVALUATED = [(figures, task, using.N) for figures in ("basic", "all") for task in ("classes", "targets")]
 EVALUATED.append(("basic", "targets", using.BATCH))  # in rounds of as many batches as there are ranks
 

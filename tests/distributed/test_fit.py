@@ -197,6 +197,13 @@ def test_killed_ranks_go_on_under_torchrun(tmp_path: Path, options: list[str], a
     assert all(torch.equal(values[key], found[key]) for key in values)
 
 
+def test_a_guide_is_the_same_on_ranks_that_round_apart(split: Path, world_size: int) -> None:
+    told = [json.loads((split / f"rounded-{rank}.json").read_text()) for rank in range(world_size)]
+    assert [len(states) for states in told] == [3] * world_size
+    assert all(states == told[0] for states in told)
+    assert told[0][0] != told[0][1]
+
+
 def test_a_restart_goes_on_with_what_an_earlier_start_began_and_nothing_else(tmp_path: Path) -> None:
     """Not with a bank that it refused to replace, though of the same run; nor with one that it was to replace and had not yet."""
     method, num_samples = GUIDES["mean-field"]
@@ -206,15 +213,17 @@ def test_a_restart_goes_on_with_what_an_earlier_start_began_and_nothing_else(tmp
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # where torchrun's starts all meet
     for _ in range(2):
-        ended = launch(2, "over", out, "", "", **place)
+        ended = launch(2, "over", out, "00", "", **place)
         assert all(process.out.startswith("BankExists") for process in ended), ended[0].err
         assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
-    ended = launch(2, "over", out, "overwrite", "killed", **place)
-    assert all(process.returncode == -9 for process in ended)
-    assert (out / "bank.json").stat().st_mtime_ns == before["bank.json"][0]
-    ended = launch(2, "over", out, "overwrite", "", **place)
-    assert [process.returncode for process in ended] == [0, 0], ended[0].err
-    assert (out / "bank.json").stat().st_mtime_ns != before["bank.json"][0]
+    went_on = []
+    for overwriting, killed in (("10", "0"), ("11", "1"), ("11", "1"), ("11", "")):  # rank 0 decides
+        ended = launch(2, "over", out, overwriting, killed, awaited=0 if killed else None, **place)
+        assert ended[0].returncode == (-9 if killed else 0), ended[0].err
+        went_on.append(ended[0].out.split()[0])
+        is_old = (out / "bank.json").stat().st_mtime_ns == before["bank.json"][0]
+        assert is_old == (killed == "0")
+    assert went_on == ["None", "None", "50", "60"]
     assert len(bnn.Bank.open(out)) == num_samples
 
 

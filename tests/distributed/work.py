@@ -18,6 +18,7 @@ import bnn
 from bnn import distributed, together
 from bnn.bank import writer
 from bnn.errors import BnnError
+from bnn.fitting import digest_of
 from bnn.inference import HMC, SWAG, Guide, Prior
 
 
@@ -42,19 +43,62 @@ def fits(out: str, names: str) -> None:
         over = Path(out) / "over"
         bnn.fit(model, data, method=Prior(), num_samples=9, out=over, seed=3)
         bnn.fit(model, data, method=method, num_samples=num_samples, out=over, seed=5, overwrite=True)
+        (Path(out) / f"rounded-{distributed.ranks().rank}.json").write_text(json.dumps(rounded_apart(model, data)))
 
 
-def over(out: str, overwrite: str, killed: str) -> None:
-    """A guide into a folder that has a bank, with all ranks killed before they have optimised anything."""
+def rounded_apart(model: bnn.BayesianModel, data: Any) -> list[list[str]]:
+    """Digests of parameters and moments in the states of a guide, of which rank 1 rounds each step otherwise, as another processor might."""
+    step = torch.optim.Adam.step
+
+    def apart(self: Any) -> None:
+        step(self)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter *= 1.0 + 1e-12 * distributed.ranks().rank
+
+    torch.optim.Adam.step = apart  # type: ignore[assignment, method-assign]
+    try:
+        run = Guide(num_steps=120, batch_size=10).run(model, data, num_samples=1, seed=3)
+        states = [state for _, state in run if state["step"] <= 120]
+    finally:
+        torch.optim.Adam.step = step  # type: ignore[method-assign]
+    return [
+        [str(digest_of([state[name]], rows=None)) for name in sorted(state) if name.startswith(("value.", "adam."))]
+        for state in states
+    ]
+
+
+def over(out: str, overwriting: str, killed: str) -> None:
+    """A guide into a folder that has a bank, which ranks with a 1 say to replace; from which step it went on.
+
+    There is a commit at every chance, and rank 0 is killed after so many.
+    """
     warnings.simplefilter("ignore")
+    run, take, taken = Guide.run, together.Checkpoints.take, 0
     method, num_samples = ranked.GUIDES["mean-field"]
-    if killed:
-        Guide.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
-    with distributed.joined():
+
+    def told(self: Any, *data: Any, state: Any, **options: Any) -> Any:
+        say(str(None if state is None else state["step"]))
+        die(taken)
+        return run(self, *data, state=state, **options)
+
+    def counted(self: Any, block: Any, state: Any) -> None:
+        nonlocal taken
+        take(self, block, state)
+        self._part.commit()
+        taken += 1
+        die(taken)
+
+    def die(after: int) -> None:
+        if killed == str(after) and distributed.ranks().rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Guide.run, together.Checkpoints.take = told, counted  # type: ignore[method-assign]
+    with distributed.joined() as joined:
         try:
             bnn.fit(
                 ranked.model(), ranked.rows(), method=method, num_samples=num_samples, out=out, seed=3,
-                overwrite=bool(overwrite),
+                overwrite=overwriting[joined.rank] == "1",
             )  # fmt: skip
         except BnnError as error:
             say(f"{type(error).__name__}: {error}")

@@ -463,7 +463,7 @@ def test_memory_bounds_the_bytes_that_a_gradient_keeps(spec: str, share: float) 
 
 
 def slices_of(target: Target, flat: Tensor, memory: int | None) -> int:
-    costs = density_module._costs(target, density_module._vectorised(target), flat)
+    costs = density_module._costs(target, density_module._vectorised(target), flat, len(flat))
     return density_module._num_slices(target, costs, len(flat), memory, flat.device)
 
 
