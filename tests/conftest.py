@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyro
@@ -51,6 +52,22 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture
+def oracle() -> Callable[..., Any]:
+    """Import a library that judges ours and that tests do without, or skip; whatever asks for this is marked `oracles`."""
+
+    def load(name: str, exc_type: type[ImportError] = ModuleNotFoundError) -> Any:
+        reason = f"{name.partition('.')[0]} is not here, which is an oracle: see .ci/run"
+        return pytest.importorskip(name, reason=reason, exc_type=exc_type)
+
+    return load
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "oracle" in getattr(item, "fixturenames", ()):
+        item.add_marker("oracles")
 
 
 @pytest.fixture

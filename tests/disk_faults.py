@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from bank.test_bank import LAYOUT, rows
+from bank.test_bank import LAYOUT, rows, rows_at
 
 from bnn.bank import Bank, BankWriter, disk
 from bnn.bank import writer as writing
@@ -175,14 +175,11 @@ def counted(bank: Bank) -> dict[str, int]:
     counts = {name: sum(start <= i < start + 1000 for i in index) for name, start in places.items() if name != "a"}
     want = [i for name, count in counts.items() for i in range(places[name], places[name] + count)]
     assert sorted(index) == want, index
-    expected = [rows(i, 1) for i in index]
+    expected = rows_at(torch.tensor(index, dtype=torch.int64))
     for name in LAYOUT.names:
-        assert torch.equal(
-            found.params[name], torch.cat([row.params[name] for row in expected] or [found.params[name]])
-        )
+        assert torch.equal(found.params[name], expected.params[name])
     for column in ("draw", "log_joint", "log_weight"):
-        values = [getattr(row, column) for row in expected] or [getattr(found, column)]
-        assert torch.equal(getattr(found, column), torch.cat(values))
+        assert torch.equal(getattr(found, column), getattr(expected, column))
     return counts
 
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import torch
 from forging import edit_fact, edit_json, replace_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from bnn.bank import Bank, BankWriter, verify_files, writer
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLocked, BankMismatch, BankNotFound
@@ -27,7 +27,11 @@ LAYOUT = layout_of(MODULE, extra=[Entry("@likelihood.scale", (), torch.float32)]
 
 def rows(first: int, size: int) -> Block:
     """Rows whose every value tells the row: row + place / 1000."""
-    index = torch.arange(first, first + size)
+    return rows_at(torch.arange(first, first + size))
+
+
+def rows_at(index: Tensor) -> Block:
+    """Those rows, in any order."""
     params = {
         e.name: index.float().view(-1, *[1] * len(e.shape)) + torch.arange(e.numel).view(e.shape) / 1000
         for e in LAYOUT.entries

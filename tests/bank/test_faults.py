@@ -86,7 +86,7 @@ def kills(root: str, runs: int, seed: int) -> dict[str, int]:
     return figures
 
 
-@pytest.mark.parametrize("runs", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_kill_9_at_random_times(tmp_path: Path, alone: Alone, tell: Tell, runs: int) -> None:
     tell(f"seed {runs}: {alone(kills, tmp_path, runs, runs)}")
 
@@ -129,7 +129,7 @@ def crash_at(folder: Path, name: str, last: int, tell: Callable[[str], object]) 
 
 @pytest.mark.parametrize(
     ("name", "every"),
-    [(name, 11) for name in PLANS] + [pytest.param(name, 1, marks=pytest.mark.slow) for name in PLANS],
+    [(name, 11) for name in PLANS] + [pytest.param(name, 3, marks=pytest.mark.slow) for name in PLANS],
 )
 def test_a_crash_at_every_call(tmp_path: Path, alone: Alone, tell: Tell, name: str, every: int) -> None:
     crashed = alone(crashes, tmp_path, name, every)
@@ -273,10 +273,11 @@ def test_a_refused_block_is_taken_whole(tmp_path: Path, size: int, lasts: bool) 
 @pytest.mark.parametrize(
     ("name", "every"),
     [("fresh", 7), ("resume", 11), ("overwrite", 11)]
-    + [pytest.param(name, 3 if name == "two writers" else 1, marks=pytest.mark.slow) for name in PLANS],
+    + [pytest.param(name, 5 if name == "two writers" else 4, marks=pytest.mark.slow) for name in PLANS],
 )
 def test_a_disk_that_refuses(tmp_path: Path, tell: Tell, name: str, every: int, code: int, lasts: bool) -> None:
-    last, count = 1, 0
+    # A call that one of them passes is refused by another: they begin at different places.
+    last, count = 1 + (list(FAULTS).index(code) + lasts) % every, 0
     with without_syncs():
         while refuse(tmp_path / str(last) / "bank", name, Refusing(code, last, lasts=lasts)):
             last, count = last + every, count + 1
@@ -370,7 +371,7 @@ def file_sizes(root: str, limits: list[int]) -> dict[str, int]:
     return figures
 
 
-@pytest.mark.parametrize("step", [512, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [512, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_limit_of_file_sizes(tmp_path: Path, alone: Alone, tell: Tell, step: int) -> None:
     limits = list(range(0, 7000, step))
     figures = alone(file_sizes, tmp_path, limits)
@@ -488,7 +489,7 @@ def claims(root: str, rounds: int, seed: int) -> dict[str, int]:
     return figures
 
 
-@pytest.mark.parametrize("rounds", [50, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [50, pytest.param(150, marks=pytest.mark.slow)])
 def test_two_writers_of_one_name(tmp_path: Path, alone: Alone, tell: Tell, rounds: int) -> None:
     figures = alone(claims, tmp_path, rounds, rounds)
     assert figures["refused"] == rounds
@@ -596,7 +597,7 @@ def follow(folder: Path, end: float, seed: int, tell: Callable[[str], object]) -
     tell(f"{reads} {refreshes} {len(bank)}")
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_readers_beside_a_writer(tmp_path: Path, alone: Alone, tell: Tell, seconds: int) -> None:
     tell(f"{seconds} s: {alone(read_beside, tmp_path, seconds)}")
 

@@ -241,7 +241,7 @@ def test_power_lost_at_any_moment(tmp_path: Path, plan: str, tell: Tell) -> None
 @pytest.mark.parametrize("plan", PLANS)
 def test_power_lost_at_any_moment_in_every_way(tmp_path: Path, plan: str, tell: Tell) -> None:
     record = recorded(plan)
-    found = [state for seed in (1, 2) for state in states(record, record.steps, seed)]  # torn in two ways
+    found = list(states(record, record.steps, seed=1))
     replay(tmp_path / "state", plan, found)
     tell(f"{plan}: {len(found)} states of {len(record.steps)} steps replayed")
 

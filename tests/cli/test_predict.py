@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,8 +189,8 @@ def test_an_archive_and_several_targets(bnn: Run) -> None:
     assert list(table("kinds.csv"))[3:6] == ["p_0", "p_1", "p_2"]
 
 
-def test_parquet_holds_the_same_table(bnn: Run, banks: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra 'parquet') is not installed")
+def test_parquet_holds_the_same_table(bnn: Run, banks: Path, oracle: Any) -> None:
+    parquet = oracle("pyarrow.parquet")
     words = f"predict --bank {banks}/trees --data {banks}/trees.csv"
     assert bnn(f"{words} --out found.csv")[0] == 0
     assert bnn(f"{words} --out found.parquet")[0] == 0

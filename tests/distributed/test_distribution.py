@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranked import launch
+from ranked import WORK, launch
 from torch import Tensor
 
 import bnn
@@ -15,7 +15,7 @@ from bnn.cli import run
 
 pytestmark = pytest.mark.slow
 
-CHAINS, DRAWS, LEAST = 6, 400, 200  # draws of each chain; effective draws that a comparison wants
+CHAINS, DRAWS, LEAST = 6, 160, 200  # draws of each chain; effective draws that a comparison wants
 OPTIONS = [
     "--data", "diabetes", "--model", "mlp:2", "--method", "hmc", "--num-chains", str(CHAINS), "--num-warmup", "150",
     "--num-samples", str(CHAINS * DRAWS), "--option", "num_steps=24",
@@ -39,7 +39,8 @@ def figures(bank: bnn.Bank) -> dict[str, Tensor]:
 def test_two_ranks_draw_from_what_one_process_draws_from(tmp_path: Path) -> None:
     """Other seeds, so that the chains are others: means and spreads of each agree within four standard errors."""
     assert run(["fit", *OPTIONS, "--seed", "1", "--out", str(tmp_path / "one")]) == 0
-    ended = launch(2, "command_line", "", "fit", *OPTIONS, "--seed", "2", "--out", tmp_path / "two", timeout=600)
+    line = " ".join(["fit", *OPTIONS, "--seed", "2", "--out", str(tmp_path / "two")])
+    ended = launch(2, "command_lines", line, script=WORK.with_name("using.py"), timeout=600)
     assert [process.returncode for process in ended] == [0, 0], ended[0].err
     one, two = (figures(bnn.Bank.open(tmp_path / name)) for name in ("one", "two"))
     for name in one:

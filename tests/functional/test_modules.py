@@ -283,8 +283,8 @@ def test_what_vmap_has_no_rule_for_runs_by_loop_and_says_so_once(case: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about itself
-def test_small_bert_and_gpt2() -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
+def test_small_bert_and_gpt2(oracle: Any) -> None:
+    transformers = oracle("transformers")
     tokens = torch.randint(50, (3, 6), generator=generator(0, "tokens"))
     sizes = {"vocab_size": 50, "max_position_embeddings": 16}
     bert = transformers.BertForSequenceClassification(
@@ -300,9 +300,9 @@ def test_small_bert_and_gpt2() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about itself
-def test_a_bank_over_the_adapters_of_lora_alone() -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
-    peft = pytest.importorskip("peft", reason="needs the extra 'oracles'")
+def test_a_bank_over_the_adapters_of_lora_alone(oracle: Any) -> None:
+    transformers = oracle("transformers")
+    peft = oracle("peft")
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3, vocab_size=50,
         max_position_embeddings=16,
@@ -326,10 +326,8 @@ def test_a_bank_over_the_adapters_of_lora_alone() -> None:
     check(adapted, states, {"input_ids": tokens}, bank=bank)
 
 
-def test_small_timm_resnet_and_vit() -> None:
-    timm = pytest.importorskip(
-        "timm", reason="needs timm, which needs a torchvision that fits torch", exc_type=ImportError
-    )
+def test_small_timm_resnet_and_vit(oracle: Any) -> None:
+    timm = oracle("timm", exc_type=ImportError)  # which wants a torchvision that fits torch
     vit = timm.models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3
     ).eval()

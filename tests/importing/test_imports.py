@@ -518,11 +518,11 @@ def rows() -> tuple[Tensor, Tensor]:
     return torch.randn(23, D, generator=source), torch.randint(C, (23,), generator=source)
 
 
-def fitted(module: nn.Module, rows: tuple[Tensor, Tensor], subset: str, structure: str) -> Any:
+def fitted(oracle: Any, module: nn.Module, rows: tuple[Tensor, Tensor], subset: str, structure: str) -> Any:
     with warnings.catch_warnings():
         # See tests/inference/test_laplace.py: its import compiles functions with torch.jit.script.
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-        peer = pytest.importorskip("laplace", reason="laplace-torch is not installed: .ci/run installs it")
+        peer = oracle("laplace")
         found = peer.Laplace(
             module, "classification", subset_of_weights=subset, hessian_structure=structure, prior_precision=1.7
         )
@@ -533,10 +533,15 @@ def fitted(module: nn.Module, rows: tuple[Tensor, Tensor], subset: str, structur
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 def test_laplace_torch_draws(
-    tmp_path: Path, rows: tuple[Tensor, Tensor], subset: str, structure: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    rows: tuple[Tensor, Tensor],
+    subset: str,
+    structure: str,
+    oracle: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = network()
-    posterior = fitted(module, rows, subset, structure)
+    posterior = fitted(oracle, module, rows, subset, structure)
     monkeypatch.setattr(laplace, "rows_at_once", lambda layout: 4)
     bank = from_laplace(posterior, module, num_samples=9, seed=11, out=tmp_path / "bank")
     source = bnn.seeding.generator(11, "import", "laplace")
@@ -555,10 +560,10 @@ def test_laplace_torch_draws(
     assert bank.info["method"]["options"]["posterior"] == type(posterior).__name__
 
 
-def test_laplace_torch_moments(rows: tuple[Tensor, Tensor]) -> None:
+def test_laplace_torch_moments(rows: tuple[Tensor, Tensor], oracle: Any) -> None:
     """Mean and covariance of the bank are those of the posterior, within standard errors."""
     module = network()
-    posterior = fitted(module, rows, "last_layer", "full")
+    posterior = fitted(oracle, module, rows, "last_layer", "full")
     count = 4000
     bank = from_laplace(posterior, module, num_samples=count, seed=1)
     flat = bank.layout.flatten(bank.block(slice(None)).params).double()  # [S, P]
@@ -569,9 +574,9 @@ def test_laplace_torch_moments(rows: tuple[Tensor, Tensor]) -> None:
     assert ((torch.cov(flat.T) - covariance).abs() < 4.5 * error).all()
 
 
-def test_laplace_torch_refusals(rows: tuple[Tensor, Tensor]) -> None:
+def test_laplace_torch_refusals(rows: tuple[Tensor, Tensor], oracle: Any) -> None:
     module = network()
-    posterior = fitted(module, rows, "last_layer", "diag")
+    posterior = fitted(oracle, module, rows, "last_layer", "diag")
     other = copy.deepcopy(module)
     with torch.no_grad():
         other[0].bias += 1.0  # type: ignore[index]
@@ -595,15 +600,15 @@ def test_laplace_torch_refusals(rows: tuple[Tensor, Tensor]) -> None:
 # posteriors
 
 
-def library_posteriors() -> Any:
+@pytest.fixture
+def posteriors(oracle: Any) -> Any:
     with warnings.catch_warnings():
         # Its classes share their default tensors, of which tensordict 0.15 says that this will change.
         warnings.filterwarnings("ignore", "The Tensor default of the field", FutureWarning)
-        return pytest.importorskip("posteriors", reason="posteriors is not installed: .ci/run installs it")
+        return oracle("posteriors")
 
 
-def test_states_of_posteriors(tmp_path: Path) -> None:
-    peer = library_posteriors()
+def test_states_of_posteriors(tmp_path: Path, posteriors: Any) -> None:
     module = network()
     start = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
     x = torch.randn(11, D, generator=torch.Generator().manual_seed(2))
@@ -612,7 +617,7 @@ def test_states_of_posteriors(tmp_path: Path) -> None:
         outputs = torch.func.functional_call(module, params, (batch,))
         return -outputs.square().mean(), torch.tensor([])
 
-    transform = peer.sgmcmc.sghmc.build(log_posterior, lr=1e-2)
+    transform = posteriors.sgmcmc.sghmc.build(log_posterior, lr=1e-2)
 
     def walk() -> Iterator[Any]:
         state = transform.init(start)
@@ -632,15 +637,16 @@ def test_states_of_posteriors(tmp_path: Path) -> None:
     equal(from_states(iter(kept), module), dicts)
 
 
-def test_distributions_of_posteriors_are_sampled_first() -> None:
-    peer = library_posteriors()
+def test_distributions_of_posteriors_are_sampled_first(posteriors: Any) -> None:
     module = network()
     start = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-    state = peer.vi.diag.VIDiagState(start, {n: torch.full_like(t, -2.0) for n, t in start.items()}, opt_state=None)
+    state = posteriors.vi.diag.VIDiagState(
+        start, {n: torch.full_like(t, -2.0) for n, t in start.items()}, opt_state=None
+    )
     for given in ([state], state):
         with pytest.raises(ConfigError, match=r"want draws, got a distribution, of which 'log_sd_diag'"):
             from_states(given, module)
-    draws = peer.vi.diag.sample(state, torch.Size([5]))
+    draws = posteriors.vi.diag.sample(state, torch.Size([5]))
     bank = from_states(draws, module)
     equal(bank, [{name: draws[name][row] for name in start} for row in range(5)])
 

@@ -23,7 +23,7 @@ from bnn.types import Batch
 pytestmark = pytest.mark.slow
 
 REPLICATIONS, ROWS = 200, 15
-DRAWS, THIN, BINS = 31, 10, 8  # ranks 0 to 31, four of them a bin; 25 replications are expected in each
+DRAWS, THIN, BINS = 31, 5, 8  # ranks 0 to 31, four of them a bin; 25 replications are expected in each
 FAMILY_LEVEL = 1e-4  # chance that a right sampler fails on any of the functions
 
 INPUTS = torch.randn(ROWS, 2, generator=generator(0, "inputs"))
@@ -73,7 +73,7 @@ def p_values(density: LogDensity) -> Tensor:
         starts,  # [C, P]
         context=data,  # [C, N, 1]
         num_draws=DRAWS,
-        num_warmup=300,
+        num_warmup=200,
         thin=THIN,
         trajectory="jittered",
         num_steps=16,

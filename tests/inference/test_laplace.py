@@ -350,13 +350,15 @@ def test_a_module_that_is_not_finite_is_told_without_a_climb() -> None:
         list(Laplace(num_steps=0).run(model, data, num_samples=1, seed=0))
 
 
-def peer(structure: str, module: nn.Module, data: tuple[Tensor, Tensor], precision: float) -> tuple[Tensor, float]:
+def peer(
+    oracle: Any, structure: str, module: nn.Module, data: tuple[Tensor, Tensor], precision: float
+) -> tuple[Tensor, float]:
     """The posterior precision [P, P] and log evidence of laplace-torch, on a copy, which it changes."""
     with warnings.catch_warnings():
         # Its import, and torch's forward-mode derivatives which it takes, compile functions with torch.jit.script,
         # of which torch 2.13 says that it is deprecated.
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-        laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed: .ci/run installs it")
+        laplace = oracle("laplace")
         found = laplace.Laplace(
             copy.deepcopy(module),
             "classification",
@@ -374,11 +376,11 @@ def peer(structure: str, module: nn.Module, data: tuple[Tensor, Tensor], precisi
 
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
-def test_laplace_torch_agrees(structure: Any) -> None:
+def test_laplace_torch_agrees(structure: Any, oracle: Any) -> None:
     start, data = classifier()
     prior = Normal(0.0, 1.7**-0.5)
     model = BayesianModel(start.module, prior=prior, likelihood=start.likelihood, num_data=23)
-    expected, log_evidence = peer(structure, start.module, data, 1.7)
+    expected, log_evidence = peer(oracle, structure, start.module, data, 1.7)
     posterior, info = at_module(Laplace(structure), model, data)
     # Theirs is in float32, whose rounding an inverse multiplies.
     torch.testing.assert_close(torch.linalg.inv(covariance(posterior)), expected, rtol=1e-4, atol=1e-4)

@@ -132,7 +132,7 @@ def test_predictions_agree_with_those_of_our_hmc() -> None:
     model = BayesianModel(module, prior=priors.FanIn(1.5), likelihood=likelihood, num_data=40)
     probes = torch.linspace(-2.5, 2.5, 7).unsqueeze(1)
     moments = []
-    for method, num_samples in ((NUTS(num_chains=2, num_warmup=200), 800), (HMC(num_chains=8), 8000)):
+    for method, num_samples in ((NUTS(num_chains=2, num_warmup=100), 240), (HMC(num_chains=8), 2400)):
         bank = fit(model, (x, y), method=method, num_samples=num_samples, seed=3)
         outputs = FunctionalModel(module, bank)(probes, slice(None)).squeeze(-1).double()  # [S, 7]
         noise = bank.block(slice(None)).params["@likelihood.scale"].double()

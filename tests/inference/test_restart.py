@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ import json, os, signal, sys, time, warnings
 folder, tests, told = sys.argv[1:]
 sys.path.insert(0, tests)
 told = json.loads(told)
+# Or each fit starts processes that import torch: to compile in, and to try the instructions that the CPU says it has.
+os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
 import torch
 torch.set_num_threads(1)
 from scenarios import classifier
@@ -140,7 +141,14 @@ def test_a_fit_killed_in_climb_warm_up_and_sampling_ends_as_an_unbroken_one(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "trajectory", "mass", "thin"),
-    [(i, *case) for i, case in enumerate(product(["fixed", "jittered", "chees"], ["diagonal", "low-rank"], [1, 3]))],
+    [  # every two of them meet
+        (0, "fixed", "diagonal", 1),
+        (1, "fixed", "low-rank", 3),
+        (2, "jittered", "low-rank", 1),
+        (3, "jittered", "diagonal", 3),
+        (4, "chees", "diagonal", 1),
+        (5, "chees", "low-rank", 3),
+    ],
 )
 def test_fits_killed_at_any_moment_end_as_unbroken_ones(
     tmp_path: Path, number: int, trajectory: str, mass: str, thin: int
@@ -161,8 +169,9 @@ def test_fits_killed_at_any_moment_end_as_unbroken_ones(
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler for torch.compile")
 def test_a_compiled_fit_that_is_killed_compiles_again_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     options = options_of(trajectory="chees", compile=True)
-    ends = killed(tmp_path / "bank", options, 24, [(CLIMBS + 14, 0.001), (25, 0.002), (4, 0.0)], 0.0)
-    assert ends[0::2] == [-9, -9, -9, 0]
+    ends = killed(tmp_path / "bank", options, 24, [(CLIMBS + 49, 0.001)], 0.0)  # in sampling
+    assert ends[0::2] == [-9, 0]
+    assert 0 < ends[1] < 24
     killed(tmp_path / "unbroken", options, 24, [], 0.0)
     assert_same_bank(Bank.open(tmp_path / "bank"), Bank.open(tmp_path / "unbroken"))
     model, data = classifier()
@@ -309,13 +318,13 @@ print(len(bank) * bank.layout.num_bytes, peak() - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_draws(tmp_path: Path) -> None:
-    """Ten times the draws, 150 MiB of them, in a process of its own each: what it holds at most stays the same."""
+    """Eight times the draws, 80 MiB of them, in a process of its own each: what it holds at most stays the same."""
     held = []
-    for number in (1500, 15000):
+    for number in (1000, 8000):
         words = [sys.executable, "-c", LONG, str(tmp_path / str(number)), str(number)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         held.append([int(word) for word in done.stdout.split()])
     (few_rows, few), (many_rows, many) = held
-    assert many_rows > 140 * 2**20
+    assert many_rows > 75 * 2**20
     assert many - few < 0.25 * (many_rows - few_rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def test_bins_are_those_of_scikit_learns_calibration_curve(num_bins: int) -> Non
 
 
 @pytest.mark.parametrize("num_bins", [5, 15])
-def test_ece_is_netcals(num_bins: int) -> None:
-    netcal = pytest.importorskip("netcal.metrics", reason="netcal (extra 'oracles') is not installed")
+def test_ece_is_netcals(num_bins: int, oracle: Any) -> None:
+    netcal = oracle("netcal.metrics")
     confidence, correct = confidences_off_edges(400, num_bins, 1)
     expected = netcal.ECE(num_bins).measure(confidence.numpy(), correct.numpy().astype(int))
     close(metrics.ece(metrics.calibration_bins(confidence, correct, num_bins=num_bins)), expected)
@@ -110,23 +111,21 @@ def test_bad_bins_are_refused() -> None:
 
 
 @pytest.mark.parametrize("num_bins", [5, 15])
-def test_mce_is_netcals(num_bins: int) -> None:
-    netcal = pytest.importorskip("netcal.metrics", reason="netcal (extra 'oracles') is not installed")
+def test_mce_is_netcals(num_bins: int, oracle: Any) -> None:
+    netcal = oracle("netcal.metrics")
     confidence, correct = confidences_off_edges(400, num_bins, 3)
     expected = netcal.MCE(num_bins).measure(confidence.numpy(), correct.numpy().astype(int))
     close(metrics.mce(metrics.calibration_bins(confidence, correct, num_bins=num_bins)), expected)
 
 
 @pytest.mark.parametrize(("norm", "score"), [("l1", metrics.ece), ("l2", metrics.rmsce), ("max", metrics.mce)])
-def test_three_norms_are_those_of_torchmetrics(norm: str, score: object) -> None:
-    oracle = pytest.importorskip(
-        "torchmetrics.functional.classification", reason="torchmetrics is not installed: .ci/run installs it"
-    )
+def test_three_norms_are_those_of_torchmetrics(norm: str, score: object, oracle: Any) -> None:
+    peer = oracle("torchmetrics.functional.classification")
     probs, y = random_classes((1, 300, 4), 0)
     probs = probs[0].exp()
     confidence, predicted = probs.max(dim=1)
     bins = metrics.calibration_bins(confidence, predicted == y, num_bins=10)
-    expected = oracle.multiclass_calibration_error(probs, y, num_classes=4, n_bins=10, norm=norm)
+    expected = peer.multiclass_calibration_error(probs, y, num_classes=4, n_bins=10, norm=norm)
     close(score(bins), float(expected), atol=1e-6)  # type: ignore[operator]  # it reckons in float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,15 +69,15 @@ def test_crps_is_the_integral_of_the_squared_cdf_error(weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_mixture_scores_are_those_of_scoringrules(weighted: bool) -> None:
-    oracle = pytest.importorskip("scoringrules", reason="scoringrules (extra 'oracles') is not installed")
+def test_mixture_scores_are_those_of_scoringrules(weighted: bool, oracle: Any) -> None:
+    peer = oracle("scoringrules")
     means, scales, y, log_weight = random_mixture((5, 6, 1), 4, weighted)
     mu, sigma = means[:, :, 0].T.numpy(), scales.expand_as(means)[:, :, 0].T.numpy()  # [B, S]
     weights = log_weight.exp().expand(6, 5).numpy()
     passed = log_weight if weighted else None
-    crps = oracle.crps_mixnorm(y[:, 0].numpy(), mu, sigma, weights)
+    crps = peer.crps_mixnorm(y[:, 0].numpy(), mu, sigma, weights)
     close(metrics.mixture_crps(means, scales, y, passed)[:, 0], crps)
-    logs = oracle.logs_mixnorm(y[:, 0].numpy(), mu, sigma, weights)
+    logs = peer.logs_mixnorm(y[:, 0].numpy(), mu, sigma, weights)
     close(-metrics.mixture_log_prob(means, scales, y, passed), logs)
 
 
@@ -237,11 +238,11 @@ def test_more_than_a_thousand_samples_take_the_quadrature(monkeypatch: pytest.Mo
     assert float(error.max()) < 1e-11
 
 
-def test_quadrature_above_a_thousand_samples_is_scoringrules_sum() -> None:
-    oracle = pytest.importorskip("scoringrules", reason="scoringrules (extra 'oracles') is not installed")
+def test_quadrature_above_a_thousand_samples_is_scoringrules_sum(oracle: Any) -> None:
+    peer = oracle("scoringrules")
     means, scales, y, log_weight = random_mixture((1200, 3, 1), 22)
     mu, sigma = means[:, :, 0].T.numpy(), scales.expand_as(means)[:, :, 0].T.numpy()  # [B, S]
-    expected = oracle.crps_mixnorm(y[:, 0].numpy(), mu, sigma, log_weight.exp().expand(3, 1200).numpy())
+    expected = peer.crps_mixnorm(y[:, 0].numpy(), mu, sigma, log_weight.exp().expand(3, 1200).numpy())
     close(metrics.mixture_crps(means, scales, y, log_weight)[:, 0], expected, atol=1e-10)
 
 

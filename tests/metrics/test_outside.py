@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,17 +93,16 @@ def test_aupr_is_the_average_precision_of_either_side(seed: int, ties: bool) -> 
     assert metrics.aupr_in(inside, outside) == metrics.aupr_out(-outside, -inside)
 
 
-def test_areas_are_those_of_torchmetrics() -> None:
-    reason = "torchmetrics is not installed: .ci/run installs it"
-    oracle = pytest.importorskip("torchmetrics.functional.classification", reason=reason)
+def test_areas_are_those_of_torchmetrics(oracle: Any) -> None:
+    peer = oracle("torchmetrics.functional.classification")
     inside, outside = random_scores(5, ties=True)
     score = torch.cat([inside, outside]).sigmoid()
     positive = (torch.arange(67) >= 40).long()
     found = metrics.auroc(inside, outside), metrics.aupr_out(inside, outside), metrics.aupr_in(inside, outside)
     expected = (
-        oracle.binary_auroc(score, positive),
-        oracle.binary_average_precision(score, positive),
-        oracle.binary_average_precision(1 - score, 1 - positive),
+        peer.binary_auroc(score, positive),
+        peer.binary_average_precision(score, positive),
+        peer.binary_average_precision(1 - score, 1 - positive),
     )
     assert found == pytest.approx([float(value) for value in expected], abs=1e-5)  # in float32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,10 +50,10 @@ def test_errors_of_float32_are_summed_in_float64() -> None:
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
-def test_interval_score_is_that_of_scoringrules(level: float) -> None:
-    oracle = pytest.importorskip("scoringrules", reason="scoringrules (extra 'oracles') is not installed")
+def test_interval_score_is_that_of_scoringrules(level: float, oracle: Any) -> None:
+    peer = oracle("scoringrules")
     lower, upper, y = intervals((40, 3), 2)
-    expected = oracle.interval_score(y.numpy(), lower.numpy(), upper.numpy(), 1 - level)
+    expected = peer.interval_score(y.numpy(), lower.numpy(), upper.numpy(), 1 - level)
     close(metrics.interval_score(lower, upper, y, level=level), expected)
 
 
@@ -90,10 +91,10 @@ def test_pinball_is_scikit_learns(level: float) -> None:
     close(found, expected)
 
 
-def test_pinball_is_that_of_scoringrules() -> None:
-    oracle = pytest.importorskip("scoringrules", reason="scoringrules (extra 'oracles') is not installed")
+def test_pinball_is_that_of_scoringrules(oracle: Any) -> None:
+    peer = oracle("scoringrules")
     quantile, _, y = intervals((40, 3), 5)
-    close(metrics.pinball(quantile, y, level=0.2), oracle.quantile_score(y.numpy(), quantile.numpy(), 0.2))
+    close(metrics.pinball(quantile, y, level=0.2), peer.quantile_score(y.numpy(), quantile.numpy(), 0.2))
 
 
 def test_pinball_over_all_levels_is_half_the_crps() -> None:
@@ -172,10 +173,10 @@ def test_crps_of_draws_is_pyros_and_the_mean_over_all_pairs(size: tuple[int, int
 
 
 @pytest.mark.parametrize(("fair", "estimator"), [(False, "nrg"), (True, "fair")])
-def test_crps_of_draws_is_that_of_scoringrules(fair: bool, estimator: str) -> None:
-    oracle = pytest.importorskip("scoringrules", reason="scoringrules (extra 'oracles') is not installed")
+def test_crps_of_draws_is_that_of_scoringrules(fair: bool, estimator: str, oracle: Any) -> None:
+    peer = oracle("scoringrules")
     draws, _, y, _ = random_mixture((7, 5, 2), 9)
-    expected = oracle.crps_ensemble(y.numpy(), draws.movedim(0, -1).numpy(), estimator=estimator)
+    expected = peer.crps_ensemble(y.numpy(), draws.movedim(0, -1).numpy(), estimator=estimator)
     close(metrics.crps_empirical(draws, y, fair=fair), expected)
 
 

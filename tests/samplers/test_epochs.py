@@ -400,9 +400,8 @@ def in_steps(make_loader: Callable[[], Any], step: int, count: int) -> list[list
 
 
 @pytest.fixture
-def stateful() -> Any:
-    reason = "torchdata is not installed: install the 'oracles' extra"
-    return pytest.importorskip("torchdata.stateful_dataloader", reason=reason).StatefulDataLoader
+def stateful(oracle: Any) -> Any:
+    return oracle("torchdata.stateful_dataloader").StatefulDataLoader
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 calls it

@@ -120,10 +120,9 @@ def test_overwrite_begins_a_new_curve(tmp_path: Path) -> None:
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of every tag, in the order in which TensorBoard shows them."""
-    reason = "tensorboard (extra 'oracles') is not installed"
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=reason)
-    pytest.importorskip("torch.utils.tensorboard", reason=reason)
-    found = reader.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     found.Reload()
     return {tag: [(one.step, one.value) for one in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
@@ -136,10 +135,9 @@ def expected(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture
-def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+def tensorboard(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of one second and process are told apart by a counter and read in the order of their names: 10 before 9."""
-    reason = "tensorboard (extra 'oracles') is not installed"
-    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer", reason=reason)
+    writer = oracle("tensorboard.summary.writer.event_file_writer")
     monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
 
 
