@@ -261,16 +261,16 @@ from bnn.layout import layout_of
 from bnn.types import make_block
 
 writing.SHARD_BYTES = 32 * 2**20  # what a writer gathers, and a reader maps, is no part of what is asked here
-S, K = 1500, 60
+S, K = 3000, 60
 layout = layout_of(nn.Linear(1000, 199, bias=False))
 writer = BankWriter(f"{sys.argv[1]}/bank", layout=layout, config={})
 for start in range(0, S, K):
     index = torch.arange(start, start + K)
-    flat = (index.float() - 750).view(K, 1).expand(K, layout.num_values)
+    flat = (index.float() - 1500).view(K, 1).expand(K, layout.num_values)
     writer.append(make_block(layout.unflatten(flat), chain=index % 3, draw=index // 3))
 writer.close()
 small = reduction.cast(Bank.open(f"{sys.argv[1]}/bank"), f"{sys.argv[1]}/small", codec="int8")
-seen = max(float((block.params["weight"] - (first + torch.arange(len(block.chain)) - 750.).view(-1, 1, 1)).abs().max())
+seen = max(float((block.params["weight"] - (first + torch.arange(len(block.chain)) - 1500.).view(-1, 1, 1)).abs().max())
            for first, block in small.blocks(64))
 print(peak(), seen)
 """
@@ -278,13 +278,13 @@ print(peak(), seen)
 
 
 @pytest.mark.slow
-def test_a_bank_is_cast_in_less_memory_than_it_takes(tmp_path: Path) -> None:
-    """A bank of 1.2 GB in shards of 32 MiB, in a process of its own."""
+def test_banks_of_gigabytes_are_cast_in_little_memory(tmp_path: Path) -> None:
+    """A bank of 2.4 GB in shards of 32 MiB, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak, seen = map(float, done.stdout.split())
-    assert peak < 1_000_000_000, f"{peak / 1e6:.0f} MB resident"
-    assert seen <= 750 / 127 / 2 * 1.01
+    assert peak < 1_300_000_000, f"{peak / 1e6:.0f} MB resident"
+    assert seen <= 1500 / 127 / 2 * 1.01
 
 
 # The best few samples

@@ -389,7 +389,7 @@ def test_flipped_bits_of_json_are_found(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bank.json", "manifest-main.json", "main-000000.safetensors"])
 def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
-    """Of JSON; of a shard a bit of every byte of the header, each eighth of them another, and fewer of what crc32 covers."""
+    """Of JSON; of a shard one in every byte of the header, and fewer of what crc32 covers."""
     write(tmp_path / "bank", [2])
     path = tmp_path / "bank" / name
     bits = 8 * path.stat().st_size
