@@ -232,8 +232,8 @@ def test_plan_foresees_ranks(bnn: Call) -> None:
     code, out, _ = bnn(f"{words} --ranks 4 --latency 0.02")
     assert code == 0
     assert "ranks       4: 8 of 32 rows of a batch on the busiest" in out
-    assert "talk        a step: 116 bytes of each rank in 1 calls, 120 ms" in out  # 2 P + 1 = 29 float32
-    assert "the all-reduce of 116 B is longer than the" in out
+    assert "talk        a step: 60 bytes of each rank in 1 calls, 120 ms" in out  # P + 1 = 15 float32
+    assert "the all-reduce of 60 B is longer than the" in out
     code, out, _ = bnn("bank plan --data rows.csv:y --method prior --num-samples 6 --ranks 4 --trial .1")
     assert code == 0
     assert "talk        none: ranks go alone" in out
