@@ -274,20 +274,21 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
         source = generator(seed, "step", step, device=model.device)
         return source, torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
 
+    def sides(normals: Tensor) -> list[Tensor]:
+        return [normals, -normals] if options.variance_reduction == "antithetic" else [normals]
+
     def draws(step: int) -> list[Draw]:
-        _, normals = normals_of(step)
-        signs = (normals, -normals) if options.variance_reduction == "antithetic" else (normals,)
-        return [family.draw(each) for each in signs]
+        return [family.draw(normals) for normals in sides(normals_of(step)[1])]
 
     def height(flat: Tensor, batch: Batch, weight: float) -> Tensor:
         return family_height(model, flat, batch, weight, options)
 
     def loss(batch: Batch, weight: float, step: int) -> Tensor:
+        source, normals = normals_of(step)
         if how is not None:
             assert isinstance(family, NormalFamily)
-            source, normals = normals_of(step)
             return row_noise_loss(family, model, batch, weight, normals, rows, how, source)
-        found = [-(height(draw.flat, batch, weight) + draw.surprise) for draw in draws(step)]
+        found = [family_loss(family, model, batch, weight, side, options) for side in sides(normals)]
         return found[0] if len(found) == 1 else 0.5 * (found[0] + found[1])
 
     def draw(indices: range) -> Params:
