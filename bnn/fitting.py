@@ -23,6 +23,7 @@ from bnn.bank.virtual import checked_length, in_memory, is_finished
 from bnn.batches import changes, num_rows, reweights, sampled
 from bnn.distributed import Ranks, ranks
 from bnn.errors import BankError, BnnError, ConfigError, FitError, RankLost
+from bnn.machine import keep_freed
 from bnn.model import BayesianModel
 from bnn.progress import with_progress
 from bnn.samplers import ByMetric, DynamicClassSampler, EpochSampler
@@ -136,6 +137,7 @@ def fit(
             "of the data with sampler= and importance_weights=True (--balance skew=...,importance), or pass False",
             stacklevel=2,
         )
+    keep_freed()
     together = ranks()
     if together.several:
         facts = {"num_samples": num_samples, "importance_weights": importance_weights, "writer": writer}

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import pickle
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from bnn import machine
+
+PAGES = """
+import resource, sys, torch
+from bnn.machine import keep_freed
+
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        held = [torch.ones(2**19) for _ in range(8)]  # 16 MiB, or 4,096 pages
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+first = faults(20)
+keep_freed()
+faults(2)
+print(first, faults(20))
+"""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -27,3 +48,11 @@ def test_blank_tensors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fres
     assert torch.equal(part, wanted[1])
     assert torch.equal(pickle.loads(pickle.dumps(part)), wanted[1])
     assert machine.blank((0, 7), dtype).shape == (0, 7)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's, whose rule this is")
+def test_memory_that_was_freed_is_used_again() -> None:
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=120, check=True)
+    before, after = (int(word) for word in done.stdout.split())
+    assert before > 20 * 1024  # pages: most of them handed out anew in each round
+    assert after < 1024

@@ -30,6 +30,7 @@ from bnn.functional.skeleton import Outputs
 from bnn.functional.ways import Form, Runner, Strategy, Way, num_rows, rows_of, signature
 from bnn.types import Params
 
+CPU_BYTES = 2**23  # of the values that vmap by rule makes at once on a CPU: with more, they leave its cache
 SINGLES_BEFORE_TRACING = 16  # calls of one shape with a single index, before a trace is tried
 
 MOST_CHOICES = 256  # that are kept
@@ -206,6 +207,8 @@ class Chooser:
         if self._strategy == "vmap" and casts:
             self._say_refused(kind, "it casts nothing under autocast")
         elif self._strategy == "vmap" and self._takes_vmap(prepared, params, rows):
+            if self._device.type == "cpu":
+                most = min(most, max(1, int(CPU_BYTES // max(profile.bytes * share, 1))))
             return Choice(loop._replace(strategy="vmap", samples=most), (), profile)
         return Choice(loop, (), profile)
 

@@ -32,6 +32,7 @@ from bnn.functional.skeleton import DrawKey, Outputs, Skeleton, device_of, is_tr
 from bnn.functional.trunk import NotAHead, trunks_of
 from bnn.functional.ways import Form, Runner, Strategy, Way, rows_of
 from bnn.layout import Layout, layout_of
+from bnn.machine import keep_freed
 from bnn.types import Block, DrawTable, Params
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ BLOCK_BYTES = 64 * 2**20  # of samples read at once, which are copied where they
 MOST_SAMPLES = 1024  # of a block that is streamed
 SPREAD_SAMPLES = 32  # of a block of every n-th sample, after each of which a caller may stop
 LEAST_FOR_TRUNK = 4  # samples, for which what comes before the head is run apart
-SETTLED_BYTES = 2**25  # of values at once, where the choice goes by rule: about a cache
+OUTPUT_BYTES = 2**22  # of a block on a CPU, which whoever takes them reads again: no more than its cache holds
 
 
 class SampleSource(DrawTable, Protocol):
@@ -220,12 +221,16 @@ class FunctionalModel:
             raise BankError("bank", want="at least one sample", got="none", fix="go on with its fit first")
         prepared = self._prepared(x, size)
         profile = self._chooser.profile(prepared, self._taken(self.bank.block(slice(0, 1)).params))
+        output_bytes = self.memory // 4
+        if self.device.type == "cpu":
+            output_bytes = min(output_bytes, OUTPUT_BYTES)
+            keep_freed()
         most = max(
             1,
             min(
                 MOST_SAMPLES,
                 BLOCK_BYTES // self.bank.layout.num_bytes,
-                self.memory // 4 // max(profile.output_bytes, 1),
+                output_bytes // max(profile.output_bytes, 1),
             ),
         )
         number = self._next_batch(batch) if prepared.runner.draws() else 0
@@ -260,7 +265,7 @@ class FunctionalModel:
             device=self.device,
             strategy=by_rule if self.strategy == "auto" else self.strategy,
             compile=bool(self.compile),
-            memory=min(self.memory, SETTLED_BYTES) if by_rule == "vmap" else self.memory,
+            memory=self.memory,
             seed=self.seed,
         )
 

@@ -20,6 +20,7 @@ from bnn.checkpoint import pack, unpack
 from bnn.distributed import ALONE, Ranks
 from bnn.errors import ConfigError, DataError, FitError, choose
 from bnn.layout import Layout
+from bnn.machine import keep_freed
 from bnn.samplers import DynamicClassSampler, PairedLoader
 from bnn.types import Block, Params, State, make_block
 
@@ -154,6 +155,7 @@ def run(
     """Optimise; yields blocks of no rows while it goes on, and the one row of the result at the end, on every rank."""
     if recipe.patience is not None and problem.held_out is None:
         raise ConfigError("patience", want="held_out= rows to judge by", got="none", fix="pass held_out")
+    keep_freed()
     total = recipe.num_epochs * len(loader)
     machine, progress = _start(problem, recipe, device), Progress()
     if state is not None:
