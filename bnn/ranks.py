@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnn.errors import ConfigError, RankLost
-from bnn.traffic import count
+from bnn.traffic import DIRECT, count
 
 TIMEOUT = 300.0  # seconds that a rank waits for a sign of another one
 TIMEOUT_NAME = "BNN_RANKS_TIMEOUT"  # of the environment, for another number of seconds
@@ -117,27 +117,43 @@ class Ranks:
         """The rows [n, *shape] of each rank, of one dtype; n may differ."""
         if not self.several:
             return [tensor]
-        distributed = torch.distributed
         with self._told("what every rank has to say"):
-            sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.world_size)]
-            own = torch.tensor([len(tensor)], device=tensor.device)
-            count("all_gather", own.nbytes)
-            distributed.all_gather(sizes, own, group=self._group)
-            counts = [int(size) for size in sizes]
+            counts = [int(size) for size in self._of_each(torch.tensor([len(tensor)], device=tensor.device))]
             padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
             padded[: len(tensor)] = tensor
-            found = [torch.empty_like(padded) for _ in counts]
-            count("all_gather", padded.nbytes)
-            distributed.all_gather(found, padded, group=self._group)
+            found = self._of_each(padded)
         return [rows[:count] for rows, count in zip(found, counts, strict=True)]
+
+    def _of_each(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one shape."""
+        count("all_gather", tensor.nbytes)
+        if self.world_size <= DIRECT and tensor.device.type == "cpu":
+            return self._exchanged(tensor)
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(found, tensor, group=self._group)
+        return found
+
+    def _exchanged(self, tensor: Tensor) -> list[Tensor]:
+        """The same, each rank telling each other one: gloo makes buffers for every collective call, which takes it a millisecond or more."""
+        found = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.world_size)]
+        others = [rank for rank in range(self.world_size) if rank != self.rank] if tensor.numel() else []
+        ways = torch.distributed
+        calls = [ways.P2POp(ways.isend, tensor, group=self._group, group_peer=rank) for rank in others]
+        calls += [ways.P2POp(ways.irecv, found[rank], group=self._group, group_peer=rank) for rank in others]
+        for work in ways.batch_isend_irecv(calls) if calls else []:
+            work.wait()
+        return found
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of tensors of one shape."""
         if not self.several:
             return tensor
-        summed = tensor.clone().contiguous()
         with self._told("a sum over ranks"):
-            count("all_reduce", summed.nbytes)
+            count("all_reduce", tensor.nbytes)
+            if self.world_size == 2 and tensor.device.type == "cpu":  # as many bytes as around a ring
+                first, second = self._exchanged(tensor.contiguous())
+                return first + second
+            summed = tensor.clone().contiguous()
             torch.distributed.all_reduce(summed, group=self._group)
         return summed
 

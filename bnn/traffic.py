@@ -13,6 +13,7 @@ Kind: TypeAlias = Literal["all_gather", "all_reduce", "broadcast"]
 
 BANDWIDTH = 1.25e9  # bytes a second that a rank can send: 10 Gbit/s
 LATENCY = 50e-6  # seconds of one message: Ethernet within a rack, TCP and gloo
+DIRECT = 4  # ranks up to which each tells each other what it has, in place of passing on what others have
 
 
 @dataclass
@@ -88,7 +89,9 @@ class Call(NamedTuple):
 
     | kind       | messages in a row | bytes that the busiest rank sends |
     | all_reduce | 2 (R - 1)         | 2 (R - 1) / R n, a ring           |
+    |            | 1                 | n, two ranks                      |
     | all_gather | R - 1             | (R - 1) n, a ring                 |
+    |            | 1                 | (R - 1) n, up to four ranks       |
     | broadcast  | ceil(log2 R)      | ceil(log2 R) n, a binomial tree   |
 
     seconds = messages * latency + bytes / bandwidth
@@ -111,12 +114,15 @@ class Call(NamedTuple):
         """One after the other, until all ranks have what they asked for."""
         if self.kind == "broadcast":
             return (num_ranks - 1).bit_length()
-        return (num_ranks - 1) * (2 if self.kind == "all_reduce" else 1)
+        if self.kind == "all_reduce":
+            return 1 if num_ranks == 2 else 2 * (num_ranks - 1)
+        return 1 if num_ranks <= DIRECT else num_ranks - 1
 
     def sent(self, num_ranks: int) -> float:
         """Bytes that the busiest rank sends."""
-        shares = self.payload / num_ranks if self.kind == "all_reduce" else self.payload
-        return self.messages(num_ranks) * shares
+        if self.kind == "broadcast":
+            return self.messages(num_ranks) * self.payload
+        return (num_ranks - 1) * self.payload * (2 / num_ranks if self.kind == "all_reduce" else 1)
 
     def seconds(self, num_ranks: int, network: Network) -> float:
         """How long it takes where all ranks come at once."""

@@ -21,7 +21,7 @@ from bnn.traffic import Call, Network, count, counted, network_of, talk_of
 from bnn.types import make_block
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 8, 64, 1024])
+@pytest.mark.parametrize("num_ranks", [5, 8, 64, 1024])
 def test_a_ring_sends_as_if_every_rank_passed_its_share_on(num_ranks: int) -> None:
     """Against the algorithms played out: which share each rank sends at each turn, and who has heard of whom."""
     size, network = 960 * 1024, Network(bandwidth=1e6, latency=1e-3)
@@ -37,6 +37,13 @@ def test_a_ring_sends_as_if_every_rank_passed_its_share_on(num_ranks: int) -> No
         assert call.messages(num_ranks) == messages
         assert call.sent(num_ranks) == pytest.approx(sent)
         assert call.seconds(num_ranks, network) == pytest.approx(messages * 1e-3 + sent / 1e6)
+
+
+@pytest.mark.parametrize(("num_ranks", "summed"), [(2, (1, 1.0)), (3, (4, 4 / 3)), (4, (6, 6 / 4))])
+def test_few_ranks_tell_each_other_at_once(num_ranks: int, summed: tuple[int, float]) -> None:
+    gather, total = Call("all_gather", 1000), Call("all_reduce", 1000)
+    assert (gather.messages(num_ranks), gather.sent(num_ranks)) == (1, 1000 * (num_ranks - 1))
+    assert (total.messages(num_ranks), total.sent(num_ranks)) == (summed[0], pytest.approx(1000 * summed[1]))
 
 
 def test_calls_are_counted_where_somebody_counts() -> None:
@@ -137,7 +144,7 @@ def test_time_is_lost_to_what_breaks_first() -> None:
     whole, own = {"warm-up": Pace(0.16, 100)}, {"warm-up": Pace(0.06, 100), "sampling": Pace(1.0, 10)}
     network = Network(bandwidth=1e6, latency=1e-3)
     found = plan_ranks(share, whole, own, calls, 4, network=network, write_seconds=2.0, all_phases=False)
-    step = (3 + 3 + 2) * 1e-3 + (3 * 8 + 3 * 6 + 2 * 1) / 1e6
+    step = (1 + 1 + 2) * 1e-3 + (3 * 8 + 3 * 6 + 2 * 1) / 1e6
     assert found.step.seconds == pytest.approx(step)
     assert found.step.sent == 3 * 8 + 3 * 6 + 2
     lost = {loss.name: loss.seconds for loss in found.losses}
