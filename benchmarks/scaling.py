@@ -4,9 +4,8 @@
 
 efficiency = T_1 / (2 T_2) of the same work, timed inside the processes: start-up does not count. The rival is the ceiling: two
 processes that know nothing of each other do the whole work each, at once; two cores that share a memory or a clock are
-slower then than one alone, and T_1 / T_both is what any way of splitting could reach. Of several rounds the least seconds of each way
-count: what else the machine does only adds to them. Seconds of the processor, of rank 0, tell how much
-of what is lost is work done twice, and what else runs does not count.
+slower then than one alone, and T_1 / T_both is what any way of splitting could reach. The three ways follow each other turn by turn in the same
+processes, for a machine that is shared changes its speed from minute to minute; medians over turns count, of ratios too.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bnn.cli.bench import machine
@@ -25,26 +25,13 @@ from bnn.cli.bench import machine
 WORK = Path(__file__).parent / "peers" / "scaling_rank.py"
 
 
-def processes(folder: Path, *commands: list[str]) -> list[dict[str, Any]]:
-    """Run commands side by side; what each told."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, env=environment) for command in commands]
-    if any(process.wait(timeout=900) for process in started):
-        raise SystemExit("a process failed")
-    return [json.loads((folder / f"told-{number}.json").read_text()) for number in range(len(commands))]
-
-
-def one(folder: Path) -> list[dict[str, Any]]:
-    return processes(folder, [sys.executable, str(WORK), str(folder)])
-
-
-def two(folder: Path) -> list[dict[str, Any]]:
+def told_by_ranks(turns: int) -> list[dict[str, Any]]:
+    """What each of two ranks told."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    return processes(folder, [*launch, "--rdzv-endpoint", "127.0.0.1:0", str(WORK), str(folder)])
-
-
-def beside(folder: Path) -> list[dict[str, Any]]:
-    return processes(folder, *([sys.executable, str(WORK), str(folder), str(number), "2"] for number in range(2)))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*launch, "--rdzv-endpoint", "127.0.0.1:0", str(WORK), folder, str(turns)]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        return [json.loads((Path(folder) / f"told-{rank}.json").read_text()) for rank in range(2)]
 
 
 def check(name: str, alone: dict[str, float], split: dict[str, float]) -> None:
@@ -73,38 +60,32 @@ def table(run: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=1, help="of one process, two ranks, and two processes")
+    parser.add_argument("--turns", type=int, default=5, help="of each work and way, after one that warms up")
     options = parser.parse_args()
-    told: dict[str, list[list[dict[str, Any]]]] = {"one": [], "two": [], "beside": []}
-    for _ in range(options.rounds):
-        for name, way in (("one", one), ("two", two), ("beside", beside)):
-            with tempfile.TemporaryDirectory() as folder:
-                told[name].append(way(Path(folder)))
+    ours, other = told_by_ranks(options.turns)
     rows = []
-    for name in [name for name in told["one"][0][0] if name != "sent"]:
-        took, processor = (
-            {way: min(max(t for each in run for t in each[name][kind]) for run in runs) for way, runs in told.items()}
-            for kind in ("seconds", "processor")
-        )
-        check(name, told["one"][0][0][name]["figures"], told["two"][0][0][name]["figures"])
-        counts = told["two"][0][0]["sent"].get(name)
+    for name in [name for name in ours if name != "sent"]:
+        check(name, *ours[name]["figures"])
+        turns = [
+            {**took, **{way: max(took[way], beside[way]) for way in ("two", "beside")}}
+            for took, beside in zip(ours[name]["turns"], other[name]["turns"], strict=True)
+        ]
+        counts = ours["sent"].get(name)
         row = {
             "work": name,
-            "one": took["one"],
-            "two": took["two"],
-            "beside": took["beside"],
-            "efficiency": took["one"] / (2 * took["two"]),
-            "ceiling": took["one"] / took["beside"],
-            "processor_efficiency": processor["one"] / (2 * processor["two"]),
+            **{way: median(took[way] for took in turns) for way in ("one", "two", "beside")},
+            "efficiency": median(took["one"] / (2 * took["two"]) for took in turns),
+            "ceiling": median(took["one"] / took["beside"] for took in turns),
             "sent_a_step": counts[0] if counts else None,
             "model_a_step": counts[1] if counts else None,
+            "turns": turns,
         }
         rows.append(row)
         sent = f"; {counts[0]:,.1f} bytes of a rank a step, the model says {counts[1]:,.1f}" if counts else ""
+        each = ", ".join(f"{took['one'] / (2 * took['two']):.0%}" for took in turns)
         print(
-            f"{row['efficiency']:.0%} efficiency, {row['ceiling']:.0%} the ceiling, {row['processor_efficiency']:.0%} by seconds "
-            f"of the processor: {name}, {took['one']:.2f} s in one process, "
-            f"{took['two']:.2f} s on two ranks, {took['beside']:.2f} s beside another{sent}"
+            f"{row['efficiency']:.0%} efficiency ({each}), {row['ceiling']:.0%} the ceiling: {name}, {row['one']:.2f} s in one "
+            f"process, {row['two']:.2f} s on two ranks, {row['beside']:.2f} s beside another{sent}"
         )
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=2) + "\n")

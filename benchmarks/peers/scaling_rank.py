@@ -1,14 +1,14 @@
 """One rank's work for `scaling.py`: chains, a guide and an evaluation, timed inside, so that start-up does not count.
 
-    torchrun --nproc-per-node 2 benchmarks/peers/scaling_rank.py FOLDER
-    python benchmarks/peers/scaling_rank.py FOLDER [NUMBER OF_HOW_MANY]
+    torchrun --nproc-per-node 2 benchmarks/peers/scaling_rank.py FOLDER TURNS
 
-With a number it is one of several processes that know nothing of each other, but begin each work at once.
+Each turn of a work is done by both ranks together, by rank 0 alone, and by both processes at once as if there were no other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -110,39 +110,56 @@ def sent() -> dict[str, list[float]]:
     return found
 
 
-def begin(folder: Path, name: str, number: int, of: int) -> None:
-    """Wait until all processes are here."""
-    if of == 1:
-        distributed.ranks().barrier()
-        return
-    (folder / f"ready-{name}-{number}").touch()
-    while len(list(folder.glob(f"ready-{name}-*"))) < of:
-        time.sleep(0.001)
+def meet(place: Path, rank: int) -> None:
+    """Wait until both processes are here, without a word to each other's ranks."""
+    (place.parent / f"{place.name}-{rank}").touch()
+    while not all((place.parent / f"{place.name}-{each}").exists() for each in range(2)):
+        time.sleep(0.005)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def turn_of(job: Job, place: Path, rank: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Seconds by way of one turn, and the figures that one process and two ranks give."""
+    figures: dict[str, dict[str, float]] = {}
+    took: dict[str, float] = {}
+
+    def make(way: str) -> None:
+        figures[way] = job(place.parent / f"{place.name}-{way}-{rank * (way == 'beside')}")
+
+    with distributed.joined() as together:
+
+        def both() -> None:
+            make("two")
+            together.barrier()
+
+        together.barrier()
+        took["two"] = timed(both)
+    meet(place.with_name(f"{place.name}-split"), rank)
+    if rank == 0:
+        took["one"] = timed(lambda: make("one"))
+    meet(place.with_name(f"{place.name}-whole"), rank)
+    took["beside"] = timed(lambda: make("beside"))
+    return took, [figures.get("one", {}), figures["two"]]
 
 
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    folder = Path(sys.argv[1])
-    number, of = (int(word) for word in sys.argv[2:4]) if len(sys.argv) > 2 else (0, 1)
+    folder, turns, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
     told: dict[str, Any] = {}
     judged()  # made whole by each process, before they split what they make
-    with distributed.joined() as together:
-        for name, job in JOBS.items():
-            times, spent = [], []
-            for turn in range(2):  # the first warms up
-                begin(folder, f"{name}-{turn}", number, of)
-                start, began = time.perf_counter(), time.process_time()
-                figures = job(folder / f"{name}-{turn}-{number}")
-                if of == 1:
-                    together.barrier()
-                times.append(time.perf_counter() - start)
-                spent.append(time.process_time() - began)
-            told[name] = {"seconds": times[1:], "processor": spent[1:], "figures": figures}
-        if together.several:
-            told["sent"] = sent()
-    if together.rank == 0:
-        (folder / f"told-{number}.json").write_text(json.dumps(told))
+    for place, (name, job) in enumerate(JOBS.items()):
+        found = [turn_of(job, folder / f"{place}-{turn}", rank) for turn in range(1 + turns)]
+        took = [seconds for seconds, _ in found[1:]]  # the first warms up
+        told[name] = {"turns": took, "figures": found[-1][1]}
+    with distributed.joined():
+        told["sent"] = sent()
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
