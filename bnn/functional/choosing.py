@@ -30,7 +30,6 @@ from bnn.functional.skeleton import Outputs
 from bnn.functional.ways import Form, Runner, Strategy, Way, num_rows, rows_of, signature
 from bnn.types import Params
 
-CPU_BYTES = 2**23  # of the values that vmap by rule makes at once on a CPU: with more, they leave its cache
 SINGLES_BEFORE_TRACING = 16  # calls of one shape with a single index, before a trace is tried
 
 MOST_CHOICES = 256  # that are kept
@@ -59,6 +58,7 @@ class Chooser:
         self, *, strategy: Strategy, compile: bool | None, memory: int, device: torch.device, name: str
     ) -> None:
         self.memory = memory
+        self.at_once = memory  # bytes of what vmap runs together; one sample may take `memory`
         self.choices: dict[Key, Choice] = {}
         self._strategy, self._compile, self._device, self._name = strategy, compile, device, name
         self._labels: dict[Key, str] = {}  # of the choices, for people
@@ -193,7 +193,7 @@ class Chooser:
         size, profile = len(next(iter(params.values()))), self.profile(prepared, params)
         rows = self._rows_at_once(runner, params, x, profile)
         share = 1.0 if rows is None else rows / (num_rows(x) or 1)
-        most = min(bucket(size), max(1, int(self.memory // max(profile.bytes * share, 1))))
+        most = min(bucket(size), max(1, int(self.at_once // max(profile.bytes * share, 1))))
         casts = torch.is_autocast_enabled(self._device.type)  # which vmap does not under autocast
         compile = False if python else self._compile
         if self._strategy == "auto":
@@ -207,8 +207,6 @@ class Chooser:
         if self._strategy == "vmap" and casts:
             self._say_refused(kind, "it casts nothing under autocast")
         elif self._strategy == "vmap" and self._takes_vmap(prepared, params, rows):
-            if self._device.type == "cpu":
-                most = min(most, max(1, int(CPU_BYTES // max(profile.bytes * share, 1))))
             return Choice(loop._replace(strategy="vmap", samples=most), (), profile)
         return Choice(loop, (), profile)
 

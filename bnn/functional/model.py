@@ -44,6 +44,7 @@ BLOCK_BYTES = 64 * 2**20  # of samples read at once, which are copied where they
 MOST_SAMPLES = 1024  # of a block that is streamed
 SPREAD_SAMPLES = 32  # of a block of every n-th sample, after each of which a caller may stop
 LEAST_FOR_TRUNK = 4  # samples, for which what comes before the head is run apart
+SETTLED_BYTES = 2**23  # of the values that vmap by rule makes at once on a CPU: with more, they leave its cache
 OUTPUT_BYTES = 2**22  # of a block on a CPU, which whoever takes them reads again: no more than its cache holds
 
 
@@ -259,7 +260,7 @@ class FunctionalModel:
             return self
         plain = (nn.Linear, nn.Sequential, nn.Tanh, nn.ReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Flatten, nn.Identity)
         by_rule: Strategy = "vmap" if all(type(part) in plain for part in self.module.modules()) else "loop"
-        return FunctionalModel(
+        found = FunctionalModel(
             self.module,
             self.bank,
             device=self.device,
@@ -268,6 +269,9 @@ class FunctionalModel:
             memory=self.memory,
             seed=self.seed,
         )
+        if self.device.type == "cpu":
+            found._chooser.at_once = min(self.memory, SETTLED_BYTES)
+        return found
 
     def explain(self) -> str:
         """What was chosen for each shape that came, and what the other ways took; empty before the first block."""
