@@ -134,7 +134,7 @@ class Ranks:
         return found
 
     def _exchanged(self, tensor: Tensor) -> list[Tensor]:
-        """The same, each rank telling each other one: gloo makes buffers for every collective call, which takes it a millisecond or more."""
+        """The same, each rank telling each other one: gloo makes buffers anew for every collective call, which takes longer."""
         found = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.world_size)]
         others = [rank for rank in range(self.world_size) if rank != self.rank] if tensor.numel() else []
         ways = torch.distributed

@@ -85,7 +85,7 @@ def network_of(bandwidth: float, latency: float) -> Network:
 
 
 class Call(NamedTuple):
-    """A collective call of R ranks, each with n bytes of payload, as gloo carries it out on CPUs.
+    """A collective call of R ranks, each with n bytes of payload, as `Ranks` and gloo carry it out on CPUs.
 
     | kind       | messages in a row | bytes that the busiest rank sends |
     | all_reduce | 2 (R - 1)         | 2 (R - 1) / R n, a ring           |

@@ -13,21 +13,17 @@ import torch
 from bnn import machine
 
 PAGES = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from bnn.machine import keep_freed
 
-def faults(rounds):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(rounds):
-        held = [torch.ones(2**19) for _ in range(8)]  # 16 MiB, or 4,096 pages
-        del held
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages: a fault is 4 KiB
 torch.set_num_threads(1)
-first = faults(20)
-keep_freed()
-faults(2)
-print(first, faults(20))
+if sys.argv[1] == "kept":
+    keep_freed()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for size in range(1, 25):  # MiB: each is larger than what was freed before, and so asked of the system anew by rule
+    torch.ones(size * 2**20, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -52,7 +48,9 @@ def test_blank_tensors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fres
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's, whose rule this is")
 def test_memory_that_was_freed_is_used_again() -> None:
-    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=120, check=True)
-    before, after = (int(word) for word in done.stdout.split())
-    assert before > 20 * 1024  # pages: most of them handed out anew in each round
-    assert after < 1024
+    plain, kept = (
+        int(subprocess.check_output([sys.executable, "-c", PAGES, word], text=True, timeout=120))
+        for word in ("plain", "kept")
+    )
+    assert plain > 256 * 290  # pages: of all 300 MiB
+    assert kept < plain / 2  # of the largest, and once or twice more, by what lies behind them in the heap
