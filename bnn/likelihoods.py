@@ -19,6 +19,7 @@ from bnn.priors import (
     student_t_constant,
     student_t_draws,
 )
+from bnn.softmax import log_softmax
 from bnn.types import Params
 
 SCALE = "@likelihood.scale"
@@ -75,7 +76,7 @@ class Categorical:
 
     def log_prob(self, outputs: Tensor, y: Tensor, params: Params) -> Tensor:
         check_logits(outputs, y)
-        return full(outputs).log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # [B, C] -> [B]
+        return log_softmax(full(outputs)).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # [B, C] -> [B]
 
     def sample(self, outputs: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         return _there(torch.multinomial, full(outputs).softmax(dim=-1), generator, num_samples=1).squeeze(-1)  # [B]

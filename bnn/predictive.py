@@ -26,6 +26,7 @@ from bnn.likelihoods import (
 )
 from bnn.mixtures import Mixture, NormalMixture, PoissonMixture, StudentTMixture, quantile
 from bnn.posthoc import Calibration, ClassSets, Interval
+from bnn.softmax import log_softmax
 from bnn.spread import Spread
 from bnn.turns import by_all, in_turn
 from bnn.types import Block
@@ -472,7 +473,7 @@ def _shared(own: Callable[[], dict[str, Tensor]], spread: Spread, row: Ranks) ->
 
 
 def _class_log_probs(outputs: Tensor, asked: _Asked) -> Tensor:
-    each = _class_outputs(outputs, asked).double().log_softmax(dim=-1)  # [K, B, C]
+    each = log_softmax(_class_outputs(outputs, asked).double()).contiguous()  # [K, B, C]
     return each if asked.shift is None else prior_shift(each, train=asked.shift[0], natural=asked.shift[1])
 
 

@@ -24,6 +24,7 @@ from bnn.predictive import ClassPredictive, TargetPredictive, predict
 from bnn.priors import HalfCauchy
 from bnn.samplers import EpochSampler, PairedLoader
 from bnn.seeding import derive, generator
+from bnn.softmax import log_softmax
 from bnn.training.files import keep
 from bnn.training.lessons import (
     check_ranks,
@@ -229,7 +230,7 @@ def divergence(
         mu, m = as_columns(teacher), as_columns(student)
         each = (scale / teacher_scale).log() + (teacher_scale**2 + (mu - m).square()) / (2 * scale**2) - 0.5
         return each.sum(dim=-1)
-    log_p, log_q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)  # 0 log 0 = 0
 
