@@ -74,7 +74,9 @@ def simplify(graph: fx.GraphModule) -> None:
         if _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    for node in list(graph.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+    for node in graph.graph.find_nodes(op="call_function", target=aten._to_copy.default):
+        _convert_before_expanding(graph.graph, node)
+    for node in graph.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         _add_inside_product(graph.graph, node)
     graph.graph.eliminate_dead_code()
     for node in graph.graph.nodes:
@@ -99,24 +101,38 @@ _FASTER: dict[Any, Callable[..., Tensor]] = {
 
 
 def _does_nothing(node: fx.Node) -> bool:
-    """A view or expansion to the shape that is there already, or a number that changes nothing: x 1, / 1, ** 1, - 0."""
+    """A view, expansion or slice that is all that is there already, or a number that changes nothing: x 1, / 1, ** 1, - 0."""
     aten = torch.ops.aten
-    before, after = (
-        part.meta.get("val") if isinstance(part, fx.Node) else None
-        for part in (node.args[0] if node.args else None, node)
-    )
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
+    before, after = (_value(node.args[0]) if node.args else None), _value(node)
+    if before is None or after is None or before.dtype != after.dtype or before.shape != after.shape:
         return False
-    same = before.shape == after.shape and before.stride() == after.stride()
-    if node.target in _NEUTRAL:
-        returned = any(user.op == "output" for user in node.users)  # outputs are no inputs
-        number = node.args[1] if len(node.args) == 2 and not node.kwargs else None
-        neutral = isinstance(number, int | float) and number == _NEUTRAL[node.target] and math.copysign(1.0, number) > 0
-        return same and neutral and not returned  # of a slice it is a copy, in another order, which a view may count on
-    views = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
-    return node.target in views and same
+    if before.stride() != after.stride():
+        return False  # of a slice x 1 is a copy, in another order, which a view may count on
+    if node.target is aten.slice_backward.default or _is_neutral(node):
+        return all(user.op != "output" for user in node.users)  # outputs are no inputs
+    return node.target in _VIEWS
 
 
+def _is_neutral(node: fx.Node) -> bool:
+    """Whether a number is added or multiplied that changes nothing."""
+    number = node.args[1] if node.target in _NEUTRAL and len(node.args) == 2 and not node.kwargs else None
+    return isinstance(number, int | float) and number == _NEUTRAL[node.target] and math.copysign(1.0, number) > 0
+
+
+def _value(part: Any) -> Tensor | None:
+    """What is known of a tensor of the trace: shape, strides, dtype."""
+    found = part.meta.get("val") if isinstance(part, fx.Node) else None
+    return found if isinstance(found, Tensor) else None
+
+
+_VIEWS = (
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+)
 _NEUTRAL: dict[Any, int] = {
     torch.ops.aten.mul.Scalar: 1,
     torch.ops.aten.mul.Tensor: 1,
@@ -126,6 +142,35 @@ _NEUTRAL: dict[Any, int] = {
 }
 
 
+def _convert_before_expanding(graph: fx.Graph, node: fx.Node) -> None:
+    """x.expand(shape).to(dtype) -> x.to(dtype).expand(shape), where dense tensors of that shape are made of it by arithmetic."""
+    aten = torch.ops.aten
+    expanded: Any = node.args[0]
+    if not isinstance(expanded, fx.Node) or expanded.target is not aten.expand.default or set(node.kwargs) != {"dtype"}:
+        return
+    results = [_value(user) for user in node.users if user.target in _ARITHMETIC]
+    dense = all(each is not None and each.is_contiguous() and each.shape == node.meta["val"].shape for each in results)
+    if len(results) < len(node.users) or not dense:
+        return
+    few: Any = expanded.args[0]
+    shape = expanded.args[1:]
+    with graph.inserting_before(node):
+        converted = graph.call_function(aten._to_copy.default, (few,), node.kwargs)
+        many = graph.call_function(aten.expand.default, (converted, *shape))
+    converted.meta["val"] = aten._to_copy.default(few.meta["val"], **node.kwargs)
+    many.meta["val"] = aten.expand.default(converted.meta["val"], *shape)
+    node.replace_all_uses_with(many)
+    graph.erase_node(node)
+
+
+_ARITHMETIC = (
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.div.Tensor,
+)
+
+
 def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:
     """bias + bmm(a, b) -> baddbmm(bias, a, b), where the product is used for nothing else."""
     if len(node.args) != 2 or node.kwargs:
@@ -133,17 +178,38 @@ def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:
     for product, bias in (node.args, node.args[::-1]):
         if not (isinstance(product, fx.Node) and isinstance(bias, fx.Node)):
             continue
-        shapes = [
-            part.meta["val"].shape if isinstance(part.meta.get("val"), Tensor) else None
-            for part in (product, bias, node)
-        ]
-        dtypes = {part.meta["val"].dtype for part in (product, bias, node) if isinstance(part.meta.get("val"), Tensor)}
+        values = [_value(part) for part in (product, bias, node)]
+        shapes = [None if value is None else value.shape for value in values]
+        dtypes = {value.dtype for value in values if value is not None}
         fits = product.target is torch.ops.aten.bmm.default and len(product.users) == 1 and shapes[0] == shapes[2]
         fits = fits and len(dtypes) == 1
         if fits and shapes[1] is not None and len(shapes[1]) in (0, 1, 2, 3):
             with graph.inserting_before(node):
-                fused = graph.call_function(torch.ops.aten.baddbmm.default, (bias, *product.args))
+                unscaled = _unscaled(graph, bias)
+                fused = graph.call_function(torch.ops.aten.baddbmm.default, (unscaled, *product.args))
             fused.meta = dict(node.meta)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
             return
+
+
+def _unscaled(graph: fx.Graph, bias: fx.Node) -> fx.Node:
+    """A bias without a product with 1 before it, which has made it dense: products of matrices take one of any strides."""
+    view = torch.ops.aten.view.default
+    viewed = bias.target is view
+    scaled: Any = bias.args[0] if viewed else bias
+    source = scaled.args[0] if isinstance(scaled, fx.Node) and _is_neutral(scaled) else None
+    value, wanted = _value(source), _value(scaled)
+    if not isinstance(source, fx.Node) or value is None or wanted is None:
+        return bias
+    if value.dtype != wanted.dtype or value.shape != wanted.shape:
+        return bias
+    if not viewed:
+        return source
+    try:
+        there = view(value, bias.args[1])
+    except RuntimeError:  # it cannot be seen so without a copy
+        return bias
+    seen = graph.call_function(view, (source, bias.args[1]))
+    seen.meta["val"] = there
+    return seen

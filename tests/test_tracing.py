@@ -113,6 +113,42 @@ def test_products_take_their_bias_in_and_nothing_is_left_of_views() -> None:
     assert sorted(names) == ["baddbmm", "expand", "tanh", "transpose", "view"]
 
 
+def from_flat(flat: Tensor, x: Tensor) -> Tensor:
+    """A layer whose weight and bias are parts of one row [30], as chains have them, and slopes of a sum in float64."""
+
+    def height(flat: Tensor) -> Tensor:
+        whole = flat[:30]
+        logits = nn.functional.linear(x, whole[:24].view(6, 4), whole[24:])
+        return logits.tanh().sum() - whole.square().sum(dtype=torch.float64)
+
+    return -torch.func.grad(height)(flat)
+
+
+def test_parts_of_flat_positions_cost_no_copies() -> None:
+    """The bias goes into its product as it lies; a slice of everything and its slope are the thing itself; numbers are converted few."""
+    several = torch.func.vmap(from_flat, in_dims=(0, None))
+    graph = trace(several, [normal(3, 30), normal(5, 4)])
+    wanted = graph(normal(3, 30, seed=1), normal(5, 4, seed=2))
+    simplify(graph)
+    assert torch.equal(graph(normal(3, 30, seed=1), normal(5, 4, seed=2)), wanted)
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    aten = torch.ops.aten
+    assert not [node for node in calls if node.target is aten.mul.Scalar and node.args[1] == 1]
+    slices = [node for node in calls if node.target in (aten.slice.Tensor, aten.slice_backward.default)]
+    assert all(node.meta["val"].shape != node.args[0].meta["val"].shape for node in slices)
+    assert [node.meta["val"].numel() for node in calls if node.target is aten._to_copy.default] == [3, 3]
+
+
+def test_what_is_read_in_its_own_order_is_converted_as_it_was() -> None:
+    def function(x: Tensor) -> Tensor:
+        many = x.double().unsqueeze(1).expand(3, 4).to(torch.float32)  # dense, which a view counts on
+        return many.view(12) + 1
+
+    graph = trace(function, [normal(3)])
+    simplify(graph)
+    assert torch.equal(graph(normal(3, seed=1)), function(normal(3, seed=1)))
+
+
 def test_what_only_python_saw_is_checked_before_it_is_taken_out() -> None:
     seen: list[str] = []
     trace(

@@ -313,15 +313,13 @@ def _num_slices(target: Target, costs: Costs, num_chains: int, memory: int | Non
         return costs.at(rows, num_chains).bytes
 
     budget = max(bytes_of(0), 0.0) + CACHE if memory is None else memory
-    if memory is None and bytes_of(1) > budget:
-        return fewest  # no slice fits a cache
-    if bytes_of(1) > budget:
+    if memory is not None and bytes_of(1) > budget:
         raise ConfigError(
             "memory",
             want=f"at least {math.ceil(bytes_of(1)):,} bytes, for one row of data and {num_chains} chains",
             got=f"{memory:,}",
             fix="raise it, or take fewer chains",
         )
-    counts = range(1, target.most_slices + 1)  # of slices, of which the first that fits is sought
-    fits = bisect.bisect_left(counts, True, key=lambda n: bytes_of(math.ceil(target.most_slices / n)) <= budget)
-    return min(counts[fits], fewest) if memory is None else counts[fits]
+    most = target.most_slices if memory is not None else fewest  # also where no slice fits a cache
+    counts = range(1, most)  # of slices, of which the first that fits is sought
+    return 1 + bisect.bisect_left(counts, True, key=lambda n: bytes_of(math.ceil(target.most_slices / n)) <= budget)
