@@ -20,6 +20,7 @@ from bnn.inference.adaptation import windows
 from bnn.inference.hmc import HMC
 from bnn.inference.starting import CLIMB_STEPS, climbs
 from bnn.inference.warmup import LEARNT_FROM
+from bnn.pacing import NUMBERS, meetings_in
 from bnn.together import split_of
 from bnn.traffic import Call, Network, Talk, talk_of
 from bnn.types import Method, State
@@ -38,7 +39,7 @@ class FitCalls(NamedTuple):
     num_steps: int
     edge: list[Call]  # of each of `num_edges`, where a mass is learnt, or a guide's ranks are aligned
     num_edges: int
-    what: str  # a step is
+    what: str  # a step is: of chains a meeting of ranks that go on alone, or a trajectory of which all learn
 
     def whole(self, num_ranks: int, network: Network) -> Talk:
         """All of them."""
@@ -46,12 +47,20 @@ class FitCalls(NamedTuple):
         return once.plus(step.times(self.num_steps)).plus(edge.times(self.num_edges))
 
 
-def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int, num_parameters: int = 0) -> FitCalls:
+def fit_calls(
+    method: Method,
+    num_ranks: int,
+    *,
+    num_values: int,
+    itemsize: int,
+    num_parameters: int = 0,
+    trajectory_seconds: float = 0.0,
+) -> FitCalls:
     """What R ranks say to each other in a fit; nothing after warm-up, nor of methods whose rows are split.
 
-    Rows of c = ceil(C / R) chains are gathered, of which the flags of a trajectory of HMC, which are 2 c + 1 bytes; ChEES
-    adds 4 c P values and 3 c float64; where a mass is learnt 2 c P values are, and c W P for W draws of a low-rank
-    one. A step of a guide sums the slope at its draw and its height at once: P + 1 values, and 2 P + 1 of antithetic
+    In warm-up ranks of HMC meet every two seconds: 33 bytes. Rows of c = ceil(C / R) chains are gathered where a mass is
+    learnt, 2 c P values, and c W P for W draws of a low-rank one; ChEES learns from each trajectory, of 4 c P values and
+    3 c float64. A step of a guide sums the slope at its draw and its height at once: P + 1 values, and 2 P + 1 of antithetic
     draws; after fifty rank 0 tells its parameters and their two moments. States that all commit in warm-up, one in 20
     seconds, come to it, 12 bytes each.
 
@@ -61,11 +70,12 @@ def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int,
         num_values: P, the numbers in one sample.
         itemsize: bytes of one.
         num_parameters: Q, of what a guide optimises.
+        trajectory_seconds: of warm-up, of which the number of meetings follows; the fewest by default.
 
     Examples:
         >>> calls = fit_calls(HMC(num_chains=6, trajectory="jittered"), 4, num_values=100, itemsize=4)
-        >>> sum(call.payload for call in calls.step)  # 8 + 2 * 2 of the flags, 1 of rank 0
-        13
+        >>> sum(call.payload for call in calls.step)  # 8 + 4 * 8 gathered, 1 of rank 0
+        41
     """
     if split_of(method) == "gradients":
         from bnn.inference.guide import STEPS_PER_STATE  # with Pyro, which not everybody needs
@@ -75,11 +85,11 @@ def fit_calls(method: Method, num_ranks: int, *, num_values: int, itemsize: int,
         edge, num_steps = [Call("broadcast", 3 * num_parameters * itemsize)], method.num_steps  # type: ignore[attr-defined]
         return FitCalls([], step, num_steps, edge, math.ceil(num_steps / STEPS_PER_STATE), "a step")
     if isinstance(method, HMC):
-        return _hmc_calls(method, num_ranks, num_values * itemsize)
+        return _hmc_calls(method, num_ranks, num_values * itemsize, trajectory_seconds)
     return FitCalls([], [], 0, [], 0, "a row")
 
 
-def _hmc_calls(method: HMC, num_ranks: int, row_bytes: int) -> FitCalls:
+def _hmc_calls(method: HMC, num_ranks: int, row_bytes: int, trajectory_seconds: float) -> FitCalls:
     chains = math.ceil(method.num_chains / num_ranks)  # others pad theirs to so many
     flag, column, rows = [Call("broadcast", FLAG)], gathered(chains * COLUMN), gathered(chains * row_bytes)
     begin = column + gathered(chains)  # densities, and whether they are finite
@@ -88,16 +98,16 @@ def _hmc_calls(method: HMC, num_ranks: int, row_bytes: int) -> FitCalls:
     begin += column + (rows if method.learns_length else [])
     climb = flag * (CLIMB_STEPS // CLIMB_PER_STATE if climbs(method.init) else 0)
     end = (column if method.learns_length else []) + gathered(NULL)  # common step; the state that all commit
-    step = gathered(2 * chains) + flag
-    if method.learns_length:
-        learnt = column + 2 * rows  # LEARNT_FROM: acceptance, proposal, velocity
-        assert len(LEARNT_FROM) == 3
-        step += column + learnt + 2 * rows + column
     edges = [] if method.mass == "unit" else windows(method.num_warmup)
     kept = math.ceil(20 * method.rank / method.num_chains) + 1 if method.mass == "low-rank" else 0
     edge = 2 * rows + gathered(chains * kept * row_bytes)
-    what = "a trajectory of warm-up"
-    return FitCalls(begin + climb + end, step, method.num_warmup, edge, len(edges), what)
+    meeting, num_meetings = gathered(NUMBERS * COLUMN) + flag, meetings_in(method.num_warmup, trajectory_seconds)
+    if not method.learns_length:
+        return FitCalls(begin + climb + end, meeting, num_meetings, edge, len(edges), "a meeting in warm-up")
+    learnt = column + 2 * rows  # LEARNT_FROM: acceptance, proposal, velocity
+    assert len(LEARNT_FROM) == 3
+    step, once = column + learnt + 2 * rows + column, begin + climb + meeting * num_meetings + end
+    return FitCalls(once, step, method.num_warmup, edge, len(edges), "a trajectory of warm-up")
 
 
 def gathered(num_bytes: int) -> list[Call]:

@@ -224,9 +224,11 @@ class Checkpoints:
         self._kept_at = time.monotonic()
 
     def take(self, block: Block, state: State) -> None:
-        """Append a block, with the state that follows it; in a common phase once it is time, by rank 0's clock."""
+        """Append a block, with the state that follows it; in a common phase where all meet, once it is time by rank 0's clock."""
         if not self._phases or _stage(state, self._phases) == "parted":
             self._part.append(block, state)
+            return
+        if not state.get("meets", True):
             return
         due = _stage(state, self._phases) == "end" or time.monotonic() - self._kept_at > STATE_SECONDS
         if not self._together.first_flag(due):

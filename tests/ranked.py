@@ -65,6 +65,24 @@ def model() -> bnn.BayesianModel:
     return bnn.BayesianModel(module, prior=bnn.priors.Normal(), likelihood=bnn.likelihoods.Categorical(), num_data=N)
 
 
+class Bottomless(bnn.priors.LogNormal):
+    """A prior without a bound: infinite above 2."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(value > 2.0, torch.inf, super().log_prob(value))
+
+
+WARM = HMC(num_chains=5, num_warmup=400, num_steps=3, step_size=0.3, mass="unit", init="prior", compile=False)
+
+
+def bottomless() -> tuple[bnn.BayesianModel, tuple[Tensor, Tensor]]:
+    """A model whose density is infinite where its noise is large, which chains of `WARM` come to."""
+    likelihood = bnn.likelihoods.Gaussian(Bottomless(0.0, 0.5))
+    module = nn.Linear(1, 1).double()
+    data = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    return bnn.BayesianModel(module, prior=bnn.priors.Normal(), likelihood=likelihood, num_data=1), data
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -88,7 +88,7 @@ JOBS: dict[str, Job] = {
 
 
 def sent() -> dict[str, list[float]]:
-    """Bytes a step, counted and as the model has them, of a rank."""
+    """Bytes a step, counted and as the model has them, of a rank; of chains a trajectory of warm-up, with the meetings that there were."""
     together, found = distributed.ranks(), {}
     works: dict[str, tuple[Any, str]] = dict.fromkeys(DRAWS, (CHAINS, "mlp:64,64"))
     works |= {
@@ -97,16 +97,19 @@ def sent() -> dict[str, list[float]]:
     for name, (method, spec) in works.items():
         model, data = model_of(spec, 256)
         size = model.layout.num_values
-        calls = fit_calls(method, together.world_size, num_values=size, itemsize=4)
+        calls, num_meetings = fit_calls(method, together.world_size, num_values=size, itemsize=4), 0
+        num_steps = CHAINS.num_warmup if method is CHAINS else calls.num_steps
         with counted() as traffic:
             for _, state in method.run(model, data, num_samples=8, seed=0):
-                if state["step"] >= calls.num_steps:
+                num_meetings += state.get("meets", False)
+                if state["step"] >= num_steps:
                     break
         kinds = ("all_gather", "all_reduce")  # of the run itself; flags and the last commit belong to the fit
         counts = sum(traffic.payload.get(kind, 0) for kind in kinds)
-        every = [*calls.once[:-2], *calls.step * calls.num_steps, *calls.edge * calls.num_edges]
+        taken = num_meetings if method is CHAINS else num_steps
+        every = [*calls.once[:-2], *calls.step * taken, *calls.edge * calls.num_edges]
         model_bytes = sum(call.payload for call in every if call.kind in kinds)
-        found[name] = [counts / calls.num_steps, model_bytes / calls.num_steps]
+        found[name] = [counts / num_steps, model_bytes / num_steps]
     return found
 
 

@@ -74,6 +74,7 @@ def foresee(
         num_values=layout.num_values,
         itemsize=layout.dtype.itemsize,
         num_parameters=num_parameters,
+        trajectory_seconds=own["warm-up"].seconds if "warm-up" in own else 0.0,
     )
     phases = whole.keys() & own.keys()
     return plan_ranks(

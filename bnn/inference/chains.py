@@ -19,6 +19,7 @@ from bnn.inference.density import Plan, Prepared, Target, prepare
 from bnn.inference.hamiltonian import Metric, Position, Transition, transition
 from bnn.inference.starting import CLIMB_STEPS
 from bnn.inference.warmup import Adaptation, common_step, first_adaptation, update_adaptation
+from bnn.pacing import Meetings
 from bnn.seeding import generator
 from bnn.types import State
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 LIKELY_STEPS = 64  # of a trajectory whose length is learnt, about, for the rule that decides on compiling
+NEVER = (2**62, 0)  # a trajectory that no run comes to, of a chain
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
 ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
@@ -67,7 +69,8 @@ def run_chains(
 
     Randomness is by (seed, chain, trajectory), whatever runs beside. Several ranks have their share of the chains each,
     and learn in warm-up what one process would: figures of all chains are gathered in their order, and summed as
-    there. After warm-up no rank waits for another.
+    there. Where nothing is learnt from all they go on alone, but for meetings every few seconds, at which they hear whether
+    any chain moves, and of which the state says that it "meets"; after warm-up no rank waits for another.
 
     Args:
         start: positions [C, P] of this rank's chains to begin at; asked where there is no state.
@@ -105,6 +108,7 @@ def run_chains(
         step, (at, adaptation, sums) = state["step"] - climb_steps, _restored(state, scale)
         common = state.get("common", 1.0)
     edges = set(windows(options.num_warmup))
+    meetings, infinite = Meetings(together, options.num_warmup), NEVER
     while step < total - climb_steps:
         warm = step < options.num_warmup
         learnt = adaptation.step_size
@@ -118,12 +122,17 @@ def run_chains(
         step += 1
         if step - 1 == options.num_warmup:
             sums = sums._replace(divergences=0)  # those of warm-up
-        moved, infinite = (at.flat != before).any(dim=1), found.infinite  # [C]
-        if warm and together.several:
-            moved, infinite = together.pooled(torch.stack([moved, infinite], dim=1).to(torch.uint8)).bool().T
         # After warm-up a rank does not know whether another one's chains move.
-        sums = _added(sums, found, num_steps, warm=warm, moved=bool(moved.any()) or (together.several and not warm))
-        _require_moving(options, infinite, sums, step, first=0 if warm else chains.start)
+        moved = bool((at.flat != before).any()) or (together.several and not warm)
+        sums = _added(sums, found, num_steps, warm=warm, moved=moved)
+        infinite = min(infinite, _first_infinite(found, step, chains.start))
+        still, apart = sums.still, warm and together.several
+        meets = apart and meetings.due(step)
+        if meets:
+            facts = meetings.meet(step, (still, *infinite))  # of each rank
+            still, infinite = min(each[0] for each in facts), min(each[1:] for each in facts)
+        if meets or not apart:
+            _require_moving(options, infinite, still, step)
         if warm:
             adaptation = update_adaptation(
                 options,
@@ -147,7 +156,7 @@ def run_chains(
         told = _told(options, found, sums, step, step_size, num_draws)
         told["info"]["compile_seconds"] = density.compile_seconds
         progress = {"step": climb_steps + step, "num_steps": total, **told}
-        agreed = {"common": common} if together.several else {}
+        agreed = {"common": common, "meets": meets or not warm} if together.several else {}
         yield draw, {**_saved(density.plan, at, adaptation, sums), **progress, **agreed}
     if num_draws and warns:
         trouble = movement(sums.accepted, sums.divergences, num_draws * options.thin, first=chains.start)
@@ -200,22 +209,30 @@ def _checked_start(flat: Tensor, density: Prepared, together: Ranks) -> Position
     return Position(flat, *values)
 
 
-def _require_moving(options: HMC, infinite: Tensor, sums: Sums, step: int, *, first: int) -> None:
-    """Raise FitError where a density has turned infinite [C], in chains from `first` on, or no chain has moved for long."""
-    after = step - options.num_warmup - 1
-    when = f"trajectory {step - 1} of warm-up" if after < 0 else f"draw {after // options.thin}"
-    if infinite.any():
+def _first_infinite(found: Transition, step: int, first: int) -> tuple[int, int]:
+    """This trajectory and the first chain whose density has turned infinite there, of chains from `first` on; or `NEVER`."""
+    return (step, first + int(found.infinite.nonzero()[0])) if found.infinite.any() else NEVER
+
+
+def _require_moving(options: HMC, infinite: tuple[int, int], still: int, step: int) -> None:
+    """Raise FitError where a density has turned infinite, at a trajectory of a chain, or no chain has moved for long."""
+
+    def when(step: int) -> str:
+        after = step - options.num_warmup - 1
+        return f"trajectory {step - 1} of warm-up" if after < 0 else f"draw {after // options.thin}"
+
+    if infinite < NEVER:
         raise FitError(
             "HMC",
             want="a log density below infinity",
-            got=f"inf in chain {first + int(infinite.nonzero()[0])} at {when}",
+            got=f"inf in chain {infinite[1]} at {when(infinite[0])}",
             fix="look for a scale that reaches 0, or a logarithm or division without a bound; what was committed stays",
         )
-    if sums.still >= STUCK:
+    if still >= STUCK:
         raise FitError(
             "HMC",
             want="chains that move",
-            got=f"every chain standing still for {STUCK} trajectories, up to {when}",
+            got=f"every chain standing still for {still} trajectories, up to {when(step)}",
             fix="raise num_warmup or target_accept, or look for a density that is NaN beside the chains; what was committed stays",
         )
 

@@ -212,18 +212,18 @@ def test_plan_tries_the_method(bnn: Call) -> None:
 
 
 def test_plan_foresees_ranks(bnn: Call) -> None:
-    """Three chains on five ranks: 8 + 2 + 1 bytes a trajectory, which go round by 4 + 4 + 3 messages of 20 ms."""
+    """Three chains on five ranks: 8 + 32 + 1 bytes a meeting, which go round by 4 + 4 + 3 messages of 20 ms."""
     code, out, _ = bnn(
         f"bank plan {HMC} --num-samples 60 --trial .1 --ranks 5 --latency 0.02 --bandwidth 1GB --out new"
     )
     assert code == 0
     assert "ranks       5: 1 of 3 chains on the busiest" in out
     assert "network     1.0 GB a second, 20000 us a message" in out
-    assert "talk        a trajectory of warm-up: 11 bytes of each rank in 3 calls, 220 ms" in out
+    assert "talk        a meeting in warm-up: 41 bytes of each rank in 3 calls, 220 ms" in out
     assert re.search(
         r"^run         (about|at least) .* on 5 ranks, .* in one process: efficiency \d+%$", out, re.MULTILINE
     )
-    assert re.search(r"^first       talk, \d+% of the run: a trajectory of warm-up: 220 ms of talk$", out, re.MULTILINE)
+    assert re.search(r"^first       talk, \d+% of the run: a meeting in warm-up: 220 ms of talk$", out, re.MULTILINE)
     assert "a fit wants a chain for each rank" in out
     # One batch: 4 calls of 4 messages of 20 ms, beside which bytes take microseconds.
     assert re.search(r"^evaluate    1 batch of held-out rows: .* sent by a rank in 4 calls, 320 ms$", out, re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranked import CHAINS, GUIDES, ROWS, WORK, launch, model, paths, rows, sorted_rows
+from ranked import CHAINS, GUIDES, ROWS, WARM, WORK, bottomless, launch, model, paths, rows, sorted_rows
 
 import bnn
 from bnn.bank import merge
+from bnn.errors import FitError
 from bnn.types import Method
 
 ALL = CHAINS | ROWS | GUIDES
@@ -202,6 +204,22 @@ def test_a_guide_is_the_same_on_ranks_that_round_apart(split: Path, world_size: 
     assert [len(states) for states in told] == [3] * world_size
     assert all(states == told[0] for states in told)
     assert told[0][0] != told[0][1]
+
+
+def test_chains_that_are_of_no_use_end_all_ranks_with_the_error_of_one_process(tmp_path: Path) -> None:
+    """They hear of it when they meet: of the first that came to an infinite density, and of chains that stand still on all."""
+    wrong, data = bottomless()
+    with pytest.raises(FitError) as alone:
+        bnn.fit(wrong, data, method=WARM, num_samples=10, seed=3)
+    assert " of warm-up; " in str(alone.value)
+    ended = launch(2, "useless", tmp_path)
+    assert [process.returncode for process in ended] == [0, 0], "\n".join(p.err for p in ended)
+    for infinite, still, moving in (process.out.splitlines() for process in ended):
+        assert infinite == f"FitError: {alone.value}"
+        assert re.search(
+            r"got every chain standing still for \d\d trajectories, up to trajectory \d+ of warm-up;", still
+        )
+        assert moving == "nothing"  # for the others do
 
 
 def test_a_restart_goes_on_with_what_an_earlier_start_began_and_nothing_else(tmp_path: Path) -> None:

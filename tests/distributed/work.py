@@ -15,11 +15,11 @@ import ranked
 import torch
 
 import bnn
-from bnn import distributed, together
+from bnn import distributed, pacing, together
 from bnn.bank import writer
 from bnn.errors import BnnError
 from bnn.fitting import digest_of
-from bnn.inference import HMC, SWAG, Guide, Prior
+from bnn.inference import HMC, SWAG, Guide, Prior, chains
 
 
 def say(text: str) -> None:
@@ -157,9 +157,37 @@ def refusals(out: str) -> None:
     say(json.dumps(told))
 
 
+def useless(out: str) -> None:
+    """What ranks say of chains of which one comes to an infinite density in warm-up, all stand still, or those of rank 1 alone do."""
+    warnings.simplefilter("ignore")
+    still = HMC(num_chains=5, num_warmup=60, num_steps=2, step_size=0.1, init="prior", compile=False)
+    chains.STUCK, moved = 20, chains.transition
+    with distributed.joined() as together:
+
+        def tell(name: str, model: bnn.BayesianModel, data: Any, method: HMC) -> None:
+            try:
+                bnn.fit(model, data, method=method, num_samples=10, out=Path(out) / name, seed=3)
+                say("nothing")
+            except BnnError as error:
+                say(f"{type(error).__name__}: {error}")
+
+        tell("infinite", *ranked.bottomless(), ranked.WARM)
+        for name, refusing in (("all", (0, 1)), ("one", (1,))):
+            calls = 0
+
+            def refused(density: Any, at: Any, noise: Any, uniform: Any, *rest: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                refuses = calls > 5 and together.rank in refusing  # noqa: B023
+                return moved(density, at, noise, uniform + 1.0 if refuses else uniform, *rest)
+
+            chains.transition = refused  # type: ignore[assignment]
+            tell(name, ranked.model(), ranked.rows(), still)
+
+
 def command_line(kills: str, *arguments: str) -> None:
     """`python -m bnn`, with a commit at every chance, and rank 1 killed before it takes the given block of each attempt."""
-    together.STATE_SECONDS = 0.0
+    together.STATE_SECONDS = pacing.SECONDS = 0.0
     writer.ROW_SECONDS = 0.0
     attempts = [int(number) for number in kills.split(",") if number]
     take, calls = together.Checkpoints.take, 0
@@ -179,7 +207,7 @@ def command_line(kills: str, *arguments: str) -> None:
 
 def paced(seconds: str, *lines: str) -> None:
     """`python -m bnn` with each line, with a commit at every chance and a rest before each block, in which something can happen."""
-    together.STATE_SECONDS = 0.0
+    together.STATE_SECONDS = pacing.SECONDS = 0.0
     writer.ROW_SECONDS = 0.0
     take = together.Checkpoints.take
 
