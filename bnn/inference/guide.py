@@ -227,7 +227,8 @@ def _run(
 ) -> Iterator[tuple[Block, State]]:
     total = options.num_steps + num_samples
     fitted = _family_fit(options, model, data, seed) if options.is_own else _pyro_fit(options, model, data, seed)
-    optimizer = torch.optim.Adam(fitted.parameters.values(), lr=options.lr)
+    fused = options.is_own and model.device.type == "cpu"  # one pass over each tensor; Pyro's may be of any kind
+    optimizer = torch.optim.Adam(fitted.parameters.values(), lr=options.lr, fused=fused or None)
     if state is not None:
         adam.load(state, optimizer, fitted.parameters)
     step = 0 if state is None else min(state["step"], options.num_steps)
