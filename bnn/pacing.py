@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import TypeAlias
-
-import torch
-
-from bnn.ranks import Ranks
 
 SECONDS = 2.0  # between two meetings, about; an eighth of the timeout where that is less
-Facts: TypeAlias = tuple[int, int, int]
-NUMBERS = 4  # int64 that a rank tells at a meeting: steps until the next, and facts
 
 
 class Meetings:
     """After the first step, and then each time after as many steps as rank 0 takes two seconds for, but at most twice as many as
-    before; and after the last step. Between them no rank waits for another.
+    before; and after the last step, where it is known. Between them no rank waits for another.
 
     Args:
-        together: the ranks, which all take the same steps.
+        timeout: of the ranks, in seconds.
         last: number of the last step.
     """
 
-    def __init__(self, together: Ranks, last: int) -> None:
-        self._together, self._last = together, last
+    def __init__(self, timeout: float, last: int | None = None) -> None:
+        self._seconds, self._last = min(SECONDS, timeout / 8), last
         self._next = self._met = -1  # numbers of steps; none yet
         self._at = time.monotonic()
 
@@ -32,14 +25,14 @@ class Meetings:
         """Whether all ranks meet after this step."""
         return step >= self._next or step == self._last
 
-    def meet(self, step: int, facts: Facts) -> list[Facts]:
-        """The facts of all ranks, in their order; a call of all, which agree on the next meeting."""
+    def proposal(self, step: int) -> int:
+        """Steps until the next meeting, by the clock of this rank; that of rank 0 counts."""
         passed = 1 if self._met < 0 else step - self._met
-        now = time.monotonic()
-        more = following(passed, now - self._at, min(SECONDS, self._together.timeout / 8))
-        told = self._together.pooled(torch.tensor([[more, *facts]])).tolist()  # [R, NUMBERS]
-        self._next, self._met, self._at = step + told[0][0], step, now
-        return [(one, two, three) for _, one, two, three in told]
+        return following(passed, time.monotonic() - self._at, self._seconds)
+
+    def agree(self, step: int, more: int) -> None:
+        """All have met after this step, and meet again after so many more."""
+        self._next, self._met, self._at = step + more, step, time.monotonic()
 
 
 def following(passed: int, elapsed: float, seconds: float = SECONDS) -> int:

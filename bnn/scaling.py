@@ -17,12 +17,14 @@ from bnn.evaluation import target_figures
 from bnn.evaluation.class_figures import BASIC, MORE, TOP
 from bnn.evaluation.views import GROUPS, Views, views_of
 from bnn.inference.adaptation import windows
+from bnn.inference.chains import MET
 from bnn.inference.hmc import HMC
 from bnn.inference.starting import CLIMB_STEPS, climbs
 from bnn.inference.warmup import LEARNT_FROM
-from bnn.pacing import NUMBERS, meetings_in
+from bnn.pacing import following, meetings_in
 from bnn.together import split_of
 from bnn.traffic import Call, Network, Talk, talk_of
+from bnn.turns import HELD
 from bnn.types import Method, State
 
 LENGTH, FLAG, COLUMN = 8, 1, 8  # bytes: of what says how many rows a rank has; of a yes or no; of a float64
@@ -101,7 +103,7 @@ def _hmc_calls(method: HMC, num_ranks: int, row_bytes: int, trajectory_seconds: 
     edges = [] if method.mass == "unit" else windows(method.num_warmup)
     kept = math.ceil(20 * method.rank / method.num_chains) + 1 if method.mass == "low-rank" else 0
     edge = 2 * rows + gathered(chains * kept * row_bytes)
-    meeting, num_meetings = gathered(NUMBERS * COLUMN) + flag, meetings_in(method.num_warmup, trajectory_seconds)
+    meeting, num_meetings = gathered(MET * COLUMN) + flag, meetings_in(method.num_warmup, trajectory_seconds)
     if not method.learns_length:
         return FitCalls(begin + climb + end, meeting, num_meetings, edge, len(edges), "a meeting in warm-up")
     learnt = column + 2 * rows  # LEARNT_FROM: acceptance, proposal, velocity
@@ -197,11 +199,18 @@ def planned_views(num_samples: int, num_chains: int) -> Views:
 
 
 def evaluation_calls(
-    num_rows: int, num_ranks: int, state_bytes: Callable[[int], int], *, batch_size: int, json_bytes: int = JSON
+    num_rows: int,
+    num_ranks: int,
+    state_bytes: Callable[[int], int],
+    *,
+    batch_size: int,
+    json_bytes: int = JSON,
+    batch_seconds: float = 0.0,
 ) -> list[Call]:
     """What R ranks say to each other in an evaluation, after what is compared before anyone begins.
 
-    Ranks take batches in turn, and all say in rounds of R batches what they have found, each padded to that of the largest.
+    Ranks take batches in turn, and all tell what they have found, each padded to that of the largest: after one round of R batches,
+    after two more, and so on, until the rounds between take two seconds, or 64 MiB wait.
 
     Args:
         num_rows: N, of the data.
@@ -209,14 +218,20 @@ def evaluation_calls(
         state_bytes: of what a batch of so many rows says in tensors.
         batch_size: rows of a batch.
         json_bytes: beside them.
+        batch_seconds: that one takes, of which the number of calls follows; the fewest by default.
 
     Examples:
-        >>> [call.payload for call in evaluation_calls(20, 2, lambda rows: 8 * rows, batch_size=8, json_bytes=50)]
-        [8, 50, 8, 64, 8, 50, 8, 32]
+        >>> found = evaluation_calls(36, 2, lambda rows: 8 * rows, batch_size=8, json_bytes=50)
+        >>> [call.payload for call in found]  # of 8 rows, then of 8 and 4
+        [8, 50, 8, 64, 8, 100, 8, 96]
     """
-    calls = []
-    for first in range(0, num_rows, batch_size * num_ranks):
-        calls += gathered(json_bytes) + gathered(state_bytes(min(batch_size, num_rows - first)))
+    of_rounds = [state_bytes(min(batch_size, num_rows - row)) for row in range(0, num_rows, batch_size * num_ranks)]
+    calls, told, more = list[Call](), 0, 1
+    while told < len(of_rounds):
+        sizes = of_rounds[told : told + more]
+        calls += gathered(len(sizes) * json_bytes) + gathered(sum(sizes))
+        held = HELD * len(sizes) // max(sum(sizes) * num_ranks, 1)
+        told, more = told + len(sizes), max(1, min(following(len(sizes), len(sizes) * batch_seconds), held))
     return calls
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from bnn import errors
 from bnn.distributed import Ranks
+from bnn.pacing import Meetings
 
+HELD = 64 * 2**20  # bytes of results of all ranks that wait, beyond those of one round
 FAULT = "@error"  # under which a rank says what went wrong in place of a state
 
 Item = TypeVar("Item")
@@ -17,8 +21,9 @@ State = Mapping[str, Any]  # tensors, and plain values as JSON has them
 def in_turn(items: Iterable[Item], work: Callable[[Item], State], together: Ranks) -> Iterator[State]:
     """What `work` makes of each item, in their order, on all ranks; item n is rank n mod world_size's.
 
-    A collective call, and so every rank has the same items. No more than world_size results wait at a time. An error
-    of `bnn.errors` is raised on all ranks, that of the first item of those that met one.
+    A collective call, and so every rank has the same items. Ranks tell what they have made about every two seconds, each of
+    so many rounds of one item a rank; earlier where `HELD` bytes wait. An error of `bnn.errors` is raised on all ranks, that of
+    the first item of those that met one.
 
     Args:
         items: as many on every rank; what is dear about one belongs into `work`.
@@ -32,22 +37,24 @@ def in_turn(items: Iterable[Item], work: Callable[[Item], State], together: Rank
     if not together.several:
         yield from map(work, items)
         return
-    mine: State | None = None
-    waiting = 0
+    mine: list[State | None] = []  # of rounds that the others have not heard of
+    meetings, number = Meetings(together.timeout), -1
     for number, item in enumerate(items):
-        if number % together.world_size == together.rank:
-            mine = _tried(lambda: work(item))  # noqa: B023
-        waiting += 1
-        if waiting == together.world_size:
-            yield from _said(mine, together)
-            mine, waiting = None, 0
-    if waiting:
-        yield from _said(mine, together)
+        turn, place = divmod(number, together.world_size)
+        if place == 0:
+            mine.append(None)
+        if place == together.rank:
+            mine[-1] = _tried(lambda: work(item))  # noqa: B023
+        if place == together.world_size - 1 and meetings.due(turn + 1):
+            yield from _said(mine, together, meetings, turn + 1)
+            mine = []
+    if mine:
+        yield from _said(mine, together, meetings, 1 + number // together.world_size)
 
 
 def by_all(work: Callable[[], State], together: Ranks) -> list[State]:
     """What `work` makes on each rank, in their order, on all ranks; an error of the first that met one is raised on all."""
-    return list(_said(_tried(work), together)) if together.several else [work()]
+    return list(_raised(together.states(_tried(work)))) if together.several else [work()]
 
 
 def _tried(work: Callable[[], State]) -> State:
@@ -59,8 +66,30 @@ def _tried(work: Callable[[], State]) -> State:
         return {FAULT: [type(error).__name__, error.place, error.want, error.got, error.fix]}
 
 
-def _said(mine: State | None, together: Ranks) -> Iterator[State]:
-    for state in together.states(mine):
+def _said(mine: list[State | None], together: Ranks, meetings: Meetings, turn: int) -> Iterator[State]:
+    """What all ranks have made in these rounds, of which the last is number `turn`; round by round."""
+    size = sum(value.nbytes for state in mine if state for value in state.values() if isinstance(value, Tensor))
+    most = HELD * len(mine) // max(size * together.world_size, 1)
+    told: dict[str, Any] = {"@more": max(1, min(meetings.proposal(turn), most))}
+    for place, state in enumerate(mine):
+        told |= {f"{place}": state is not None, **{f"{place}/{name}": value for name, value in (state or {}).items()}}
+    heard = [dict(each) for each in together.states(told) if each is not None]
+    meetings.agree(turn, heard[0]["@more"])
+    for place in range(len(mine)):
+        yield from _raised(_round(each, place) for each in heard)
+
+
+def _round(heard: Mapping[str, Any], place: int) -> State | None:
+    """What a rank said of one round."""
+    if not heard[f"{place}"]:
+        return None
+    start = f"{place}/"
+    return {name.removeprefix(start): value for name, value in heard.items() if name.startswith(start)}
+
+
+def _raised(states: Iterable[State | None]) -> Iterator[State]:
+    """States as they are, or the error in place of one raised."""
+    for state in states:
         if state is not None and FAULT in state:
             kind, place, want, got, fix = state[FAULT]
             raise getattr(errors, kind, errors.BnnError)(place, want=want, got=got, fix=fix)

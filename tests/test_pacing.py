@@ -6,7 +6,6 @@ import pytest
 
 from bnn import pacing
 from bnn.pacing import Meetings, meetings_in
-from bnn.ranks import Ranks
 
 
 class Clock:
@@ -20,11 +19,11 @@ class Clock:
 def met(num_steps: int, seconds: list[float], timeout: float = 300.0) -> list[int]:
     """The steps at which they meet, where each takes so many seconds, the last ones as the last of the list."""
     Clock.now = 0.0
-    meetings, found = Meetings(Ranks(timeout=timeout), num_steps), []
+    meetings, found = Meetings(timeout, num_steps), []
     for step in range(1, num_steps + 1):
         Clock.now += seconds[min(step, len(seconds)) - 1]
         if meetings.due(step):
-            assert meetings.meet(step, (step, 7, -3)) == [(step, 7, -3)]
+            meetings.agree(step, meetings.proposal(step))
             found.append(step)
     return found
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 COLUMNS = ("acceptance", "divergent", "step_size", "energy")
 LIKELY_STEPS = 64  # of a trajectory whose length is learnt, about, for the rule that decides on compiling
 NEVER = (2**62, 0)  # a trajectory that no run comes to, of a chain
+MET = 4  # int64 that a rank tells where all meet
 STUCK = 100  # trajectories in a row without one accepted in any chain, after which nothing will come
 ENOUGH_TO_JUDGE = 4  # trajectories of a chain: with fewer, one that is refused is no sign of anything
 
@@ -108,7 +109,7 @@ def run_chains(
         step, (at, adaptation, sums) = state["step"] - climb_steps, _restored(state, scale)
         common = state.get("common", 1.0)
     edges = set(windows(options.num_warmup))
-    meetings, infinite = Meetings(together, options.num_warmup), NEVER
+    meetings, infinite = Meetings(together.timeout, options.num_warmup), NEVER
     while step < total - climb_steps:
         warm = step < options.num_warmup
         learnt = adaptation.step_size
@@ -129,8 +130,10 @@ def run_chains(
         still, apart = sums.still, warm and together.several
         meets = apart and meetings.due(step)
         if meets:
-            facts = meetings.meet(step, (still, *infinite))  # of each rank
-            still, infinite = min(each[0] for each in facts), min(each[1:] for each in facts)
+            own = torch.tensor([[meetings.proposal(step), still, *infinite]])  # [1, MET]
+            more, stood, at_steps, in_chains = together.pooled(own).T.tolist()  # of each rank
+            meetings.agree(step, more[0])
+            still, infinite = min(stood), min(zip(at_steps, in_chains, strict=True))
         if meets or not apart:
             _require_moving(options, infinite, still, step)
         if warm:

@@ -42,7 +42,10 @@ COUNTED = (
     "map",
 )
 EVALUATED = [(figures, task, using.N) for figures in ("basic", "all") for task in ("classes", "targets")]
-EVALUATED.append(("basic", "targets", using.BATCH))  # in rounds of as many batches as there are ranks
+EVALUATED += [
+    ("basic", "targets", using.BATCH),
+    ("all", "classes", 2),
+]  # in rounds of as many batches as there are ranks
 
 
 def marked(method: Any, traffic: Traffic, marks: list[Traffic]) -> Any:

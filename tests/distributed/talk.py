@@ -7,11 +7,15 @@ import os
 import signal
 import sys
 import time
+from functools import partial
+from typing import Any
 
 import torch
 
+import bnn.turns
 from bnn import distributed
-from bnn.errors import BnnError
+from bnn.errors import BnnError, DataError
+from bnn.traffic import counted
 
 
 def say(text: str) -> None:
@@ -39,6 +43,28 @@ def collectives() -> None:
         }
         together.barrier()
         together.wait()
+    say(json.dumps(told))
+
+
+def turns() -> None:
+    """Items that ranks take in turn: what comes of them, how many calls were made, and what comes where some are wrong."""
+    told = []
+    with distributed.joined() as together:
+
+        def work(wrong: tuple[int, ...], item: int) -> dict[str, Any]:
+            if item in wrong:
+                raise DataError(f"item {item}", want="another", got="this", fix="leave it out")
+            return {"item": item, "a/b": torch.full((item,), float(item)), "rank": together.rank}
+
+        for number, held, wrong in ((11, 2**20, ()), (11, 0, ()), (1, 2**20, ()), (0, 2**20, ()), (13, 2**20, (9, 7))):
+            items, error, bnn.turns.HELD = list[Any](), "", held
+            with counted() as traffic:
+                try:
+                    for state in bnn.turns.in_turn(range(number), partial(work, wrong), together):
+                        items.append([state["item"], state["a/b"].tolist(), state["rank"]])
+                except DataError as found:
+                    error = found.place
+            told.append([items, traffic.calls.get("all_gather", 0), error])
     say(json.dumps(told))
 
 

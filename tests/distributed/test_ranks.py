@@ -43,6 +43,22 @@ def test_what_is_said_comes_to_all() -> None:
     assert told[0]["plain"] == [4, {"a": [1.5, None]}]
 
 
+def test_items_in_turn_come_in_order_to_all_in_few_calls() -> None:
+    """Six rounds of two ranks are told after the first, two more and the last three; one by one where nothing may wait."""
+    ended = launch(2, "turns", script=TALK)
+    assert [process.returncode for process in ended] == [0, 0], "".join(p.err for p in ended)
+    told = [json.loads(process.out) for process in ended]
+    assert told[0] == told[1]
+    many, singly, one, none, broken = told[0]
+    items = [[item, [item] * item, item % 2] for item in range(13)]
+    assert (many, singly) == (
+        [items[:11], 3 * 4, ""],
+        [items[:11], 6 * 4, ""],
+    )  # JSON, then tensors, each with its length
+    assert (one, none) == ([items[:1], 4, ""], [[], 0, ""])
+    assert broken == [items[:7], 3 * 4, "item 7"]
+
+
 def test_without_torchrun_nothing_is_imported_or_made() -> None:
     """A plain fit joins nobody, and costs no process group and no import of torch's elastic launcher."""
     code = (
