@@ -148,12 +148,17 @@ def _convert_before_expanding(graph: fx.Graph, node: fx.Node) -> None:
     expanded: Any = node.args[0]
     if not isinstance(expanded, fx.Node) or expanded.target is not aten.expand.default or set(node.kwargs) != {"dtype"}:
         return
-    results = [_value(user) for user in node.users if user.target in _ARITHMETIC]
-    dense = all(each is not None and each.is_contiguous() and each.shape == node.meta["val"].shape for each in results)
-    if len(results) < len(node.users) or not dense:
-        return
     few: Any = expanded.args[0]
     shape = expanded.args[1:]
+    # What others are laid out by must be dense as it was, for views to come.
+    users = [user for user in node.users if user.target in _ARITHMETIC]
+    beside = [
+        _value(part) for user in users for part in (user, *user.args) if isinstance(part, fx.Node) and part is not node
+    ]
+    dense = all(value is not None and value.is_contiguous() for value in (_value(few), *beside))
+    shapes = {value.shape for value in map(_value, (node, *users)) if value is not None}
+    if len(users) < len(node.users) or not dense or len(shapes) > 1:
+        return
     with graph.inserting_before(node):
         converted = graph.call_function(aten._to_copy.default, (few,), node.kwargs)
         many = graph.call_function(aten.expand.default, (converted, *shape))

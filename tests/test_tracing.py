@@ -139,14 +139,27 @@ def test_parts_of_flat_positions_cost_no_copies() -> None:
     assert [node.meta["val"].numel() for node in calls if node.target is aten._to_copy.default] == [3, 3]
 
 
-def test_what_is_read_in_its_own_order_is_converted_as_it_was() -> None:
-    def function(x: Tensor) -> Tensor:
-        many = x.double().unsqueeze(1).expand(3, 4).to(torch.float32)  # dense, which a view counts on
-        return many.view(12) + 1
+def in_order(x: Tensor, y: Tensor) -> Tensor:
+    many = x.double().unsqueeze(1).expand(3, 4).to(torch.float32)  # dense, which a view counts on
+    return many.view(12) + y[0, 0]
 
-    graph = trace(function, [normal(3)])
+
+def beside_a_transpose(x: Tensor, y: Tensor) -> Tensor:
+    many = x.double().unsqueeze(1).expand(3, 4).to(torch.float32)  # after which the product is laid out, not after y
+    return (many * y.T).view(12)
+
+
+def of_a_transpose(x: Tensor, y: Tensor) -> Tensor:
+    many = y.double().T.unsqueeze(0).expand(2, 3, 4).to(torch.float32)
+    return (many * x[:, None]).reshape(24)
+
+
+@pytest.mark.parametrize("function", [in_order, beside_a_transpose, of_a_transpose])
+def test_what_is_read_in_its_own_order_is_converted_as_it_was(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    graph = trace(function, [normal(3), normal(4, 3)])
     simplify(graph)
-    assert torch.equal(graph(normal(3, seed=1)), function(normal(3, seed=1)))
+    others = normal(3, seed=1), normal(4, 3, seed=1)
+    assert torch.equal(graph(*others), function(*others))
 
 
 def test_what_only_python_saw_is_checked_before_it_is_taken_out() -> None:
