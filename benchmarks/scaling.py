@@ -1,11 +1,13 @@
 """Two ranks against one, with one thread each: what chains, a guide and an evaluation gain.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
+    python benchmarks/scaling.py --json benchmarks/results/scaling.json --plan    # foresees anew for the run that is there
 
 efficiency = T_1 / (2 T_2) of the same work, timed inside the processes: start-up does not count. The rival is the ceiling: two
 processes that know nothing of each other do the whole work each, at once; two cores that share a memory or a clock are
 slower then than one alone, and T_1 / T_both is what any way of splitting could reach. The three ways follow each other turn by turn in the same
-processes, for a machine that is shared changes its speed from minute to minute; medians over turns count, of ratios too.
+processes, for a machine that is shared changes its speed from minute to minute; medians over turns count, of ratios too. Beside
+them stands what `bnn bank plan --ranks 2` foresees from two short trials in one process.
 """
 
 from __future__ import annotations
@@ -34,6 +36,15 @@ def told_by_ranks(turns: int) -> list[dict[str, Any]]:
         return [json.loads((Path(folder) / f"told-{rank}.json").read_text()) for rank in range(2)]
 
 
+def foreseen() -> dict[str, float]:
+    """Efficiencies of two ranks that a plan foresees, by work."""
+    command, environment = [sys.executable, str(WORK), "plan"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+    )
+    return found
+
+
 def check(name: str, alone: dict[str, float], split: dict[str, float]) -> None:
     """The same work was done: figures to rounding, draws of chains within four standard errors of their last mean."""
     for figure, value in alone.items():
@@ -47,13 +58,17 @@ def check(name: str, alone: dict[str, float], split: dict[str, float]) -> None:
 def table(run: dict[str, Any]) -> list[str]:
     """Rows of the page on ranks."""
     lines = [
-        "| work | one process | two ranks | efficiency | ceiling | bytes of a rank a step |",
-        "|---|---|---|---|---|---|",
+        "| work | one process | two ranks | efficiency | turn by turn | ceiling | planned | bytes of a rank a step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in run["rows"]:
         sent = "" if row["sent_a_step"] is None else f"{row['sent_a_step']:,.1f}"
-        times = f"{row['one']:.2f} s | {row['two']:.2f} s | {row['efficiency']:.0%} | {row['ceiling']:.0%}"
-        lines.append(f"| {row['work']} | {times} | {sent} |")
+        planned = "" if row["planned"] is None else f"{row['planned']:.0%}"
+        each = [took["one"] / (2 * took["two"]) for took in row["turns"]]
+        times = (
+            f"{row['one']:.2f} s | {row['two']:.2f} s | {row['efficiency']:.0%} | {min(each):.0%} to {max(each):.0%}"
+        )
+        lines.append(f"| {row['work']} | {times} | {row['ceiling']:.0%} | {planned} | {sent} |")
     return lines
 
 
@@ -61,7 +76,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--turns", type=int, default=5, help="of each work and way, after one that warms up")
+    parser.add_argument("--plan", action="store_true", help="no turns: foresee for the run that --json has")
     options = parser.parse_args()
+    plan = foreseen()
+    if options.plan:
+        run = json.loads(options.json.read_text())
+        rows = [{**row, "planned": plan.get(row["work"])} for row in run["rows"]]
+        options.json.write_text(json.dumps({**run, "rows": rows}, indent=2) + "\n")
+        print("\n".join(table({"rows": rows})))
+        return
     ours, other = told_by_ranks(options.turns)
     rows = []
     for name in [name for name in ours if name != "sent"]:
@@ -76,15 +99,17 @@ def main() -> None:
             **{way: median(took[way] for took in turns) for way in ("one", "two", "beside")},
             "efficiency": median(took["one"] / (2 * took["two"]) for took in turns),
             "ceiling": median(took["one"] / took["beside"] for took in turns),
+            "planned": plan.get(name),
             "sent_a_step": counts[0] if counts else None,
             "model_a_step": counts[1] if counts else None,
             "turns": turns,
         }
         rows.append(row)
+        planned = f", {row['planned']:.0%} planned" if row["planned"] else ""
         sent = f"; {counts[0]:,.1f} bytes of a rank a step, the model says {counts[1]:,.1f}" if counts else ""
         each = ", ".join(f"{took['one'] / (2 * took['two']):.0%}" for took in turns)
         print(
-            f"{row['efficiency']:.0%} efficiency ({each}), {row['ceiling']:.0%} the ceiling: {name}, {row['one']:.2f} s in one "
+            f"{row['efficiency']:.0%} efficiency ({each}), {row['ceiling']:.0%} the ceiling{planned}: {name}, {row['one']:.2f} s in one "
             f"process, {row['two']:.2f} s on two ranks, {row['beside']:.2f} s beside another{sent}"
         )
     if options.json:
