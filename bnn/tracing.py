@@ -213,7 +213,7 @@ def _unscaled(graph: fx.Graph, bias: fx.Node) -> fx.Node:
         return source
     try:
         there = view(value, bias.args[1])
-    except RuntimeError:  # it cannot be seen so without a copy
+    except (RuntimeError, ValueError):  # it cannot be seen so without a copy; of fake tensors torch raises the latter
         return bias
     seen = graph.call_function(view, (source, bias.args[1]))
     seen.meta["val"] = there

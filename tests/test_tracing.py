@@ -162,6 +162,17 @@ def test_what_is_read_in_its_own_order_is_converted_as_it_was(function: Callable
     assert torch.equal(graph(*others), function(*others))
 
 
+def test_a_bias_that_cannot_be_seen_as_it_lies_is_copied_as_before() -> None:
+    def function(weight: Tensor, x: Tensor) -> Tensor:
+        bias = (weight[:, :, :2] / 1.0).reshape(3, 1, 8)  # [3, 4, 2] of [3, 4, 6], dense once it is copied
+        return torch.bmm(x, weight[:, :, :1].expand(3, 4, 8)) + bias
+
+    graph = trace(function, [normal(3, 4, 6), normal(3, 5, 4)])
+    simplify(graph)
+    others = normal(3, 4, 6, seed=1), normal(3, 5, 4, seed=1)
+    torch.testing.assert_close(graph(*others), function(*others))
+
+
 def test_what_only_python_saw_is_checked_before_it_is_taken_out() -> None:
     seen: list[str] = []
     trace(
