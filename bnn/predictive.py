@@ -220,7 +220,7 @@ def _predicted(
         loader = x if isinstance(x, DataLoader) else DataLoader(x, batch_size=BATCH_SIZE, generator=torch.Generator())
         shares = _shown(loader, progress if ranks.rank == 0 else False)
     kind = ClassPredictive if asked.likelihood.task == "classification" else TargetPredictive
-    found = in_turn(shares, lambda share: _as_state(batch(net, share, asked, row)), column)
+    found = in_turn(shares, lambda share: _as_state(batch(net, share, asked, row)), column, row)
     parts = [_from_state(kind, state) for state in found]
     if not parts:
         raise DataError("x", want="at least one row", got="none", fix="check the data set")

@@ -8,27 +8,30 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from bnn import errors
-from bnn.distributed import Ranks
+from bnn.distributed import ALONE, Ranks
 from bnn.pacing import Meetings
 
-HELD = 64 * 2**20  # bytes of results of all ranks that wait, beyond those of one round
+HELD = 64 * 2**20  # bytes of the tensors of all ranks that wait, beyond those of one round
 FAULT = "@error"  # under which a rank says what went wrong in place of a state
 
 Item = TypeVar("Item")
 State = Mapping[str, Any]  # tensors, and plain values as JSON has them
 
 
-def in_turn(items: Iterable[Item], work: Callable[[Item], State], together: Ranks) -> Iterator[State]:
+def in_turn(
+    items: Iterable[Item], work: Callable[[Item], State], together: Ranks, row: Ranks = ALONE
+) -> Iterator[State]:
     """What `work` makes of each item, in their order, on all ranks; item n is rank n mod world_size's.
 
     A collective call, and so every rank has the same items. Ranks tell what they have made about every two seconds, each of
-    so many rounds of one item a rank; earlier where `HELD` bytes wait. An error of `bnn.errors` is raised on all ranks, that of
-    the first item of those that met one.
+    so many rounds of one item a rank; earlier where `HELD` bytes of tensors wait. An error of `bnn.errors` is raised on all
+    ranks, that of the first item of those that met one.
 
     Args:
         items: as many on every rank; what is dear about one belongs into `work`.
         work: makes a state of an item.
         together: the ranks.
+        row: of a mesh whose columns take turns, with whom `work` is shared: all columns tell after the same items.
 
     Examples:
         >>> list(in_turn([2, 3], lambda number: {"square": number**2}, Ranks()))
@@ -46,10 +49,10 @@ def in_turn(items: Iterable[Item], work: Callable[[Item], State], together: Rank
         if place == together.rank:
             mine[-1] = _tried(lambda: work(item))  # noqa: B023
         if place == together.world_size - 1 and meetings.due(turn + 1):
-            yield from _said(mine, together, meetings, turn + 1)
+            yield from _said(mine, together, row, meetings, turn + 1)
             mine = []
     if mine:
-        yield from _said(mine, together, meetings, 1 + number // together.world_size)
+        yield from _said(mine, together, row, meetings, 1 + number // together.world_size)
 
 
 def by_all(work: Callable[[], State], together: Ranks) -> list[State]:
@@ -66,25 +69,28 @@ def _tried(work: Callable[[], State]) -> State:
         return {FAULT: [type(error).__name__, error.place, error.want, error.got, error.fix]}
 
 
-def _said(mine: list[State | None], together: Ranks, meetings: Meetings, turn: int) -> Iterator[State]:
+def _said(mine: list[State | None], together: Ranks, row: Ranks, meetings: Meetings, turn: int) -> Iterator[State]:
     """What all ranks have made in these rounds, of which the last is number `turn`; round by round."""
     size = sum(value.nbytes for state in mine if state for value in state.values() if isinstance(value, Tensor))
     most = HELD * len(mine) // max(size * together.world_size, 1)
-    told: dict[str, Any] = {"@more": max(1, min(meetings.proposal(turn), most))}
+    told: dict[str, Any] = {"more": max(1, min(meetings.proposal(turn), most))}
+    told["made"] = [state is not None for state in mine]
     for place, state in enumerate(mine):
-        told |= {f"{place}": state is not None, **{f"{place}/{name}": value for name, value in (state or {}).items()}}
+        told |= {f"{place}/{name}": value for name, value in (state or {}).items()}
     heard = [dict(each) for each in together.states(told) if each is not None]
-    meetings.agree(turn, heard[0]["@more"])
-    for place in range(len(mine)):
-        yield from _raised(_round(each, place) for each in heard)
+    meetings.agree(turn, row.first_value(heard[0]["more"]))
+    for of_round in zip(*map(_by_round, heard), strict=True):
+        yield from _raised(of_round)
 
 
-def _round(heard: Mapping[str, Any], place: int) -> State | None:
-    """What a rank said of one round."""
-    if not heard[f"{place}"]:
-        return None
-    start = f"{place}/"
-    return {name.removeprefix(start): value for name, value in heard.items() if name.startswith(start)}
+def _by_round(heard: dict[str, Any]) -> list[State | None]:
+    """What a rank said, round by round."""
+    found: list[dict[str, Any] | None] = [{} if made else None for made in heard.pop("made")]
+    del heard["more"]
+    for key, value in heard.items():
+        place, _, name = key.partition("/")
+        found[int(place)][name] = value  # type: ignore[index]
+    return list(found)
 
 
 def _raised(states: Iterable[State | None]) -> Iterator[State]:

@@ -219,7 +219,7 @@ def _tables(
 
     disable = None if column.rank == row.rank == 0 else True
     with tqdm(total=rows.total, desc="predict", unit="row", delay=1.0, disable=disable) as bar:
-        for state in in_turn(rows.batches, columns_of, column):
+        for state in in_turn(rows.batches, columns_of, column, row):
             names = state["@names"]
             columns = {n: state[n].numpy() if isinstance(state[n], torch.Tensor) else state[n] for n in names}
             size = len(columns["abstain"])

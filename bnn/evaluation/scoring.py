@@ -235,7 +235,7 @@ def _said(
     parts = parts_in_order(data, task.batch_size, task.numbers, targets=targets, several=mesh.several)
     disable = disabled(task.progress) if mesh.shown else True
     with tqdm(total=num_rows(data), desc=title, unit="row", delay=1.0, disable=disable) as bar:
-        for state in in_turn(parts, judge, mesh.column):
+        for state in in_turn(parts, judge, mesh.column, mesh.row):
             yield dict(state)
             bar.update(state["count"])
 

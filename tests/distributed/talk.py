@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import bnn.pacing
 import bnn.turns
 from bnn import distributed
 from bnn.errors import BnnError, DataError
@@ -65,6 +66,30 @@ def turns() -> None:
                 except DataError as found:
                     error = found.place
             told.append([items, traffic.calls.get("all_gather", 0), error])
+    say(json.dumps(told))
+
+
+def mesh() -> None:
+    """Two rows of two ranks, whose columns have unlike clocks, and an item late in the run that is wrong: all hear of it."""
+    with distributed.joined() as together:
+        column, row = together.mesh(2)
+        bnn.pacing.SECONDS = (0.05, 0.01)[row.rank]
+        started, error, count = time.monotonic(), "", 0
+
+        def work(item: int) -> dict[str, Any]:
+            if item == 26:
+                raise DataError(f"item {item}", want="another", got="this", fix="leave it out")
+            time.sleep(0.004)
+            return {"item": sum(state["item"] for state in bnn.turns.by_all(lambda: {"item": item}, row))}
+
+        try:
+            for state in bnn.turns.in_turn(range(60), work, column, row):
+                assert state["item"] == 2 * count
+                count += 1
+        except DataError as found:
+            error = found.place
+        assert time.monotonic() - started > 0.05  # so that clocks count
+        told = together.values([error, count])  # and all go on together
     say(json.dumps(told))
 
 

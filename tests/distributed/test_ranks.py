@@ -59,6 +59,12 @@ def test_items_in_turn_come_in_order_to_all_in_few_calls() -> None:
     assert broken == [items[:7], 3 * 4, "item 7"]
 
 
+def test_columns_of_a_mesh_hear_of_an_error_after_the_same_item() -> None:
+    ended = launch(4, "mesh", script=TALK)
+    assert [process.returncode for process in ended] == [0] * 4, "".join(p.err for p in ended)
+    assert [json.loads(process.out) for process in ended] == [[["item 26", 26]] * 4] * 4
+
+
 def test_without_torchrun_nothing_is_imported_or_made() -> None:
     """A plain fit joins nobody, and costs no process group and no import of torch's elastic launcher."""
     code = (
