@@ -1,12 +1,12 @@
 """Two ranks against one, with one thread each: what chains, a guide and an evaluation gain.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
-    python benchmarks/scaling.py --json benchmarks/results/scaling.json --plan    # foresees anew for the run that is there
+    python benchmarks/scaling.py --json benchmarks/results/scaling.json --plan    # foresees for the run that is there
 
 efficiency = T_1 / (2 T_2) of the same work, timed inside the processes: start-up does not count. The rival is the ceiling: two
 processes that know nothing of each other do the whole work each, at once; two cores that share a memory or a clock are
-slower then than one alone, and T_1 / T_both is what any way of splitting could reach. The three ways follow each other turn by turn in the same
-processes, for a machine that is shared changes its speed from minute to minute; medians over turns count, of ratios too. Beside
+slower then than one alone, and T_1 / T_both is what a split could reach whose parts need as much memory as the whole. The three
+ways follow each other turn by turn in the same processes, for a machine that is shared changes its speed from minute to minute; medians over turns count, of ratios too. Beside
 them stands what `bnn bank plan --ranks 2` foresees from two short trials in one process.
 """
 
@@ -82,7 +82,7 @@ def main() -> None:
     if options.plan:
         run = json.loads(options.json.read_text())
         rows = [{**row, "planned": plan.get(row["work"])} for row in run["rows"]]
-        options.json.write_text(json.dumps({**run, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({**run, "rows": rows, "planned_apart": True}, indent=2) + "\n")
         print("\n".join(table({"rows": rows})))
         return
     ours, other = told_by_ranks(options.turns)

@@ -111,8 +111,9 @@ def tell_evaluation(dataset: DataSet, num_samples: int, num_chains: int, num_ran
     num_batches = -(-num_rows // batch_size)
     talk = talk_of(evaluation_calls(num_rows, num_ranks, of_tensors, batch_size=batch_size), num_ranks, network)
     batches = "1 batch" if num_batches == 1 else f"{num_batches:,} batches"
+    least = "at least " if num_batches > num_ranks else ""  # more where rounds of batches take seconds
     typer.echo(
-        f"evaluate    {batches} of held-out rows: {size(talk.sent)} sent by a rank in {talk.calls} calls, "
+        f"evaluate    {batches} of held-out rows: {size(talk.sent)} sent by a rank in {least}{talk.calls} calls, "
         f"{talk.seconds * 1e3:.3g} ms"
     )
     if num_batches < num_ranks:
