@@ -1,7 +1,6 @@
 """Two ranks against one, with one thread each: what chains, a guide and an evaluation gain.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
-    python benchmarks/scaling.py --json benchmarks/results/scaling.json --plan    # foresees for the run that is there
 
 efficiency = T_1 / (2 T_2) of the same work, timed inside the processes: start-up does not count. The rival is the ceiling: two
 processes that know nothing of each other do the whole work each, at once; two cores that share a memory or a clock are
@@ -76,15 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--turns", type=int, default=5, help="of each work and way, after one that warms up")
-    parser.add_argument("--plan", action="store_true", help="no turns: foresee for the run that --json has")
     options = parser.parse_args()
     plan = foreseen()
-    if options.plan:
-        run = json.loads(options.json.read_text())
-        rows = [{**row, "planned": plan.get(row["work"])} for row in run["rows"]]
-        options.json.write_text(json.dumps({**run, "rows": rows, "planned_apart": True}, indent=2) + "\n")
-        print("\n".join(table({"rows": rows})))
-        return
     ours, other = told_by_ranks(options.turns)
     rows = []
     for name in [name for name in ours if name != "sent"]:

@@ -57,7 +57,8 @@ def keep_freed() -> None:
 
     glibc gives the end of its heap back where more lies free there than twice the largest piece, below 32 MiB, that was ever freed
     to the system: in a fresh process so little that forwards whose values come and go are handed the same pages, blank, over and
-    over. So a piece of that size is asked for, not touched, and freed, which costs next to nothing, also under another allocator. Afterwards a process may keep 64 MiB that it no longer uses.
+    over. So a piece of that size is asked for, not touched, and freed, which costs next to nothing, also under another allocator.
+    Afterwards a process may keep 64 MiB that it no longer uses.
 
     Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
     """

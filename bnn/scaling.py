@@ -24,7 +24,7 @@ from bnn.inference.warmup import LEARNT_FROM
 from bnn.pacing import following, meetings_in
 from bnn.together import split_of
 from bnn.traffic import Call, Network, Talk, talk_of
-from bnn.turns import HELD
+from bnn.turns import bounded
 from bnn.types import Method, State
 
 LENGTH, FLAG, COLUMN = 8, 1, 8  # bytes: of what says how many rows a rank has; of a yes or no; of a float64
@@ -60,7 +60,7 @@ def fit_calls(
 ) -> FitCalls:
     """What R ranks say to each other in a fit; nothing after warm-up, nor of methods whose rows are split.
 
-    In warm-up ranks of HMC meet every two seconds: 33 bytes. Rows of c = ceil(C / R) chains are gathered where a mass is
+    In warm-up ranks of HMC meet about every two seconds, 4 int64 and a flag. Rows of c = ceil(C / R) chains are gathered where a mass is
     learnt, 2 c P values, and c W P for W draws of a low-rank one; ChEES learns from each trajectory, of 4 c P values and
     3 c float64. A step of a guide sums the slope at its draw and its height at once: P + 1 values, and 2 P + 1 of antithetic
     draws; after fifty rank 0 tells its parameters and their two moments. States that all commit in warm-up, one in 20
@@ -230,8 +230,8 @@ def evaluation_calls(
     while told < len(of_rounds):
         sizes = of_rounds[told : told + more]
         calls += gathered(len(sizes) * json_bytes) + gathered(sum(sizes))
-        held = HELD * len(sizes) // max(sum(sizes) * num_ranks, 1)
-        told, more = told + len(sizes), max(1, min(following(len(sizes), len(sizes) * batch_seconds), held))
+        soon = following(len(sizes), len(sizes) * batch_seconds)
+        told, more = told + len(sizes), bounded(soon, sum(sizes) / len(sizes) * num_ranks)
     return calls
 
 

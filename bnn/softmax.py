@@ -10,8 +10,7 @@ FEW = 16  # classes, one register of float32: torch takes a row of fewer number 
 def log_softmax(logits: Tensor) -> Tensor:
     """log p_c = z_c - log sum_c' exp(z_c'), natural logarithms.
 
-    On a CPU few classes are taken side by side over many rows, which for ten is three to ten times as fast as row by row, and
-    agrees with it to rounding.
+    On a CPU few classes are taken side by side over many rows, which is faster than row by row, and agrees with it to rounding.
 
     Args:
         logits: z [..., C].

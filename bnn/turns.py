@@ -60,6 +60,16 @@ def by_all(work: Callable[[], State], together: Ranks) -> list[State]:
     return list(_raised(together.states(_tried(work)))) if together.several else [work()]
 
 
+def bounded(num_rounds: int, round_bytes: float) -> int:
+    """As many rounds of so many bytes of tensors, of all ranks, as may wait: no more than `HELD` holds, but one at least.
+
+    Examples:
+        >>> bounded(8, 16 * 2**20), bounded(2, 16 * 2**20), bounded(8, 1e9), bounded(8, 0)
+        (4, 2, 1, 8)
+    """
+    return max(1, min(num_rounds, int(HELD / max(round_bytes, 1))))
+
+
 def _tried(work: Callable[[], State]) -> State:
     try:
         return work()
@@ -72,9 +82,8 @@ def _tried(work: Callable[[], State]) -> State:
 def _said(mine: list[State | None], together: Ranks, row: Ranks, meetings: Meetings, turn: int) -> Iterator[State]:
     """What all ranks have made in these rounds, of which the last is number `turn`; round by round."""
     size = sum(value.nbytes for state in mine if state for value in state.values() if isinstance(value, Tensor))
-    most = HELD * len(mine) // max(size * together.world_size, 1)
-    told: dict[str, Any] = {"more": max(1, min(meetings.proposal(turn), most))}
-    told["made"] = [state is not None for state in mine]
+    more = bounded(meetings.proposal(turn), size / len(mine) * together.world_size)
+    told: dict[str, Any] = {"more": more, "made": [state is not None for state in mine]}
     for place, state in enumerate(mine):
         told |= {f"{place}/{name}": value for name, value in (state or {}).items()}
     heard = [dict(each) for each in together.states(told) if each is not None]

@@ -130,10 +130,7 @@ def run_chains(
         still, apart = sums.still, warm and together.several
         meets = apart and meetings.due(step)
         if meets:
-            own = torch.tensor([[meetings.proposal(step), still, *infinite]])  # [1, MET]
-            more, stood, at_steps, in_chains = together.pooled(own).T.tolist()  # of each rank
-            meetings.agree(step, more[0])
-            still, infinite = min(stood), min(zip(at_steps, in_chains, strict=True))
+            still, infinite = _of_all(still, infinite, step, meetings, together)
         if meets or not apart:
             _require_moving(options, infinite, still, step)
         if warm:
@@ -215,6 +212,16 @@ def _checked_start(flat: Tensor, density: Prepared, together: Ranks) -> Position
 def _first_infinite(found: Transition, step: int, first: int) -> tuple[int, int]:
     """This trajectory and the first chain whose density has turned infinite there, of chains from `first` on; or `NEVER`."""
     return (step, first + int(found.infinite.nonzero()[0])) if found.infinite.any() else NEVER
+
+
+def _of_all(
+    still: int, infinite: tuple[int, int], step: int, meetings: Meetings, together: Ranks
+) -> tuple[int, tuple[int, int]]:
+    """For how long no chain of any rank has moved, and where one first turned infinite; all agree on their next meeting."""
+    own = torch.tensor([[meetings.proposal(step), still, *infinite]])  # [1, MET]
+    more, stood, steps, chains = together.pooled(own).T.tolist()  # of each rank
+    meetings.agree(step, more[0])
+    return min(stood), min(zip(steps, chains, strict=True))
 
 
 def _require_moving(options: HMC, infinite: tuple[int, int], still: int, step: int) -> None:
