@@ -412,6 +412,7 @@ def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tens
     assert fitted.height is not None
     together, draws = ranks(), fitted.draws(step)
     places = [draw.flat.detach().requires_grad_() for draw in draws]
+    announced = together.coming_total(places[0].new_empty(sum(map(len, places)) + 1))
     own = together.share(len(batch.y))
     total, slopes = places[0].new_zeros(()), [torch.zeros_like(place) for place in places]
     if len(own):
@@ -419,7 +420,7 @@ def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tens
         heights = [share * fitted.height(place, rows, weight) for place in places]
         slopes = list(torch.autograd.grad(heights, places))
         total = torch.stack(heights).detach().sum().to(slopes[0])
-    *slopes, total = together.total(torch.cat([*slopes, total.reshape(1)])).split([*map(len, places), 1])
+    *slopes, total = announced(torch.cat([*slopes, total.reshape(1)])).split([*map(len, places), 1])
     surprise = torch.stack([draw.surprise for draw in draws]).mean()
     led_back = torch.stack([draw.flat @ slope for draw, slope in zip(draws, slopes, strict=True)]).sum()
     (-(led_back + surprise)).backward()

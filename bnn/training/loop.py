@@ -249,13 +249,16 @@ def _step(
 
 def _summed_gradients(machine: _Machine, loss: Tensor, together: Ranks) -> float:
     """Gradients of this rank's part of the loss, summed over all ranks at once, and the whole loss."""
+    values = list(machine.values.values())
+    kind = functools.reduce(torch.promote_types, {value.dtype for value in values})  # of gradients too
+    size = 1 + sum(value.numel() for value in values)
+    summed_over_ranks = together.coming_total(torch.empty(size, dtype=kind, device=values[0].device))
     if loss.requires_grad:  # a rank without rows has a loss of 0 and no gradients
         (loss if machine.scaler is None else machine.scaler.scale(loss)).backward()
-    values = list(machine.values.values())
     parts = [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
-    kind = functools.reduce(torch.promote_types, {part.dtype for part in parts})
-    flat = torch.cat([part.to(kind).flatten() for part in parts] + [loss.detach().to(kind).reshape(1)])
-    summed = together.total(flat)
+    summed = summed_over_ranks(
+        torch.cat([part.to(kind).flatten() for part in parts] + [loss.detach().to(kind).reshape(1)])
+    )
     for value, part in zip(values, summed[:-1].split([value.numel() for value in values]), strict=True):
         value.grad = part.to(value.dtype).view_as(value).clone()
     return float(summed[-1])

@@ -35,6 +35,7 @@ def collectives() -> None:
         told = {
             "pooled": uneven.tolist(),
             "total": together.total(torch.tensor([rank, 1.0])).tolist(),
+            "later": later_totals(together),
             "values": together.values({"rank": rank, "text": "ü" * rank}),
             "first": together.first_value([rank, "x"]),
             "flag": together.first_flag(rank == 0),
@@ -45,6 +46,17 @@ def collectives() -> None:
         together.barrier()
         together.wait()
     say(json.dumps(told))
+
+
+def later_totals(together: distributed.Ranks) -> list[list[float]]:
+    """Sums of what ranks have worked out after they were asked, of several sizes, one rank later than the other."""
+    found = []
+    for size in (3, 100_000, 1, 0):
+        summed = together.coming_total(torch.empty(size))
+        time.sleep(0.02 * together.rank)
+        whole = summed(torch.arange(float(size)) + together.rank)
+        found.append([float(whole.numel()), *whole[:3].tolist()])
+    return found
 
 
 def turns() -> None:
@@ -97,12 +109,15 @@ def silence(kind: str) -> None:
     """Rank 1, or where it is about the meeting place rank 0, ends or stands still, while the other waits for it."""
     try:
         with distributed.joined() as together:
+            summed = together.coming_total(torch.ones(1000)) if kind.startswith("summing") else None
             if together.rank == (0 if kind.startswith("meeting") else 1):
-                if kind == "error":
+                if kind.endswith("error"):
                     raise ValueError("no such file")
-                os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+                os.kill(os.getpid(), signal.SIGKILL if kind.endswith("killed") else signal.SIGSTOP)
             started = time.monotonic()
             try:
+                if summed is not None:
+                    summed(torch.ones(1000))
                 together.wait() if kind in ("stopped", "meeting waited") else together.barrier()
             finally:
                 say(str(time.monotonic() - started))
