@@ -39,7 +39,16 @@ def trace(
 
 
 def compiled(graph: fx.GraphModule, arguments: Sequence[Tensor], threads: int = 0) -> Callable[..., Any]:
-    """A trace handed to torch's compiler, and compiled at once; `threads` of 0 are as many as torch has."""
+    """A trace handed to torch's compiler, and compiled at once; `threads` of 0 are as many as torch has.
+
+    Where nothing is written into, views become reshapes, which copy what does not lie as it should: of some kernels, such as the
+    slope of a log softmax over a transpose, the compiler expects results that lie as their inputs do, not as the kernels leave them.
+    """
+    if not any(map(writes, graph.graph.nodes)):
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                node.target = torch.ops.aten.reshape.default
+        graph.recompile()
     # tanh by way of exp: to rounding of 1, not of the value, and three times as fast.
     settings: dict[str, str | int | bool | Callable[..., Any]] = {
         "cpp.threads": threads or -1,
@@ -67,12 +76,12 @@ def simplify(graph: fx.GraphModule) -> None:
     Each call of a small operation costs a microsecond or two, whatever it does. Results agree to rounding.
     """
     aten = torch.ops.aten
-    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    if any(node.target._schema.is_mutable for node in calls if hasattr(node.target, "_schema")):
+    if any(map(writes, graph.graph.nodes)):
         return  # who writes into what is left as it was
-    for node in calls:
-        if _does_nothing(node):
-            node.replace_all_uses_with(node.args[0])
+    for node in [node for node in graph.graph.nodes if node.op == "call_function"]:
+        same = node.args[0] if _does_nothing(node) else _turned_twice(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
             graph.graph.erase_node(node)
     for node in graph.graph.find_nodes(op="call_function", target=aten._to_copy.default):
         _convert_before_expanding(graph.graph, node)
@@ -100,10 +109,24 @@ _FASTER: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes into what it is given."""
+    called = operation_of(node)
+    return isinstance(called, torch._ops.OpOverload) and called._schema.is_mutable
+
+
+def operation_of(node: fx.Node) -> Any:
+    """What a call runs, also where `simplify` has put a function of torch in the place of its operation."""
+    return _OPERATIONS.get(node.target, node.target)
+
+
+_OPERATIONS: dict[Any, Any] = {function: operation for operation, function in _FASTER.items()}
+
+
 def _does_nothing(node: fx.Node) -> bool:
     """A view, expansion or slice that is all that is there already, or a number that changes nothing: x 1, / 1, ** 1, - 0."""
     aten = torch.ops.aten
-    before, after = (_value(node.args[0]) if node.args else None), _value(node)
+    before, after = (value_of(node.args[0]) if node.args else None), value_of(node)
     if before is None or after is None or before.dtype != after.dtype or before.shape != after.shape:
         return False
     if before.stride() != after.stride():
@@ -113,13 +136,25 @@ def _does_nothing(node: fx.Node) -> bool:
     return node.target in _VIEWS
 
 
+def _turned_twice(node: fx.Node) -> Any:
+    """What a transpose of a transpose is a view of, where it lies as that does; else None."""
+    turned: Any = node.args[0] if node.target in _TRANSPOSES else None
+    if not isinstance(turned, fx.Node) or turned.target not in _TRANSPOSES:
+        return None
+    before, after = value_of(turned.args[0]), value_of(node)
+    if before is None or after is None or before.shape != after.shape or before.stride() != after.stride():
+        return None
+    axes = {part.args[1:] for part in (node, turned)}
+    return turned.args[0] if len(axes) == 1 else None
+
+
 def _is_neutral(node: fx.Node) -> bool:
     """Whether a number is added or multiplied that changes nothing."""
     number = node.args[1] if node.target in _NEUTRAL and len(node.args) == 2 and not node.kwargs else None
     return isinstance(number, int | float) and number == _NEUTRAL[node.target] and math.copysign(1.0, number) > 0
 
 
-def _value(part: Any) -> Tensor | None:
+def value_of(part: Any) -> Tensor | None:
     """What is known of a tensor of the trace: shape, strides, dtype."""
     found = part.meta.get("val") if isinstance(part, fx.Node) else None
     return found if isinstance(found, Tensor) else None
@@ -133,6 +168,7 @@ _VIEWS = (
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
 )
+_TRANSPOSES = (torch.ops.aten.transpose.int, torch.ops.aten.t.default)
 _NEUTRAL: dict[Any, int] = {
     torch.ops.aten.mul.Scalar: 1,
     torch.ops.aten.mul.Tensor: 1,
@@ -153,10 +189,13 @@ def _convert_before_expanding(graph: fx.Graph, node: fx.Node) -> None:
     # What others are laid out by must be dense as it was, for views to come.
     users = [user for user in node.users if user.target in _ARITHMETIC]
     beside = [
-        _value(part) for user in users for part in (user, *user.args) if isinstance(part, fx.Node) and part is not node
+        value_of(part)
+        for user in users
+        for part in (user, *user.args)
+        if isinstance(part, fx.Node) and part is not node
     ]
-    dense = all(value is not None and value.is_contiguous() for value in (_value(few), *beside))
-    shapes = {value.shape for value in map(_value, (node, *users)) if value is not None}
+    dense = all(value is not None and value.is_contiguous() for value in (value_of(few), *beside))
+    shapes = {value.shape for value in map(value_of, (node, *users)) if value is not None}
     if len(users) < len(node.users) or not dense or len(shapes) > 1:
         return
     with graph.inserting_before(node):
@@ -183,7 +222,7 @@ def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:
     for product, bias in (node.args, node.args[::-1]):
         if not (isinstance(product, fx.Node) and isinstance(bias, fx.Node)):
             continue
-        values = [_value(part) for part in (product, bias, node)]
+        values = [value_of(part) for part in (product, bias, node)]
         shapes = [None if value is None else value.shape for value in values]
         dtypes = {value.dtype for value in values if value is not None}
         fits = product.target is torch.ops.aten.bmm.default and len(product.users) == 1 and shapes[0] == shapes[2]
@@ -204,7 +243,7 @@ def _unscaled(graph: fx.Graph, bias: fx.Node) -> fx.Node:
     viewed = bias.target is view
     scaled: Any = bias.args[0] if viewed else bias
     source = scaled.args[0] if isinstance(scaled, fx.Node) and _is_neutral(scaled) else None
-    value, wanted = _value(source), _value(scaled)
+    value, wanted = value_of(source), value_of(scaled)
     if not isinstance(source, fx.Node) or value is None or wanted is None:
         return bias
     if value.dtype != wanted.dtype or value.shape != wanted.shape:

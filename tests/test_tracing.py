@@ -79,6 +79,23 @@ def test_numbers_that_change_nothing_are_taken_out(function: Callable[..., Tenso
     assert torch.equal(graph(x).view(torch.int32), function(x).view(torch.int32))
 
 
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        pytest.param(lambda x: x.transpose(1, 2).transpose(1, 2).exp(), 1, id="back"),
+        pytest.param(lambda x: x.transpose(0, 1).transpose(1, 2).exp(), 3, id="other axes"),
+        pytest.param(lambda x: x.transpose(1, 2).transpose(0, 1).transpose(0, 1).exp(), 2, id="back to a transpose"),
+        pytest.param(lambda x: x[0].t().t().exp(), 2, id="of a matrix"),
+        pytest.param(lambda x: (x.transpose(1, 2) + 1).transpose(1, 2).exp(), 4, id="something between"),
+    ],
+)
+def test_a_transpose_that_undoes_another_is_taken_out(function: Callable[[Tensor], Tensor], left: int) -> None:
+    graph = trace(function, [normal(2, 3, 3)])
+    simplify(graph)
+    assert len([node for node in graph.graph.nodes if node.op == "call_function"]) == left
+    assert torch.equal(graph(normal(2, 3, 3, seed=1)), function(normal(2, 3, 3, seed=1)))
+
+
 @pytest.mark.parametrize("change", [lambda x: x * 1.0, lambda x: x / 1, lambda x: x**1.0, lambda x: x - 0.0])
 def test_a_copy_of_a_slice_is_left_where_a_view_counts_on_its_order(change: Callable[[Tensor], Tensor]) -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
