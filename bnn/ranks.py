@@ -167,9 +167,9 @@ class Ranks:
             with self._told("a sum over ranks"):
                 count("all_reduce", own.nbytes)  # as many bytes as around a ring
                 going = torch.distributed.isend(own.contiguous(), other, group=lanes[self.rank])
-                assert coming is not None and going is not None, "both ranks are of these groups"
-                coming.wait()
-                going.wait()
+                for work in (coming, going):
+                    assert work is not None, "both ranks are of these groups"
+                    work.wait()
             return own + theirs if self.rank == 0 else theirs + own
 
         return summed
