@@ -16,6 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from bnn.errors import BnnError, ConfigError, FitError
+from bnn.hoisting import hoist
 from bnn.inference import products
 from bnn.inference.costs import Costs, Operation, record
 from bnn.machine import threads
@@ -28,6 +29,7 @@ Mode: TypeAlias = Literal["compiled", "traced", "eager"]
 WORTH_COMPILING = 30.0  # seconds of gradients; a compilation takes 3 to 20, and halves them
 ONE_THREAD = 5e-4  # seconds of arithmetic a gradient, under which two threads only wait for each other
 CACHE, FEW_ROWS = 32 * 2**20, 256  # bytes of a slice where memory is not bounded, about a cache; and its rows, at least
+KEPT = 2**26  # bytes of what follows from the data alone, where memory is not bounded; or as many as the data have
 RECORDED, RECORDED_CHAINS = (4, 8), (2, 3)  # rows, at least, and chains whose gradients tell what those of all cost
 
 
@@ -60,6 +62,10 @@ Density: TypeAlias = Callable[[Tensor], Values]
 
 Piece: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 """u [P], then tensors of data -> log density and log joint, scalars: those of all data, or estimates from a slice."""
+
+
+Made: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""u [C, P] and tensors of a slice -> gradient [C, P], log density [C] and log joint [C]."""
 
 
 class Target(NamedTuple):
@@ -120,7 +126,8 @@ def prepare(
     """The density of a target at positions such as `flat` [C, P], by the plan recorded or the rule.
 
     Data are cut where the values that a gradient keeps at once would need more than `memory` bytes, and on a CPU, where
-    that is None, into slices that a cache holds; gradients are compiled where there is a compiler and they would take
+    that is None, into slices that a cache holds; what follows from the data alone, such as features that no chain moves, is computed
+    once where `memory` is None; gradients are compiled where there is a compiler and they would take
     longer than half a minute without; one thread serves where the work is small. All of this follows from shapes and options.
 
     Args:
@@ -151,7 +158,7 @@ def prepare(
             fix="go on where it began",
         )
     try:
-        return Prepared(target, plan, flat, graph)
+        return Prepared(target, plan, flat, graph, keeps=memory is None)
     except TorchDynamoException as error:  # a compiler that is there and does not work
         first = (str(error).strip().splitlines() or [""])[0]
         if compile or resumed:
@@ -159,54 +166,70 @@ def prepare(
                 "compile", want="a C++ compiler that works", got=first, fix="mend it, or begin with compile=False"
             ) from error
         warnings.warn(f"gradients are not compiled: {first}", stacklevel=2)
-        return Prepared(target, plan._replace(mode="traced"), flat, graph)
+        return Prepared(target, plan._replace(mode="traced"), flat, keeps=memory is None)  # by a trace of its own
 
 
 class Prepared:
     """A density with its plan: holds the traced or compiled functions, one for each shape of a slice.
 
-    `graph` is the trace of the first, where there is one already.
+    `graph` is the trace of the first, where there is one already. Where it `keeps` values, those that
+    follow from a slice alone are computed once, as long as they take no more memory than the slice, or little.
     """
 
-    def __init__(self, target: Target, plan: Plan, flat: Tensor, graph: fx.GraphModule | None = None) -> None:
+    def __init__(
+        self, target: Target, plan: Plan, flat: Tensor, graph: fx.GraphModule | None = None, *, keeps: bool = False
+    ) -> None:
         self.plan, self.compile_seconds = plan, 0.0
         self._vectorised = _vectorised(target)
-        self._slices = target.slices(plan.slices)
-        self._functions: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._parts: list[tuple[float, Made, Sequence[Tensor]]] = []  # share of the sum, function, what it takes
+        functions: dict[tuple[torch.Size, ...], tuple[Made, Callable[..., Sequence[Tensor]]]] = {}
         started = time.perf_counter()
-        for _, tensors in self._slices:
+        for share, tensors in target.slices(plan.slices):
             shapes = tuple(tensor.shape for tensor in tensors)
-            if shapes not in self._functions:
-                self._functions[shapes] = self._made(flat, tensors, graph)
+            if shapes not in functions:
+                functions[shapes] = self._made(flat, tensors, graph, keeps)
                 graph = None
+            function, further = functions[shapes]
+            with torch.no_grad(), threads(plan.threads):
+                self._parts.append((share, function, (*tensors, *further(*tensors))))
         if plan.mode == "compiled":
             self.compile_seconds = time.perf_counter() - started
 
     def __call__(self, flat: Tensor) -> Values:
         with torch.no_grad(), threads(self.plan.threads):
-            if len(self._slices) == 1:
-                tensors = self._slices[0][1]
-                gradient, value, log_joint = self._functions[tuple(t.shape for t in tensors)](flat, *tensors)
+            if len(self._parts) == 1:
+                _, function, tensors = self._parts[0]
+                gradient, value, log_joint = function(flat, *tensors)
                 return Values(value, log_joint, gradient)
             gradient = torch.zeros_like(flat)
             value = log_joint = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
-            for share, tensors in self._slices:
-                part = self._functions[tuple(t.shape for t in tensors)](flat, *tensors)
+            for share, function, tensors in self._parts:
+                part = function(flat, *tensors)
                 gradient = gradient + share * part[0]
                 value, log_joint = value + share * part[1], log_joint + share * part[2]
             return Values(value, log_joint, gradient)
 
-    def _made(self, flat: Tensor, tensors: Sequence[Tensor], graph: fx.GraphModule | None) -> Callable[..., Any]:
+    def _made(
+        self, flat: Tensor, tensors: Sequence[Tensor], graph: fx.GraphModule | None, keeps: bool
+    ) -> tuple[Made, Callable[..., Sequence[Tensor]]]:
+        """The function of a slice, and what else it takes of the slice."""
+
+        def nothing(*tensors: Tensor) -> Sequence[Tensor]:
+            return ()
+
         if self.plan.mode == "eager":
-            return self._vectorised
+            return self._vectorised, nothing
         with threads(self.plan.threads):
             graph = graph or trace(self._vectorised, (flat, *tensors))
             if self.plan.onednn:
                 products.replaced(graph)
             if self.plan.mode == "traced":
                 simplify(graph)
-                return graph
-            return compiled(graph, (flat, *tensors), self.plan.threads)
+            most = max(KEPT // self.plan.slices, sum(tensor.nbytes for tensor in tensors)) if keeps else 0
+            further = hoist(graph, most)
+            if self.plan.mode == "traced":
+                return graph, further
+            return compiled(graph, (flat, *tensors, *further(*tensors)), self.plan.threads), further
 
 
 def _vectorised(target: Target) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

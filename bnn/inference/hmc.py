@@ -66,7 +66,8 @@ class HMC:
         dtype: `"float32"` or `"float64"`, in which chains move and the module computes; by default that of its
             parameters, float32 at least.
         memory: bytes that the values of one gradient may take at once; data are cut into slices to fit, and on a CPU
-            also where None, into slices that its cache holds.
+            also where None, into slices that its cache holds. Where None, what follows from the data alone, such as
+            features of layers that are not Bayesian, is computed once if it takes no more than 64 MiB, or than the data.
         compile: whether gradients are compiled; by default where they would take more than half a minute without, and
             there is a compiler.
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scenarios import classifier
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
@@ -289,6 +290,25 @@ def test_without_a_compiler_nothing_is_compiled_unless_that_was_asked_for(monkey
         planned(10, plan=Plan("compiled", 1, 1))
 
 
+def test_a_compiler_that_does_not_work_leaves_traced_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning, where nobody asked for it; else it is an error."""
+
+    def broken(*arguments: Any) -> None:
+        raise TorchDynamoException("CppCompileError: c++: not found\nand more")
+
+    case = last_layer()
+    target, flat = target_of_model(case.model, case.batch), positions_of(case.model)
+    monkeypatch.setattr(density_module, "has_compiler", lambda device: True)
+    monkeypatch.setattr(density_module, "compiled", broken)
+    with pytest.warns(UserWarning, match="gradients are not compiled: CppCompileError: c.+: not found$"):
+        made = prepare(target, flat, num_gradients=10**10, memory=None, compile=None)
+    assert made.plan.mode == "traced"
+    found = prepare(target, flat, num_gradients=1, memory=None, compile=False)
+    assert all(map(torch.equal, made(flat), found(flat)))
+    with pytest.raises(ConfigError, match=r"compile: want a C.+ compiler that works, got CppCompileError"):
+        prepare(target, flat, num_gradients=10, memory=None, compile=True)
+
+
 def test_a_recorded_plan_is_kept_where_the_rule_would_say_other(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = modes_of(monkeypatch, compiler=True)
     assert planned(10, plan=Plan("compiled", 1, 2)) == Plan("compiled", 1, 2)
@@ -304,7 +324,7 @@ def test_a_recorded_plan_is_kept_where_the_rule_would_say_other(monkeypatch: pyt
         compile=None,
         plan=Plan("traced", 4, 1),
     )
-    assert len(cut._slices) == 4
+    assert len(cut._parts) == 4
     torch.testing.assert_close(cut(flat).gradient, one_at_a_time(case, flat)[2], rtol=1e-12, atol=1e-11)
 
 
@@ -541,6 +561,35 @@ def test_rows_wider_than_a_cache_are_still_traced(monkeypatch: pytest.MonkeyPatc
     assert prepare(target, flat, num_gradients=1, memory=None, compile=None).plan == Plan("traced", 1, 1)
 
 
+def last_layer(dtype: torch.dtype = torch.float64, *, classes: bool = False) -> Case:
+    """Rows whose features no chain moves: the last layer alone is Bayesian."""
+    case = case_of("plain", dtype)
+    likelihood: Any = likelihoods.Categorical() if classes else likelihoods.Gaussian(0.8)
+    y = case.batch.y.argmax(dim=1) if classes else case.batch.y
+    model = BayesianModel(case.model.module, prior=priors.Normal(), likelihood=likelihood, num_data=23, bayesian="2.*")
+    return Case(model, case.batch._replace(y=y))
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("name", [*CASES, "last layer"])
+def test_what_follows_from_the_data_alone_is_computed_once_to_the_same_bits(name: str, slices: int) -> None:
+    case = last_layer() if name == "last layer" else case_of(name)
+    target, flat = target_of_model(case.model, case.batch), positions_of(case.model)
+    plan = Plan("traced", slices, 1)
+    once, anew = (Prepared(target, plan, flat, keeps=keeps) for keeps in (True, False))
+    tensors = [tensor for _, tensors in target.slices(slices) for tensor in tensors]
+    given = {t.untyped_storage().data_ptr() for t in [*tensors, *case.model.module.parameters()]}
+    kept = [[t for t in part[2] if t.untyped_storage().data_ptr() not in given] for part in once._parts]
+    assert sum(t.untyped_storage().nbytes() for part in kept for t in part) <= density_module.KEPT
+    assert all(t.untyped_storage().data_ptr() in given for part in anew._parts for t in part[2])
+    for scale in (1.0, 0.5):
+        assert all(map(torch.equal, once(scale * flat), anew(scale * flat)))
+    if name == "last layer":  # its features [rows, 6] are there
+        assert all(any(t.shape[-1:] == (6,) for t in part) for part in kept)
+        called = [[node.target for node in part[1].graph.nodes] for part in (once._parts[0], anew._parts[0])]
+        assert [torch.tanh in targets for targets in called] == [False, True]
+
+
 def test_memory_for_not_even_one_row_is_refused_in_one_line() -> None:
     target, flat = regression("mlp:50", 1100, 6)
     with pytest.raises(
@@ -555,18 +604,19 @@ def test_memory_for_not_even_one_row_is_refused_in_one_line() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler for torch.compile")
-@pytest.mark.parametrize(("name", "slices"), [("plain", 4), ("tied", 1), ("convolution", 1)])
-def test_compiled_is_close_to_traced_and_repeats_its_own_bits(name: str, slices: int) -> None:
-    case = case_of(name, torch.float32)
+@pytest.mark.parametrize("memory", [PLENTY, None])
+@pytest.mark.parametrize(("name", "slices"), [("plain", 4), ("tied", 1), ("convolution", 1), ("last layer", 2)])
+def test_compiled_is_close_to_traced_and_repeats_its_own_bits(name: str, slices: int, memory: int | None) -> None:
+    case = last_layer(torch.float32, classes=True) if name == "last layer" else case_of(name, torch.float32)
     flat = positions_of(case.model, torch.float32)
     target = target_of_model(case.model, case.batch)
-    made = prepare(target, flat, num_gradients=1, memory=PLENTY, compile=True, plan=Plan("compiled", slices, 1))
+    made = prepare(target, flat, num_gradients=1, memory=memory, compile=True, plan=Plan("compiled", slices, 1))
     assert made.compile_seconds > 0
     found = made(flat)
     for a, b in zip(found, Prepared(target, Plan("traced", slices, 1), flat)(flat), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
     torch.compiler.reset()  # as anybody in the process may: what is compiled again later has the same bits
-    again = prepare(target, flat, num_gradients=1, memory=PLENTY, compile=None, plan=made.plan)
+    again = prepare(target, flat, num_gradients=1, memory=memory, compile=None, plan=made.plan)
     assert all(torch.equal(a, b) for a, b in zip(found, again(flat), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(found, made(flat), strict=True))
 
