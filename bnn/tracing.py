@@ -33,9 +33,28 @@ def trace(
         warnings.simplefilter("ignore")  # what torch says of its own tracing
         graph = make_fx(function)(*arguments)
     check(graph)
+    _make_anew(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _make_anew(graph: fx.GraphModule) -> None:
+    """x.sub_(y) -> x.sub(y), where x has just been made and for nothing else: so torch writes slopes of SiLU, for one.
+
+    A trace in which nothing is written into can be simplified.
+    """
+    for node in graph.graph.nodes:
+        called: Any = node.target
+        if not writes(node) or len(called._schema.returns) != 1:
+            continue
+        target: Any = node.args[0] if node.args else None
+        name, overload = called._schema.name.removeprefix("aten::"), called._overloadname
+        anew = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
+        values = [value_of(part) for part in node.all_input_nodes]
+        alike = {None if value is None else value.dtype for value in values} == {getattr(value_of(node), "dtype", None)}
+        if name.endswith("_") and anew is not None and alike and _is_fresh(target) and len(target.users) == 1:
+            node.target = anew
 
 
 def compiled(graph: fx.GraphModule, arguments: Sequence[Tensor], threads: int = 0) -> Callable[..., Any]:
@@ -83,6 +102,8 @@ def simplify(graph: fx.GraphModule) -> None:
         if same is not None:
             node.replace_all_uses_with(same)
             graph.graph.erase_node(node)
+    if any(node.target is aten.sigmoid.default for node in graph.graph.nodes):
+        _fuse_slopes_of_silu(graph)
     for node in graph.graph.find_nodes(op="call_function", target=aten._to_copy.default):
         _convert_before_expanding(graph.graph, node)
     for node in graph.graph.find_nodes(op="call_function", target=aten.add.Tensor):
@@ -94,6 +115,47 @@ def simplify(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def reuse_memory(graph: fx.GraphModule) -> None:
+    """Let activations and their slopes write over what they are made of, where nobody else reads it; the same bits.
+
+    Of values that a cache does not hold, half of what such an operation takes is fetching where it writes. For graphs that are
+    called without autograd.
+    """
+    for node in graph.graph.nodes:
+        source: Any = node.args[0] if node.op == "call_function" and node.args else None
+        if not _is_fresh(source) or len(source.users) > 1:
+            continue
+        before, after = value_of(source), value_of(node)
+        if before is None or after is None or before.dtype != after.dtype:
+            continue
+        if before.shape != after.shape or before.stride() != after.stride():
+            continue
+        if operation_of(node) in _OVER:
+            node.target = _OVER[operation_of(node)]
+        elif node.target in _SLOPE_OVER:
+            node.target, node.kwargs = _SLOPE_OVER[node.target], {**node.kwargs, "grad_input": source}
+    graph.recompile()
+
+
+def _is_fresh(node: Any) -> bool:
+    """Whether it is a call whose result lies in memory of its own."""
+    called = operation_of(node) if isinstance(node, fx.Node) else None
+    if not isinstance(called, torch._ops.OpOverload) or len(called._schema.returns) != 1:
+        return False
+    return called._schema.returns[0].alias_info is None
+
+
+_OVER: dict[Any, Any] = {
+    torch.ops.aten.tanh.default: torch.tanh_,
+    torch.ops.aten.relu.default: torch.relu_,
+    torch.ops.aten.sigmoid.default: torch.sigmoid_,
+}
+_SLOPE_OVER: dict[Any, Any] = {
+    torch.ops.aten.tanh_backward.default: torch.ops.aten.tanh_backward.grad_input,
+    torch.ops.aten.threshold_backward.default: torch.ops.aten.threshold_backward.grad_input,  # of relu
+    torch.ops.aten.sigmoid_backward.default: torch.ops.aten.sigmoid_backward.grad_input,
+    torch.ops.aten.silu_backward.default: torch.ops.aten.silu_backward.grad_input,
+}
 _FASTER: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.addmm.default: torch.addmm,
     torch.ops.aten.baddbmm.default: torch.baddbmm,
@@ -213,6 +275,34 @@ _ARITHMETIC = (
     torch.ops.aten.mul.Tensor,
     torch.ops.aten.div.Tensor,
 )
+
+
+def _fuse_slopes_of_silu(graph: fx.GraphModule) -> None:
+    """d silu(x) / dx, which torch writes in eight operations where slopes may have slopes of their own, by its one for the rest."""
+    # A tenth of a second, which not everybody needs.
+    from torch.fx.passes.utils.matcher_utils import InternalMatch
+    from torch.fx.subgraph_rewriter import replace_pattern_with_filters
+
+    aten = torch.ops.aten
+
+    def written(slope: Any, x: Any) -> Any:
+        sigmoid = aten.sigmoid.default(x)
+        ones = aten.fill.Scalar(aten.empty_like.default(sigmoid, memory_format=torch.preserve_format), 1.0)
+        rest = aten.add.Scalar(aten.mul.Tensor(x, aten.sub.Tensor(ones, sigmoid)), 1.0)
+        return aten.mul.Tensor(aten.mul.Tensor(slope, sigmoid), rest)
+
+    def fused(slope: Any, x: Any) -> Any:
+        return aten.silu_backward.default(slope, x)
+
+    def alike(match: InternalMatch, original: fx.Graph, pattern: fx.Graph) -> bool:
+        values = [value_of(node) for node in (*match.placeholder_nodes, *match.returning_nodes)]
+        known = [(value.shape, value.stride(), value.dtype) for value in values if value is not None]
+        return len(known) == len(values) and len(set(known)) == 1
+
+    for found in replace_pattern_with_filters(graph, written, fused, [alike]):
+        for node in found.replacements:
+            value = next(value for value in map(value_of, node.all_input_nodes) if value is not None)
+            node.meta["val"] = torch.empty_like(value)
 
 
 def _add_inside_product(graph: fx.Graph, node: fx.Node) -> None:

@@ -99,14 +99,15 @@ def test_what_is_handed_out_is_made_anew() -> None:
 
 def written(u: Tensor, x: Tensor) -> Tensor:
     once = x * 1.0
-    once.mul_(2.0)
+    once[1:].mul_(2.0)
     return u + once
 
 
 @pytest.mark.parametrize(
     ("function", "left"),
     [
-        pytest.param(written, 3, id="who writes is left alone"),
+        pytest.param(written, 4, id="who writes is left alone"),
+        pytest.param(lambda u, x: u + (x * 1.0).mul_(2.0), 1, id="who writes into its own"),
         pytest.param(lambda u, x: u * torch.ones_like(u) + u.new_zeros(5), 2, id="shapes are known"),
         pytest.param(lambda u, x: u.exp(), 1, id="nothing of the data"),
         pytest.param(lambda u, x: u + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).sin(), 1, id="constants"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnn.seeding import generator
-from bnn.tracing import simplify, trace
+from bnn.tracing import reuse_memory, simplify, trace, writes
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -120,6 +121,129 @@ def test_a_simplified_trace_gives_what_the_function_gives(case: str) -> None:
         torch.testing.assert_close(graph(*others), function(*others))
         assert all(map(torch.equal, kept, others))
     assert len(graph.graph.nodes) <= before
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": nn.functional.silu,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_slopes_write_over_what_nobody_reads(activation: str) -> None:
+    """Of silu the slope alone, which reads what the activation is of."""
+
+    def height(weight: Tensor, x: Tensor) -> Tensor:
+        hidden = ACTIVATIONS[activation](x @ weight)
+        return (ACTIVATIONS[activation](hidden @ weight) ** 2).sum()
+
+    graph = trace(torch.func.grad(height), [normal(6, 6), normal(5, 6)])
+    before = graph(normal(6, 6, seed=1), normal(5, 6, seed=2))
+    simplify(graph)
+    wanted = graph(normal(6, 6, seed=1), normal(5, 6, seed=2))
+    reuse_memory(graph)
+    over = [node for node in graph.graph.nodes if node.op == "call_function" and writes_over(node)]
+    assert len(over) == (2 if activation == "silu" else 4)
+    given = normal(6, 6, seed=1), normal(5, 6, seed=2)
+    for _ in range(2):
+        assert torch.equal(graph(*given), wanted)
+    torch.testing.assert_close(wanted, before)  # silu's slopes to rounding
+    assert all(map(torch.equal, given, (normal(6, 6, seed=1), normal(5, 6, seed=2))))
+
+
+def silu_of(weight: Tensor, x: Tensor) -> Tensor:
+    return nn.functional.silu(nn.functional.silu(x @ weight) @ weight).square().sum()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_slopes_of_silu_are_one_operation_each(several: bool) -> None:
+    function = torch.func.grad(silu_of)
+    arguments = normal(6, 6), normal(5, 6)
+    if several:
+        function, arguments = torch.func.vmap(function, in_dims=(0, None)), (normal(3, 6, 6), normal(5, 6))
+    graph = trace(function, arguments)
+    simplify(graph)
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert len([name for name in names if "silu_backward" in name]) == 2
+    assert not [name for name in names if "sigmoid" in name or "fill" in name]
+    assert all(isinstance(node.meta.get("val"), Tensor) for node in graph.graph.nodes if "silu" in str(node.target))
+    others = normal(*arguments[0].shape, seed=1), normal(5, 6, seed=2)
+    torch.testing.assert_close(graph(*others), function(*others))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: (lambda s: (1.0 - s) * x + s)(x.sigmoid()), id="a sigmoid alone"),
+        pytest.param(lambda x: (lambda s: x.sum() * s * (x * (torch.ones(6) - s) + 1.0))(x.sigmoid()), id="by hand"),
+    ],
+)
+def test_other_uses_of_a_sigmoid_are_left(function: Callable[[Tensor], Tensor]) -> None:
+    graph = trace(function, [normal(6)])
+    simplify(graph)
+    assert torch.equal(graph(normal(6, seed=1)), function(normal(6, seed=1)))
+
+
+def read_through_a_view(x: Tensor) -> Tensor:
+    made = x.exp()
+    part = made[1:]
+    made.mul_(2.0)
+    return part + made[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "writing"),
+    [
+        pytest.param(lambda x: x.exp().mul_(2.0).sub_(x), 0, id="into what was made"),
+        pytest.param(lambda x: x.exp().mul_(2).clamp_(0.5), 0, id="by a number of another kind"),
+        pytest.param(lambda x: torch.zeros(6).index_add_(0, torch.arange(6), x), 1, id="by place"),
+        pytest.param(lambda x: x.exp().mul_(x.double()), 1, id="by values of another dtype"),
+        pytest.param(lambda x: x.exp()[1:].mul_(2.0), 1, id="into a view"),
+        pytest.param(read_through_a_view, 1, id="into what a view reads"),
+        pytest.param(lambda x: (lambda y: y.mul_(2.0).sum() + y.sum())(x.exp()), 0, id="into what is read later"),
+    ],
+)
+def test_what_is_written_into_is_made_anew_where_nobody_else_reads_it(
+    function: Callable[[Tensor], Tensor], writing: int
+) -> None:
+    graph = trace(function, [normal(6)])
+    assert sum(map(writes, graph.graph.nodes)) == writing, graph.code
+    assert torch.equal(graph(normal(6, seed=1)), function(normal(6, seed=1)))
+    assert graph(normal(6, seed=1)).dtype == function(normal(6, seed=1)).dtype
+
+
+def writes_over(node: fx.Node) -> bool:
+    return node.target in (torch.tanh_, torch.relu_, torch.sigmoid_) or "grad_input" in node.kwargs
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: x.tanh(), id="what is given"),
+        pytest.param(lambda x: x.view(3, 2).tanh().sum() + x.sum(), id="a view of it"),
+        pytest.param(lambda x: x.exp().tanh() + x.exp()[0], id="twice made"),
+        pytest.param(lambda x: (lambda y: y.tanh() + y)(x.exp()), id="what is read again"),
+        pytest.param(
+            lambda x: (lambda y: y.view(3, 2).tanh().sum() + y.sum())(x.exp()), id="what is read again through a view"
+        ),
+        pytest.param(lambda x: (lambda y: (y.tanh(), y))(x.exp()), id="what is handed out"),
+        pytest.param(lambda x: x.exp().to(torch.int64).sigmoid(), id="of another dtype"),
+        pytest.param(lambda x: x.sort().values.tanh(), id="one of several results"),
+    ],
+)
+def test_what_is_read_again_is_not_written_over(function: Callable[[Tensor], Any]) -> None:
+    graph = trace(function, [normal(6)])
+    wanted = function(normal(6, seed=1))
+    reuse_memory(graph)
+    given = normal(6, seed=1)
+    found = graph(given)
+    assert torch.equal(given, normal(6, seed=1))
+    for a, b in zip(
+        found if isinstance(found, tuple) else [found], wanted if isinstance(wanted, tuple) else [wanted], strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 def test_products_take_their_bias_in_and_nothing_is_left_of_views() -> None:

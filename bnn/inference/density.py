@@ -21,7 +21,7 @@ from bnn.inference import products
 from bnn.inference.costs import Costs, Operation, record
 from bnn.machine import threads
 from bnn.model import BayesianModel
-from bnn.tracing import compiled, has_compiler, simplify, trace
+from bnn.tracing import compiled, has_compiler, reuse_memory, simplify, trace
 from bnn.types import Batch
 
 Mode: TypeAlias = Literal["compiled", "traced", "eager"]
@@ -228,6 +228,7 @@ class Prepared:
             most = max(KEPT // self.plan.slices, sum(tensor.nbytes for tensor in tensors)) if keeps else 0
             further = hoist(graph, most)
             if self.plan.mode == "traced":
+                reuse_memory(graph)
                 return graph, further
             return compiled(graph, (flat, *tensors, *further(*tensors)), self.plan.threads), further
 
