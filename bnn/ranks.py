@@ -58,6 +58,7 @@ class Ranks:
         self._store, self._waits, self._group = store, 0, group
         self._meshes: dict[int, tuple[Ranks, Ranks]] = {}
         self._lanes: tuple[Any, Any] | None = None  # groups that are made at the first sum of two ranks
+        self._sums = 0  # of two ranks: their tags, so that none is taken for another that was given up
         self._again = again
         self._place: Any = None  # where this start and others under one torchrun meet
         self._remembers = False  # whether that place was there in an earlier one
@@ -150,23 +151,25 @@ class Ranks:
         return self.coming_total(tensor)(tensor)
 
     def coming_total(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """`total`, to be called once, with a tensor such as `like` that this rank has yet to work out.
+        """`total` of tensors such as `like` that ranks have yet to work out; a call of all, as is that of what it returns.
 
-        Two ranks on CPUs are ready from now on to hear what the other one has, each way by a connection of its own. gloo
-        takes in by a thread what comes, which turns in circles while its connection is being sent by: on a core
-        that both share, until the system stops it, for milliseconds.
+        Of two ranks on CPUs each is ready from now on for what the other one has to say. gloo's receiving thread spins while its
+        connection is being sent on: on a shared core it keeps the sender waiting until the system switches, for milliseconds.
+        So each direction has a connection of its own, and what is to come is asked for early.
         """
         if self.world_size != 2 or like.device.type != "cpu" or self._group is not None:
             return self._reduced
         with self._told("a sum over ranks"):
             lanes, other = self._two_lanes(), 1 - self.rank
-            theirs = torch.empty(like.shape, dtype=like.dtype)
-            coming = torch.distributed.irecv(theirs, other, group=lanes[other])
+            self._sums += 1
+            number, theirs = self._sums, torch.empty(like.shape, dtype=like.dtype)
+            coming = torch.distributed.irecv(theirs, other, group=lanes[other], tag=number)
 
         def summed(own: Tensor) -> Tensor:
+            assert (own.shape, own.dtype) == (theirs.shape, theirs.dtype), "a tensor such as was announced"
             with self._told("a sum over ranks"):
                 count("all_reduce", own.nbytes)  # as many bytes as around a ring
-                going = torch.distributed.isend(own.contiguous(), other, group=lanes[self.rank])
+                going = torch.distributed.isend(own.contiguous(), other, group=lanes[self.rank], tag=number)
                 for work in (coming, going):
                     assert work is not None, "both ranks are of these groups"
                     work.wait()
@@ -177,6 +180,7 @@ class Ranks:
     def _two_lanes(self) -> tuple[Any, Any]:
         """Groups of two ranks: one to hear rank 0 by, and one to hear rank 1."""
         if self._lanes is None:
+            self.barrier()  # a rank that has ended is missed at once here, and not where groups are made
             limit = timedelta(seconds=self.timeout)
             self._lanes = torch.distributed.new_group(timeout=limit), torch.distributed.new_group(timeout=limit)
         return self._lanes

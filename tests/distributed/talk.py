@@ -59,6 +59,23 @@ def later_totals(together: distributed.Ranks) -> list[list[float]]:
     return found
 
 
+def given_up() -> None:
+    """Sums of two that were asked for and given up, or have another in between, and one of a tensor that was not announced."""
+    with distributed.joined() as together:
+        one = torch.ones(3) * (together.rank + 1)
+        together.coming_total(one)
+        found = [together.total(one).tolist()]
+        summed = together.coming_total(one)
+        found += [together.total(10 * one).tolist(), summed(one).tolist()]
+        for other in (one.double(), torch.ones(4)):
+            try:
+                together.coming_total(one)(other)
+            except AssertionError:
+                found.append(["refused"])
+        found.append(together.total(one).tolist())
+    say(json.dumps(found))
+
+
 def turns() -> None:
     """Items that ranks take in turn: what comes of them, how many calls were made, and what comes where some are wrong."""
     told = []
@@ -110,6 +127,8 @@ def silence(kind: str) -> None:
     try:
         with distributed.joined() as together:
             summed = together.coming_total(torch.ones(1000)) if kind.startswith("summing") else None
+            if kind.startswith("before"):
+                summed = together.total
             if together.rank == (0 if kind.startswith("meeting") else 1):
                 if kind.endswith("error"):
                     raise ValueError("no such file")

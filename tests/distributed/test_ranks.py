@@ -47,6 +47,13 @@ def test_what_is_said_comes_to_all(world_size: int) -> None:
     assert told[0]["plain"] == [4, {"a": [1.5, None]}]
 
 
+def test_a_sum_that_was_given_up_is_taken_for_no_other() -> None:
+    ended = launch(2, "given_up", script=TALK)
+    assert [process.returncode for process in ended] == [0, 0], "".join(p.err for p in ended)
+    sums = [[3.0] * 3, [30.0] * 3, [3.0] * 3, ["refused"], ["refused"], [3.0] * 3]
+    assert [json.loads(process.out) for process in ended] == [sums, sums]
+
+
 def test_items_in_turn_come_in_order_to_all_in_few_calls() -> None:
     """Six rounds of two ranks are told after the first, two more and the last three; one by one where nothing may wait."""
     ended = launch(2, "turns", script=TALK)
@@ -108,7 +115,10 @@ def test_a_start_that_nobody_counts_is_known_by_where_ranks_meet() -> None:
         assert [json.loads(process.out) for process in ended] == [[again, again]] * 2, ended[0].err
 
 
-@pytest.mark.parametrize("kind", ["error", "killed", "stopped", "summing error", "summing killed", "summing stopped"])
+KINDS = ("error", "killed", "stopped")
+
+
+@pytest.mark.parametrize("kind", [f"{when}{kind}" for when in ("", "before a sum ", "summing ") for kind in KINDS])
 def test_a_rank_that_is_lost_ends_the_others_in_time(kind: str) -> None:
     """Rank 0 knows at once where the other's connection closes, and else after the timeout of 3 seconds."""
     ended = launch(2, "silence", kind, BNN_RANKS_TIMEOUT="3", awaited=0, script=TALK)
@@ -119,7 +129,7 @@ def test_a_rank_that_is_lost_ends_the_others_in_time(kind: str) -> None:
     if kind.endswith("error"):
         assert "rank 1 ended: ValueError: no such file" in said
     if kind.endswith("stopped"):
-        assert "summing" in kind or "no sign of rank 1 for 3 s" in said
+        assert "sum" in kind or "no sign of rank 1 for 3 s" in said
         assert 2.5 < float(waited) < 8
     else:
         assert float(waited) < 2.5
