@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bnn.tracing import operation_of, value_of, writes
+from bnn.tracing import is_view, operation_of, value_of, writes
 
 
 def hoist(graph: fx.GraphModule, most_bytes: int) -> fx.GraphModule:
     """Take out of a trace what does not depend on its first argument: views of the others, and values of few bytes.
 
-    A trace f(u, *data) becomes f(u, *data, *made) with made = found(*data), and the same bits. Random numbers stay, and what
-    is handed out as it is; so do the largest of the values, where all together would take more than `most_bytes`.
+    A trace f(u, *data) becomes f(u, *data, *made) with made = found(*data), and the same bits, as long as nobody changes the data
+    or constants of the trace. Random numbers stay, and what is handed out; so do the largest of the values, until the others
+    take no more than `most_bytes` together.
 
     Returns:
         found: data -> made, a tuple of tensors.
@@ -68,15 +69,26 @@ def _alone(
 
 
 def _of_data_alone(graph: fx.Graph, data: Iterable[fx.Node]) -> list[fx.Node]:
-    """Calls whose results follow from these arguments and constants, in their order; but for random numbers, and results of all."""
+    """Calls whose results follow from these arguments and constants, in their order; but for random numbers, and what is handed out."""
+    outward = set(next(node for node in graph.nodes if node.op == "output").all_input_nodes)
+    for node in reversed(graph.nodes):
+        if node in outward and _lies_in_another(node):
+            outward.update(node.all_input_nodes[:1])
     known = {*data, *graph.find_nodes(op="get_attr")}
     found = []
     for node in graph.nodes:
-        settled = node.op == "call_function" and _settled(node) and known.issuperset(node.all_input_nodes)
-        if settled and all(user.op != "output" for user in node.users):
+        settled = node.op == "call_function" and node not in outward and _settled(node)
+        if settled and known.issuperset(node.all_input_nodes):
             known.add(node)
             found.append(node)
     return found
+
+
+def _lies_in_another(node: fx.Node) -> bool:
+    """Whether a result is in the memory of the first thing that its call is given: a view, or one of several views."""
+    if node.op == "call_function" and operation_of(node) is operator.getitem:
+        return is_view(node.all_input_nodes[0])
+    return node.op == "call_function" and is_view(node)
 
 
 def _settled(node: fx.Node) -> bool:
@@ -95,18 +107,10 @@ def _edge(alone: list[fx.Node]) -> list[fx.Node]:
 
 def _memory(node: fx.Node) -> tuple[fx.Node, int]:
     """Which call has made the memory that a result lies in, and how many bytes: none of an argument's."""
-    value = value_of(node)
-    while node.op == "call_function" and (_is_view(node) or operation_of(node) is operator.getitem):
+    while _lies_in_another(node):
         node = node.all_input_nodes[0]
-        value = value_of(node) if value_of(node) is not None else value
+    value = value_of(node)
     return node, 0 if node.op != "call_function" or value is None else value.nbytes
-
-
-def _is_view(node: fx.Node) -> bool:
-    called = operation_of(node)
-    return isinstance(called, torch._ops.OpOverload) and any(
-        each.alias_info is not None for each in called._schema.returns
-    )
 
 
 def _fill_by_shape(graph: fx.Graph) -> None:

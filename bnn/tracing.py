@@ -6,6 +6,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -40,28 +41,33 @@ def trace(
 
 
 def _make_anew(graph: fx.GraphModule) -> None:
-    """x.sub_(y) -> x.sub(y), where x has just been made and for nothing else: so torch writes slopes of SiLU, for one.
+    """x.sub_(y) -> x.sub(y) of the same form, where nobody else reads x: so torch writes slopes of SiLU, for one.
 
     A trace in which nothing is written into can be simplified.
     """
     for node in graph.graph.nodes:
-        called: Any = node.target
-        if not writes(node) or len(called._schema.returns) != 1:
+        source: Any = node.args[0] if writes(node) and node.args else None
+        if not _is_owned(source) or len(source.users) > 1 or value_of(node) is None:
             continue
-        target: Any = node.args[0] if node.args else None
-        name, overload = called._schema.name.removeprefix("aten::"), called._overloadname
+        name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
         anew = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
-        values = [value_of(part) for part in node.all_input_nodes]
-        alike = {None if value is None else value.dtype for value in values} == {getattr(value_of(node), "dtype", None)}
-        if name.endswith("_") and anew is not None and alike and _is_fresh(target) and len(target.users) == 1:
-            node.target = anew
+        if name.endswith("_") and anew is not None and all(value_of(part) is not None for part in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
+            with suppress(Exception):  # what cannot be foreseen stays as it is
+                node.target = anew if _form(anew(*args, **kwargs)) == _form(value_of(node)) else node.target
+
+
+def _form(value: Any) -> tuple[Any, ...] | None:
+    """Of a tensor what views of it count on, and what numbers it holds."""
+    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def compiled(graph: fx.GraphModule, arguments: Sequence[Tensor], threads: int = 0) -> Callable[..., Any]:
     """A trace handed to torch's compiler, and compiled at once; `threads` of 0 are as many as torch has.
 
-    Where nothing is written into, views become reshapes, which copy what does not lie as it should: of some kernels, such as the
-    slope of a log softmax over a transpose, the compiler expects results that lie as their inputs do, not as the kernels leave them.
+    Where nothing is written into, views in it become reshapes, which copy what does not lie as it should: of some kernels, such as
+    the slope of a log softmax over a transpose, the compiler expects results that lie as their inputs do, not as the kernels
+    leave them.
     """
     if not any(map(writes, graph.graph.nodes)):
         for node in graph.graph.nodes:
@@ -121,14 +127,12 @@ def reuse_memory(graph: fx.GraphModule) -> None:
     Of values that a cache does not hold, half of what such an operation takes is fetching where it writes. For graphs that are
     called without autograd.
     """
+    owned = {node for node in graph.graph.nodes if _is_owned(node)}
     for node in graph.graph.nodes:
         source: Any = node.args[0] if node.op == "call_function" and node.args else None
-        if not _is_fresh(source) or len(source.users) > 1:
+        if source not in owned or len(source.users) > 1:
             continue
-        before, after = value_of(source), value_of(node)
-        if before is None or after is None or before.dtype != after.dtype:
-            continue
-        if before.shape != after.shape or before.stride() != after.stride():
+        if value_of(node) is None or _form(value_of(source)) != _form(value_of(node)):
             continue
         if operation_of(node) in _OVER:
             node.target = _OVER[operation_of(node)]
@@ -137,12 +141,24 @@ def reuse_memory(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is_fresh(node: Any) -> bool:
-    """Whether it is a call whose result lies in memory of its own."""
+def _is_owned(node: Any) -> bool:
+    """Whether it is a call whose result lies in memory that the call has made, or that nobody reads but through this result."""
     called = operation_of(node) if isinstance(node, fx.Node) else None
     if not isinstance(called, torch._ops.OpOverload) or len(called._schema.returns) != 1:
         return False
+    if is_view(node):
+        return len(node.all_input_nodes) == 1 and len(node.all_input_nodes[0].users) == 1 and _is_owned(node.args[0])
     return called._schema.returns[0].alias_info is None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether results of a call lie in the memory of what it is given."""
+    called = operation_of(node)
+    if called is torch.ops.aten._unsafe_view.default:  # whose declaration denies it
+        return True
+    return isinstance(called, torch._ops.OpOverload) and any(
+        part.alias_info is not None for part in called._schema.returns
+    )
 
 
 _OVER: dict[Any, Any] = {
@@ -203,8 +219,7 @@ def _turned_twice(node: fx.Node) -> Any:
     turned: Any = node.args[0] if node.target in _TRANSPOSES else None
     if not isinstance(turned, fx.Node) or turned.target not in _TRANSPOSES:
         return None
-    before, after = value_of(turned.args[0]), value_of(node)
-    if before is None or after is None or before.shape != after.shape or before.stride() != after.stride():
+    if value_of(node) is None or _form(value_of(turned.args[0])) != _form(value_of(node)):
         return None
     axes = {part.args[1:] for part in (node, turned)}
     return turned.args[0] if len(axes) == 1 else None
@@ -295,9 +310,8 @@ def _fuse_slopes_of_silu(graph: fx.GraphModule) -> None:
         return aten.silu_backward.default(slope, x)
 
     def alike(match: InternalMatch, original: fx.Graph, pattern: fx.Graph) -> bool:
-        values = [value_of(node) for node in (*match.placeholder_nodes, *match.returning_nodes)]
-        known = [(value.shape, value.stride(), value.dtype) for value in values if value is not None]
-        return len(known) == len(values) and len(set(known)) == 1
+        forms = {_form(value_of(node)) for node in (*match.placeholder_nodes, *match.returning_nodes)}
+        return len(forms) == 1 and None not in forms
 
     for found in replace_pattern_with_filters(graph, written, fused, [alike]):
         for node in found.replacements:

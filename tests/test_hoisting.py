@@ -87,14 +87,39 @@ def test_random_numbers_are_drawn_at_each_call() -> None:
     assert [each.shape for each in made] == [(5,)]  # exp
 
 
-def test_what_is_handed_out_is_made_anew() -> None:
-    graph = trace(lambda u, x: (u + x.exp(), x.sin()), [normal(5), normal(5)])
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        pytest.param(lambda u, x: (u + x.exp(), x.sin()), 1, id="itself"),
+        pytest.param(lambda u, x: (u + x.exp(), x.sin().view(1, 5).expand(3, 5)), 1, id="a view of it"),
+        pytest.param(lambda u, x: (u + x.exp(), x.sin().view(5, 1).split(2)[0]), 1, id="a part of it"),
+        pytest.param(lambda u, x: (u + x.exp(), u * x.sin()), 2, id="something of both"),
+    ],
+)
+def test_what_is_handed_out_is_made_anew(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], kept: int
+) -> None:
+    graph = trace(function, [normal(5), normal(5)])
     made = hoist(graph, PLENTY)(normal(5))
+    assert len(made) == kept
+    memory = {each.untyped_storage().data_ptr() for each in made}
     for _ in range(2):
-        first, second = graph(normal(5), normal(5), *made)
-        assert torch.equal(first, normal(5) + normal(5).exp())
-        assert torch.equal(second, normal(5).sin())
-        second.zero_()
+        found = graph(normal(5), normal(5), *made)
+        assert all(map(torch.equal, found, function(normal(5), normal(5))))
+        assert not memory & {each.untyped_storage().data_ptr() for each in found}
+
+
+def test_several_results_of_one_operation_count_each() -> None:
+    def function(u: Tensor, x: Tensor) -> Tensor:
+        values, places = x.topk(10)  # 40 and 80 bytes
+        return u * values + places
+
+    wanted = function(normal(10), normal(20, seed=1))
+    for most, kept in ((119, 40), (120, 120)):
+        graph = trace(function, [normal(10), normal(20)])
+        made = hoist(graph, most)(normal(20, seed=1))
+        assert storages(made, (normal(20, seed=1),)) == kept
+        assert torch.equal(graph(normal(10), normal(20, seed=1), *made), wanted)
 
 
 def written(u: Tensor, x: Tensor) -> Tensor:

@@ -123,6 +123,15 @@ def test_a_simplified_trace_gives_what_the_function_gives(case: str) -> None:
     assert len(graph.graph.nodes) <= before
 
 
+def test_memory_is_reused_along_a_chain_and_through_a_view() -> None:
+    graph = trace(lambda x: x.exp().tanh().relu().view(3, 2).sigmoid(), [normal(6)])
+    wanted = graph(normal(6, seed=1))
+    reuse_memory(graph)
+    over = [node for node in graph.graph.nodes if node.op == "call_function" and writes_over(node)]
+    assert len(over) == 3
+    assert torch.equal(graph(normal(6, seed=1)), wanted)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -198,10 +207,17 @@ def read_through_a_view(x: Tensor) -> Tensor:
     [
         pytest.param(lambda x: x.exp().mul_(2.0).sub_(x), 0, id="into what was made"),
         pytest.param(lambda x: x.exp().mul_(2).clamp_(0.5), 0, id="by a number of another kind"),
-        pytest.param(lambda x: torch.zeros(6).index_add_(0, torch.arange(6), x), 1, id="by place"),
+        pytest.param(lambda x: torch.zeros(6).index_add_(0, torch.arange(6), x), 0, id="by place"),
         pytest.param(lambda x: x.exp().mul_(x.double()), 1, id="by values of another dtype"),
-        pytest.param(lambda x: x.exp()[1:].mul_(2.0), 1, id="into a view"),
+        pytest.param(lambda x: x.exp()[1:].mul_(2.0), 0, id="into a view of it"),
+        pytest.param(lambda x: (lambda m: m + m)(x.exp().gt_(1.0)), 1, id="flags as numbers"),
+        pytest.param(
+            lambda x: (lambda y: y.addmm_(x[:2, None], x[None, :2]).t().reshape(-1))(x[:4].view(2, 2).t().exp()),
+            1,
+            id="laid out otherwise",
+        ),
         pytest.param(read_through_a_view, 1, id="into what a view reads"),
+        pytest.param(lambda x: (x.view(2, 3).T * 2).add_(x.view(3, 2)).T.view(6), 0, id="in another order"),
         pytest.param(lambda x: (lambda y: y.mul_(2.0).sum() + y.sum())(x.exp()), 0, id="into what is read later"),
     ],
 )

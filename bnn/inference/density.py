@@ -173,7 +173,7 @@ class Prepared:
     """A density with its plan: holds the traced or compiled functions, one for each shape of a slice.
 
     `graph` is the trace of the first, where there is one already. Where it `keeps` values, those that
-    follow from a slice alone are computed once, as long as they take no more memory than the slice, or little.
+    follow from a slice alone are computed once, the largest left out until they take no more than the slice, or its part of `KEPT`.
     """
 
     def __init__(
@@ -230,7 +230,9 @@ class Prepared:
             if self.plan.mode == "traced":
                 reuse_memory(graph)
                 return graph, further
-            return compiled(graph, (flat, *tensors, *further(*tensors)), self.plan.threads), further
+            with torch.no_grad():  # as at each call
+                given = further(*tensors)
+            return compiled(graph, (flat, *tensors, *given), self.plan.threads), further
 
 
 def _vectorised(target: Target) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -67,7 +67,8 @@ class HMC:
             parameters, float32 at least.
         memory: bytes that the values of one gradient may take at once; data are cut into slices to fit, and on a CPU
             also where None, into slices that its cache holds. Where None, what follows from the data alone, such as
-            features of layers that are not Bayesian, is computed once if it takes no more than 64 MiB, or than the data.
+            features of layers that are not Bayesian, is computed once, but for the largest of it where all together would
+            take more than 64 MiB, and more than the data.
         compile: whether gradients are compiled; by default where they would take more than half a minute without, and
             there is a compiler.
 
