@@ -74,7 +74,12 @@ def table(run: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--turns", type=int, default=5, help="of each work and way, after one that warms up")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=5,
+        help="of each long work and way, after one that warms up; of short ones three times as many",
+    )
     options = parser.parse_args()
     plan = foreseen()
     ours, other = told_by_ranks(options.turns)

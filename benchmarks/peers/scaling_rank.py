@@ -30,6 +30,8 @@ from bnn.seeding import generator
 from bnn.traffic import counted
 
 SAMPLES, EVALUATED = 512, 16_384
+OFTEN = 3  # times as many turns of a work that takes a few seconds, whose single turns tell little
+LONG = ("chains, 240 draws on 1,024 rows", "chains, 60 draws on 4,096 rows")  # half a minute a turn
 CHAINS = HMC(num_chains=8, num_warmup=45, num_steps=8, trajectory="fixed", init="prior", compile=False)
 TRIAL = 4.0  # seconds of each of the two trials of a plan
 
@@ -186,7 +188,8 @@ def main() -> None:
     told: dict[str, Any] = {}
     judged()  # made whole by each process, before they split what they make
     for place, (name, job) in enumerate(JOBS.items()):
-        found = [turn_of(job, folder / f"{place}-{turn}", rank) for turn in range(1 + turns)]
+        taken = turns if name in LONG else OFTEN * turns
+        found = [turn_of(job, folder / f"{place}-{turn}", rank) for turn in range(1 + taken)]
         took = [seconds for seconds, _ in found[1:]]  # the first warms up
         told[name] = {"turns": took, "figures": found[-1][1]}
     with distributed.joined():
