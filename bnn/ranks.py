@@ -180,7 +180,9 @@ class Ranks:
     def _two_lanes(self) -> tuple[Any, Any]:
         """Groups of two ranks: one to hear rank 0 by, and one to hear rank 1."""
         if self._lanes is None:
-            self.barrier()  # a rank that has ended is missed at once here, and not where groups are made
+            self._exchanged(
+                torch.zeros(1)
+            )  # a rank that has ended is missed at once here, and not where groups are made
             limit = timedelta(seconds=self.timeout)
             self._lanes = torch.distributed.new_group(timeout=limit), torch.distributed.new_group(timeout=limit)
         return self._lanes
