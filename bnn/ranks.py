@@ -154,7 +154,7 @@ class Ranks:
         """`total` of tensors such as `like` that ranks have yet to work out; a call of all, as is that of what it returns.
 
         Of two ranks on CPUs each is ready from now on for what the other one has to say. gloo's receiving thread spins while its
-        connection is being sent on: on a shared core it keeps the sender waiting until the system switches, for milliseconds.
+        connection is being sent on: on a shared core it keeps the sender waiting until the system switches.
         So each direction has a connection of its own, and what is to come is asked for early.
         """
         if self.world_size != 2 or like.device.type != "cpu" or self._group is not None:

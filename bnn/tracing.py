@@ -124,8 +124,8 @@ def simplify(graph: fx.GraphModule) -> None:
 def reuse_memory(graph: fx.GraphModule) -> None:
     """Let activations and their slopes write over what they are made of, where nobody else reads it; the same bits.
 
-    Of values that a cache does not hold, half of what such an operation takes is fetching where it writes. For graphs that are
-    called without autograd.
+    What is written where it was read needs no other memory, and no room in a cache for it. For graphs that are called without
+    autograd.
     """
     owned = {node for node in graph.graph.nodes if _is_owned(node)}
     for node in graph.graph.nodes:
@@ -205,9 +205,7 @@ def _does_nothing(node: fx.Node) -> bool:
     """A view, expansion or slice that is all that is there already, or a number that changes nothing: x 1, / 1, ** 1, - 0."""
     aten = torch.ops.aten
     before, after = (value_of(node.args[0]) if node.args else None), value_of(node)
-    if before is None or after is None or before.dtype != after.dtype or before.shape != after.shape:
-        return False
-    if before.stride() != after.stride():
+    if after is None or _form(before) != _form(after):
         return False  # of a slice x 1 is a copy, in another order, which a view may count on
     if node.target is aten.slice_backward.default or _is_neutral(node):
         return all(user.op != "output" for user in node.users)  # outputs are no inputs
@@ -294,7 +292,7 @@ _ARITHMETIC = (
 
 def _fuse_slopes_of_silu(graph: fx.GraphModule) -> None:
     """d silu(x) / dx, which torch writes in eight operations where slopes may have slopes of their own, by its one for the rest."""
-    # A tenth of a second, which not everybody needs.
+    # Which a trace has loaded, and whoever imports this room need not.
     from torch.fx.passes.utils.matcher_utils import InternalMatch
     from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 
