@@ -1,8 +1,10 @@
-"""Arrays from files that are no banks: `.npy`, `.safetensors` or `.csv`. Nothing in them is run."""
+"""Arrays from files that are no banks: `.npy`, `.npz`, `.safetensors` or `.csv`. Nothing in them is run."""
 
 from __future__ import annotations
 
 import csv
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +40,21 @@ def read_array(spec: str | Path) -> np.ndarray:
         raise DataError(
             text, want=f"a {suffix} file of numbers", got=str(error)[:200], fix="mend the file, or name one array of it"
         ) from error
+
+
+def read_npz(path: Path, *, fix: str) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` archive, by name; nothing in the file is run.
+
+    Raises:
+        DataError: no such archive, or one of pickled objects; `fix` says what to do.
+    """
+    try:
+        if not zipfile.is_zipfile(path):  # of which NumPy says that it be unpickled
+            raise ValueError("no zip archive")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(str(path), want="an .npz archive of plain arrays", got=str(error)[:200], fix=fix) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from bnn import corruptions
+from bnn.arrays import read_npz
 from bnn.errors import ConfigError, DataError
 from bnn.likelihoods import Task
 from bnn.modules import call, is_reference
@@ -162,20 +162,7 @@ def _csv(path: Path, target: str, task: Task | None, known: list[str] | None) ->
 
 def _npz(path: Path) -> Raw:
     _require_file(path)
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("one array without a name")
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            str(path),
-            want="an .npz archive of plain arrays",
-            got=str(error),
-            fix="write it with numpy.savez(FILE, x=..., y=...)",
-        ) from error
-    return _from_arrays(str(path), arrays)
+    return _from_arrays(str(path), read_npz(path, fix="write it with numpy.savez(FILE, x=..., y=...)"))
 
 
 def _from_arrays(place: str, arrays: Any) -> Raw:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnn.arrays import read_tensors
+from bnn.arrays import read_npz, read_tensors
 from bnn.bank import Bank
 from bnn.bank.moving import rows_at_once
 from bnn.errors import BankMismatch, ConfigError, DataError
@@ -137,12 +136,7 @@ def read_draws(path: str | Path) -> Any:
         grouped = {n.removeprefix("posterior."): t for n, t in tensors.items() if n.startswith("posterior.")}
         return dict(grouped or tensors)
     if path.suffix == ".npz":
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-            got = str(error)[:200]
-            raise DataError(str(path), want="an .npz archive of plain arrays", got=got, fix="save it anew") from error
+        return read_npz(path, fix="save it anew")
     if path.suffix == ".nc":
         try:
             import arviz

@@ -685,7 +685,7 @@ def bad_files(folder: Path) -> None:
         (f"{FIT} --data twice.csv:y", "'y' twice"),
         (f"{FIT} --data blank.csv:y", "blank.csv line 3: want numbers in column 'y', or names of classes throughout, got ''"),
         (f"{FIT} --data zip.npz", "an .npz archive of plain arrays"),
-        (f"{FIT} --data array.npz", "an .npz archive of plain arrays"),
+        (f"{FIT} --data array.npz", "want an .npz archive of plain arrays, got no zip archive"),
         (f"{FIT} --data scalar.npz", "numbers, as many rows as its y"),
         (f"{FIT} --data huge.npz", "fewer than 100000 classes"),
         (f"{FIT} --data test.npz", "rows shaped as those of x and y"),

@@ -410,10 +410,12 @@ def test_what_bank_export_writes_comes_back(tmp_path: Path) -> None:
 def test_files_that_hold_no_draws(tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", w=np.array([{}], dtype=object))
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
+    (tmp_path / "junk.npz").write_bytes(b"junk")
     (tmp_path / "draws.csv").write_text("a\n1\n")
     for name, want in {
         "objects.npz": "an .npz archive of plain arrays",
         "cut.npz": "an .npz archive of plain arrays",
+        "junk.npz": "want an .npz archive of plain arrays, got no zip archive",
         "draws.csv": "want .safetensors, .npz or .nc, got .csv",
         "none.npz": "a file of draws, got none",
     }.items():
