@@ -180,6 +180,8 @@ def moved(values: Any, device: torch.device) -> Any:
 
 def rows_of(batch: Batch, rows: range) -> Batch:
     """Neighbouring rows of a batch."""
+    if len(rows) == len(batch.y):
+        return batch
     return Batch(*pytree.tree_map(lambda t: t[rows.start : rows.stop] if isinstance(t, Tensor) else t, tuple(batch)))
 
 

@@ -40,6 +40,28 @@ def trace(
     return graph
 
 
+def untrue(graph: fx.GraphModule) -> str | None:
+    """Why a trace would not be true of other values: shapes or numbers that follow data, random numbers; None where it is."""
+    tags = {
+        torch.Tag.dynamic_output_shape: "a shape that depends on values",
+        torch.Tag.data_dependent_output: "a number that depends on values",
+        torch.Tag.nondeterministic_seeded: "random numbers",
+    }
+    for node in graph.graph.nodes:
+        for tag, words in tags.items():
+            if node.op == "call_function" and tag in getattr(node.target, "tags", ()) and not _drops_nothing(node):
+                return f"{words} ({node.target})"
+        if "as_strided" in str(node.target):
+            return "strides written out (as_strided)"
+    return None
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Attention of torch counts as random, also where its dropout, the only number among its arguments, is 0."""
+    numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
+    return "scaled_dot_product" in str(node.target) and "dropout_p" not in node.kwargs and not any(numbers[:1])
+
+
 def _make_anew(graph: fx.GraphModule) -> None:
     """x.sub_(y) -> x.sub(y) of the same form, where nobody else reads x: so torch writes slopes of SiLU, for one.
 

@@ -87,7 +87,7 @@ class Runner:
         """Outputs [B, ...] of one sample by a trace, in such modes."""
         shell = self.skeleton.shell()
         values = self.skeleton.values(shell, params, self.device)
-        leaves, structure = _apart(x)
+        leaves, structure = apart(x)
         traced = self.function("loop", form, values, leaves, structure)
         return put_together(traced.function(*values, *_tensors(leaves)), traced.form)
 
@@ -142,7 +142,7 @@ class Runner:
                     fresh = self.skeleton.values(shell, params, self.device)
                     values = [value if place in places else fresh[place] for place, value in enumerate(values)]
             return combined(stacked, outputs)  # K times [B, ...] -> [K, B, ...]
-        leaves, structure = _apart(x)
+        leaves, structure = apart(x)
         for place, column in zip(places, columns, strict=True):
             values[place] = column[0]
         traced = self.function("loop", way.form, values, leaves, structure)
@@ -160,7 +160,7 @@ class Runner:
         values = self.skeleton.values(shell, params, self.device)
         if way.form == "eager":
             return self._batched(lambda given: self.skeleton.run(shell, given, x), (self._axes(),), values)
-        leaves, structure = _apart(x)
+        leaves, structure = apart(x)
         values = [value.contiguous() for value in values]
         traced = self.function("vmap", way.form, values, leaves, structure, size)
         tensors = _tensors(leaves)
@@ -308,28 +308,13 @@ def cannot(strategy: str, form: str, why: Exception | str) -> ModuleError:
 
 
 def refuse_untraceable(graph: fx.GraphModule, strategy: str, form: str) -> None:
-    """Raise ModuleError where a trace would not be true of other values: shapes that follow data, random numbers."""
-    tags = {
-        torch.Tag.dynamic_output_shape: "a shape that depends on values",
-        torch.Tag.data_dependent_output: "a number that depends on values",
-        torch.Tag.nondeterministic_seeded: "random numbers",
-    }
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and not all("lift_fresh" in str(user.target) for user in node.users):
-            raise cannot(
-                strategy, form, "a tensor that is neither input, parameter nor buffer"
-            )  # others may replace it
-        for tag, words in tags.items():
-            if node.op == "call_function" and tag in getattr(node.target, "tags", ()) and not _drops_nothing(node):
-                raise cannot(strategy, form, f"{words} ({node.target})")
-        if "as_strided" in str(node.target):
-            raise cannot(strategy, form, "strides written out (as_strided)")
-
-
-def _drops_nothing(node: fx.Node) -> bool:
-    """Attention of torch counts as random, also where its dropout, the only number among its arguments, is 0."""
-    numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
-    return "scaled_dot_product" in str(node.target) and "dropout_p" not in node.kwargs and not any(numbers[:1])
+    """Raise ModuleError where a trace would not be true of other values, or of what others may put in the place of a tensor."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if not all("lift_fresh" in str(user.target) for user in node.users):
+            raise cannot(strategy, form, "a tensor that is neither input, parameter nor buffer")
+    why = tracing.untrue(graph)
+    if why is not None:
+        raise cannot(strategy, form, why)
 
 
 def num_rows(x: Any) -> int | None:
@@ -365,7 +350,7 @@ def is_plain(leaf: Any) -> bool:
     return isinstance(leaf, (type(None), bool, int, float, complex, str, torch.dtype, torch.device))
 
 
-def _apart(x: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def apart(x: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """The leaves of x and its structure; without a walk for a tensor alone."""
     return ([x], _LEAF) if isinstance(x, Tensor) else pytree.tree_flatten(x)
 

@@ -1,4 +1,4 @@
-"""What producers on minibatches share: where positions start, their gradients, and Adam on all of them at once."""
+"""What producers on minibatches share: where positions start, and Adam on all of them at once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ STARTS: tuple[str, ...] = ("module", "reset", "prior")
 
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8  # of Adam, as its authors chose them
 LAST_RATE = 0.01  # share of the learning rate that is left at the end of a climb
-
-Gradient: TypeAlias = Callable[[Tensor, Batch, float], tuple[Tensor, Tensor]]
-"""Positions u [M, P], a batch and its weight -> gradient [M, P] and value [M] of a log density."""
 
 
 class Climb(NamedTuple):
@@ -62,31 +59,6 @@ def climb(at: Climb, gradient: Tensor, *, step: int, num_steps: int, lr: float) 
     rate = lr * LAST_RATE ** (step / num_steps)
     direction = (mean / (1 - FIRST_DECAY**count)) / ((square / (1 - SECOND_DECAY**count)).sqrt() + EPSILON)
     return Climb(at.flat + rate * direction, mean, square)
-
-
-def gradient_of(model: BayesianModel, *, constrained: bool = False) -> Gradient:
-    """The gradient of the log density of M positions, in the unconstrained space of the model.
-
-    Args:
-        model: whose density.
-        constrained: that of the values that a bank keeps, without the Jacobian: its maximum is the MAP.
-    """
-
-    def value(flat: Tensor, batch: Batch, weight: float) -> Tensor:
-        log_density, log_joint = model.log_density(flat, batch, weight=weight)
-        return log_joint if constrained else log_density
-
-    one = torch.func.grad_and_value(value)
-    several = torch.func.vmap(one, in_dims=(0, None, None))
-
-    def gradient(flat: Tensor, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
-        if len(flat) == 1:  # a batch axis of one only slows convolutions down
-            slope, height = one(flat[0], batch, weight)
-            return slope.unsqueeze(0).detach(), height.unsqueeze(0).detach()
-        slope, height = several(flat, batch, weight)
-        return slope.detach(), height.detach()
-
-    return gradient
 
 
 def weighted_batches(

@@ -18,7 +18,8 @@ from bnn.arrays import read_tensors
 from bnn.batches import Sampled, minibatches, moved, num_batches, num_rows
 from bnn.distributed import Ranks, ranks
 from bnn.errors import ConfigError, DataError, check_kinds, choose
-from bnn.inference.climbing import Climb, Gradient, climb, gradient_of, require_finite, starts, weighted_batches
+from bnn.inference.climbing import Climb, climb, require_finite, starts, weighted_batches
+from bnn.inference.gradients import Gradient, gradient_of
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Batch, Block, Data, Params, State, make_block
@@ -196,7 +197,7 @@ def window(task: Task, group: Group, batches: Iterator[tuple[Batch, float]]) -> 
     heights: list[Tensor] = []
     end = min(step + STEPS_PER_STATE, options.num_steps)
     while step < end:
-        slope, height = task.gradient(at.flat, *next(batches))
+        slope, height = task.gradient(at.flat, *next(batches), step)
         new = climb(at, slope, step=step, num_steps=options.num_steps, lr=options.lr)
         at = new if watch is None else freeze(at, new, _stopped(options, watch))
         heights.append(height)

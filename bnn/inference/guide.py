@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,6 +21,7 @@ from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
 from bnn.inference.climbing import weighted_batches
 from bnn.inference.families import Draw, Family, FlowFamily, FullRankFamily, NormalFamily, Point
+from bnn.inference.gradients import Gradient, gradient_of
 from bnn.inference.row_noise import RowNoise, eligible_rows, row_noise_loss
 from bnn.model import BayesianModel
 from bnn.seeding import derive, generator, isolated
@@ -218,8 +219,6 @@ class Fitted(NamedTuple):
     loss: Callable[[Batch, float, int], Tensor]  # batch, weight of its likelihood, step -> -ELBO, a scalar
     draw: Callable[[range], Params]  # bank indices -> params [K, *shape]
     around: Callable[[int], AbstractContextManager[None]]  # of steps from this one on
-    draws: Callable[[int], list[Draw]] | None = None  # of a step, whose heights the loss is the mean of, where it is
-    height: Callable[[Tensor, Batch, float], Tensor] | None = None  # of u [P], batch and weight: what the guide climbs
 
 
 def _run(
@@ -275,28 +274,23 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
         source = generator(seed, "step", step, device=model.device)
         return source, torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
 
+    # Of a mode the log joint: a point has no density to transform.
+    gradient = gradient_of(model, constrained=options.family == "map")
+
     def sides(normals: Tensor) -> list[Tensor]:
         return [normals, -normals] if options.variance_reduction == "antithetic" else [normals]
-
-    def draws(step: int) -> list[Draw]:
-        return [family.draw(normals) for normals in sides(normals_of(step)[1])]
-
-    def height(flat: Tensor, batch: Batch, weight: float) -> Tensor:
-        return family_height(model, flat, batch, weight, options)
 
     def loss(batch: Batch, weight: float, step: int) -> Tensor:
         source, normals = normals_of(step)
         if how is not None:
             assert isinstance(family, NormalFamily)
             return row_noise_loss(family, model, batch, weight, normals, rows, how, source)
-        found = [family_loss(family, model, batch, weight, side, options) for side in sides(normals)]
-        return found[0] if len(found) == 1 else 0.5 * (found[0] + found[1])
+        return family_loss([family.draw(side) for side in sides(normals)], gradient, batch, weight, step)
 
     def draw(indices: range) -> Params:
         return model.space.values(_draw(family, options, model, seed, indices).cpu().contiguous())  # [K, P]
 
-    fitted = Fitted(family.parameters, loss, draw, lambda step: nullcontext())
-    return fitted if how is not None else fitted._replace(draws=draws, height=height)
+    return Fitted(family.parameters, loss, draw, lambda step: nullcontext())
 
 
 def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
@@ -313,18 +307,48 @@ def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
     return NormalFamily(start, scale, options.rank if options.family == "low-rank" else 0, source)
 
 
-def family_loss(
-    family: Family, model: BayesianModel, batch: Batch, weight: float, normals: Tensor, options: Guide
-) -> Tensor:
-    """-(log density of u + -log q(u)) of one draw, in nats."""
-    draw = family.draw(normals)
-    return -(family_height(model, draw.flat, batch, weight, options) + draw.surprise)
+def family_loss(draws: Sequence[Draw], gradient: Gradient, batch: Batch, weight: float, step: int) -> Tensor:
+    """-ELBO of these draws of q, in nats; of ranks each takes its rows of the batch.
+
+    loss(batch) = -mean_u (sum_r B_r / B height(u; rows of r) + surprise(u)): each log likelihood is scaled by N / B_r
+
+    What travels, as one flat tensor, are the heights' slopes at the draws, P numbers each, whatever the number of parameters:
+    all ranks have the same draws, to rounding (`_align`), and lead the sum of the slopes back to the parameters.
+
+    Args:
+        draws: of the same family, each with its graph to the parameters.
+        gradient: of the height, which is what q wants to be high.
+        batch: all rows of the step.
+        weight: of their likelihood.
+        step: its number.
+    """
+    together, flats = ranks(), [draw.flat.detach() for draw in draws]
+    announced = together.coming_total(flats[0].new_empty(sum(map(len, flats)) + 1))
+    own = together.share(len(batch.y))
+    height, slopes = flats[0].new_zeros(()), [torch.zeros_like(flat) for flat in flats]
+    if len(own):
+        rows, share = rows_of(batch, own), len(own) / len(batch.y) / len(draws)
+        found = [gradient(flat.unsqueeze(0), rows, weight, step) for flat in flats]
+        slopes = [share * slope[0] for slope, _ in found]
+        height = share * torch.cat([heights for _, heights in found]).sum()
+    if together.several:
+        *slopes, height = announced(torch.cat([*slopes, height.reshape(1).to(slopes[0])])).split([*map(len, flats), 1])
+    surprise = torch.stack([draw.surprise for draw in draws]).mean()
+    led_back: Tensor = _Height.apply(height.reshape(()), slopes, *(draw.flat for draw in draws))
+    return -(led_back + surprise)
 
 
-def family_height(model: BayesianModel, flat: Tensor, batch: Batch, weight: float, options: Guide) -> Tensor:
-    """What a guide wants to be high at u [P]: the log density; of a mode the log joint, for a point has no density to transform."""
-    log_density, log_joint = model.log_density(flat, batch, weight=weight)
-    return log_joint if options.family == "map" else log_density
+class _Height(torch.autograd.Function):
+    """A height whose slopes at some places are known."""
+
+    @staticmethod
+    def forward(ctx: Any, height: Tensor, slopes: Sequence[Tensor], *places: Tensor) -> Tensor:
+        ctx.slopes = slopes
+        return height.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grads[0] * slope for slope in ctx.slopes)
 
 
 def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fitted:
@@ -371,16 +395,13 @@ def _optimise(
     num_data: int,
 ) -> Tensor:
     """Take these steps; their ELBO a row, float64. Ranks take their rows of each batch, and sum what these say."""
-    losses, several = [], ranks().several
+    losses = []
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
         batch, weight = next(batches)
-        if several:
-            loss = _summed_loss(fitted, batch, weight, step)
-        else:
-            loss = fitted.loss(batch, weight, step)
-            loss.backward()
+        loss = fitted.loss(batch, weight, step)
+        loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     elbos = -torch.stack(losses).double().cpu() / num_data
@@ -398,33 +419,6 @@ def _optimise(
             fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
         )
     return elbos
-
-
-def _summed_loss(fitted: Fitted, batch: Batch, weight: float, step: int) -> Tensor:
-    """The loss of a batch whose rows are split over ranks, with its gradient.
-
-    loss(batch) = -mean_u (sum_r B_r / B height(u; rows of r) + surprise(u)): each log likelihood is scaled by N / B_r
-
-    What travels, as one flat tensor, are the heights' slopes at the draws, P numbers each, whatever the number of parameters:
-    all ranks have the same draws, to rounding (`_align`), and lead the sum of the slopes back to the parameters.
-    """
-    assert fitted.draws is not None, "a guide that ranks share has draws"
-    assert fitted.height is not None
-    together, draws = ranks(), fitted.draws(step)
-    places = [draw.flat.detach().requires_grad_() for draw in draws]
-    announced = together.coming_total(places[0].new_empty(sum(map(len, places)) + 1))
-    own = together.share(len(batch.y))
-    total, slopes = places[0].new_zeros(()), [torch.zeros_like(place) for place in places]
-    if len(own):
-        rows, share = rows_of(batch, own), len(own) / len(batch.y) / len(draws)
-        heights = [share * fitted.height(place, rows, weight) for place in places]
-        slopes = list(torch.autograd.grad(heights, places))
-        total = torch.stack(heights).detach().sum().to(slopes[0])
-    *slopes, total = announced(torch.cat([*slopes, total.reshape(1)])).split([*map(len, places), 1])
-    surprise = torch.stack([draw.surprise for draw in draws]).mean()
-    led_back = torch.stack([draw.flat @ slope for draw, slope in zip(draws, slopes, strict=True)]).sum()
-    (-(led_back + surprise)).backward()
-    return torch.reshape(-(total + surprise.detach()), ())
 
 
 def _align(optimizer: torch.optim.Adam, parameters: Mapping[str, Tensor]) -> None:

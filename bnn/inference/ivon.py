@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bnn.errors import ConfigError, check_kinds, choose
-from bnn.inference.climbing import STARTS, Gradient, Start, gradient_of, require_finite, starts, weighted_batches
+from bnn.inference.climbing import STARTS, Start, require_finite, starts, weighted_batches
+from bnn.inference.gradients import Gradient, gradient_of
 from bnn.model import BayesianModel
 from bnn.seeding import generator, isolated
 from bnn.types import Batch, Block, Data, State, make_block
@@ -94,7 +95,12 @@ def spread(at: Fitted, model: BayesianModel) -> Tensor:
 
 
 def optimise(
-    options: IVON, model: BayesianModel, at: Fitted, batches: Iterator[tuple[Batch, float]], steps: range
+    options: IVON,
+    model: BayesianModel,
+    gradient: Gradient,
+    at: Fitted,
+    batches: Iterator[tuple[Batch, float]],
+    steps: range,
 ) -> tuple[Fitted, Tensor]:
     """Take these steps: what follows, and the log density [n] of each draw on the way. Draws from the global stream."""
     parameter = nn.Parameter(at.mean.clone())
@@ -109,24 +115,23 @@ def optimise(
     )
     (group,) = optimizer.param_groups
     group["momentum"], group["hess"], optimizer.current_step = at.momentum, at.hess, steps.start
-    gradient, scale, heights = gradient_of(model), _scale(model), []
+    scale, heights = _scale(model), []
     for step in steps:
         group["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * step / options.num_steps))
         batch, weight = next(batches)
         for _ in range(options.mc_samples):
             with optimizer.sampled_params(train=True):
-                parameter.grad, height = _loss_gradient(model, gradient, scale, parameter.detach(), batch, weight)
+                v = parameter.detach()
+                slope, height = gradient((scale * v).unsqueeze(0), batch, weight, step)
+                parameter.grad = _loss_gradient(model, scale, v, slope[0])
             heights.append(height)
         optimizer.step()
     return Fitted(parameter.detach().clone(), group["momentum"], group["hess"]), torch.cat(heights)
 
 
-def _loss_gradient(
-    model: BayesianModel, gradient: Gradient, scale: Tensor, v: Tensor, batch: Batch, weight: float
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the loss at v, [P], and the log density there, [1]."""
-    slope, height = gradient((scale * v).unsqueeze(0), batch, weight)
-    return -(model.temperature * scale * slope[0] + v) / model.num_data, height
+def _loss_gradient(model: BayesianModel, scale: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    """The gradient of the loss at v, [P], by that of the log density at u = scale v."""
+    return -(model.temperature * scale * slope + v) / model.num_data
 
 
 def _run(
@@ -138,10 +143,11 @@ def _run(
     drawn = 0 if state is None else max(state["step"] - options.num_steps, 0)
     info: dict[str, float] = {} if state is None else state["info"]
     batches = weighted_batches(model, data, options.batch_size, seed=seed, start=step)
+    gradient = gradient_of(model)
     while step < options.num_steps:
         stop = min(step + STEPS_PER_STATE, options.num_steps)
         with isolated(seed, "ivon", step):
-            at, heights = optimise(options, model, at, batches, range(step, stop))
+            at, heights = optimise(options, model, gradient, at, batches, range(step, stop))
         require_finite(
             "IVON",
             heights.unsqueeze(1),

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from bnn.batches import Sampled, full_batch, minibatches, moved, num_batches
 from bnn.errors import ConfigError, FitError, ModuleError, check_kinds, choose
-from bnn.inference.climbing import STARTS, Climb, Start, climb, gradient_of, require_finite, starts, weighted_batches
+from bnn.inference.climbing import STARTS, Climb, Start, climb, require_finite, starts, weighted_batches
 from bnn.inference.curvature import STRUCTURES, Piece, Plan, Root, Structure, measure, not_finite, places_of, plan
+from bnn.inference.gradients import gradient_of
 from bnn.layout import as_patterns, select
 from bnn.model import BayesianModel
 from bnn.priors import LOG_2PI
@@ -290,7 +291,7 @@ def _climb(
     while step < options.num_steps:
         heights, start = [], step
         for _ in range(min(STEPS_PER_STATE, options.num_steps - step)):
-            slope, height = gradient(at.flat, *next(batches))
+            slope, height = gradient(at.flat, *next(batches), step)
             at = climb(at, slope, step=step, num_steps=options.num_steps, lr=options.lr)
             heights.append(height)
             step += 1
@@ -310,10 +311,10 @@ def _slopes(
     rows, total, slope = 0, torch.zeros(1, dtype=torch.float64, device=flat.device), torch.zeros_like(flat).double()
     for batch in _epoch(data, options.batch_size, seed):
         here = moved(batch, model.device)
-        found, height = gradient(flat.unsqueeze(0), here, 1.0)
+        found, height = gradient(flat.unsqueeze(0), here, 1.0, 0)
         total, slope = total + len(batch.y) * height.double(), slope + len(batch.y) * found[0].double()
         rows += len(batch.y)
-    prior, _ = gradient(flat.unsqueeze(0), here, 0.0)
+    prior, _ = gradient(flat.unsqueeze(0), here, 0.0, 0)
     return total / rows, slope / rows, model.temperature * prior[0].double()
 
 

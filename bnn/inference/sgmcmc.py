@@ -16,14 +16,13 @@ from bnn.errors import ConfigError, NotConverged, check_kinds, choose
 from bnn.inference.climbing import (
     STARTS,
     Climb,
-    Gradient,
     Start,
     climb,
-    gradient_of,
     require_finite,
     starts,
     weighted_batches,
 )
+from bnn.inference.gradients import Gradient, gradient_of
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Batch, Block, Data, State, make_block
@@ -293,7 +292,7 @@ def _climbed(setting: Setting, state: State) -> State:
     steps = range(state["step"], min(state["step"] + STEPS_PER_STATE, options.climb_steps))
     heights = []
     for step in steps:
-        slope, height = setting.gradient(at.flat, *next(setting.batches))
+        slope, height = setting.gradient(at.flat, *next(setting.batches), step)
         at = climb(at, slope, step=step, num_steps=options.climb_steps, lr=options.climb_lr)
         heights.append(height)
     info = _watched(setting, state, heights, at.flat, options.climb_lr)
@@ -308,7 +307,7 @@ def _sampled(setting: Setting, at: Chains, state: State) -> tuple[Chains, State]
     heights, temperatures = [], []
     for step in range(begin, begin + STEPS_PER_STATE):
         what = turn(options, step)
-        slope, height = setting.gradient(at.flat, *next(setting.batches))
+        slope, height = setting.gradient(at.flat, *next(setting.batches), options.climb_steps + step)
         noise = _noise(setting.chains, at.flat, setting.seed, step) if what.noisy else None
         at = transition(at, slope, noise, longest * what.share, friction)
         heights.append(height)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bnn.batches import num_batches
 from bnn.errors import ConfigError, check_kinds, choose
-from bnn.inference.climbing import STARTS, Climb, Start, climb, gradient_of, require_finite, starts, weighted_batches
+from bnn.inference.climbing import STARTS, Climb, Start, climb, require_finite, starts, weighted_batches
+from bnn.inference.gradients import gradient_of
 from bnn.model import BayesianModel
 from bnn.seeding import generator
 from bnn.types import Block, Data, State, make_block
@@ -186,7 +187,7 @@ def _climb(options: SWAG, model: BayesianModel, data: Data, seed: int, state: St
     while step < options.num_steps:
         stop, heights = min(step + STEPS_PER_STATE, options.num_steps), []
         for number in range(step, stop):
-            slope, height = gradient(at.flat, *next(batches))
+            slope, height = gradient(at.flat, *next(batches), number)
             at = climb(at, slope, step=number, num_steps=options.num_steps, lr=options.lr)
             heights.append(height / model.num_data)
         seen = torch.stack(heights)  # [steps, 1]
@@ -213,7 +214,7 @@ def _collect(
     while step < end:
         stop, heights = min(step + STEPS_PER_STATE, end), []
         for number in range(step, stop):
-            slope, height = gradient(path.flat.unsqueeze(0), *next(batches))
+            slope, height = gradient(path.flat.unsqueeze(0), *next(batches), number)
             slope = slope[0] * (model.temperature / model.num_data)  # [P]
             path = descend(path, slope, swag_lr=options.swag_lr, momentum=options.momentum)
             if (number + 1 - options.num_steps) % every == 0:

@@ -63,7 +63,7 @@ class TensorRows(Dataset[Any]):
             raise DataError(
                 "data", want="tensors of one length", got=str(lengths)[:100], fix="pass inputs and targets [N, ...]"
             )
-        self._flat = type(data) is list and all(isinstance(leaf, Tensor) for leaf in data)
+        self._flat = type(data) in (list, tuple) and all(isinstance(leaf, Tensor) for leaf in data)
         self._data, self._length = data, lengths[0]
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class TensorRows(Dataset[Any]):
     def batch(self, rows: Tensor) -> Any:
         """The rows int64 [B] of every tensor, in the structure of the data."""
         if self._flat:  # the common case, without a walk
-            return [_rows_of(tensor, rows) for tensor in self._data]
+            return type(self._data)([_rows_of(tensor, rows) for tensor in self._data])
         return pytree.tree_map(lambda leaf: _rows_of(leaf, rows), self._data)
 
 

@@ -1,11 +1,10 @@
-"""What producers on minibatches share, against torch's Adam, autograd and sums over all rows."""
+"""What producers on minibatches share, against torch's Adam and sums over all rows."""
 
 from __future__ import annotations
 
 import copy
 import math
 from itertools import islice
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from bnn.inference.climbing import (
     LAST_RATE,
     Climb,
     climb,
-    gradient_of,
     require_finite,
     starts,
     weighted_batches,
@@ -28,23 +26,6 @@ from bnn.inference.climbing import (
 from bnn.model import BayesianModel
 from bnn.seeding import generator, isolated
 from bnn.types import Batch
-
-
-class Case(NamedTuple):
-    model: BayesianModel
-    batch: Batch
-    flat: Tensor  # [3, P]
-
-
-@pytest.fixture
-def noisy() -> Case:
-    """A regression in float64 with a learnt scale: P = 4 * 5 + 5 + 5 * 2 + 2 + 1 = 38."""
-    source = generator(5, "climbing")
-    x, y = torch.randn(11, 4, generator=source).double(), torch.randn(11, 2, generator=source).double()
-    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-    likelihood = likelihoods.Gaussian(priors.LogNormal(-0.3, 0.8))
-    model = BayesianModel(module, prior=priors.Normal(0.0, 0.7), likelihood=likelihood, num_data=29, temperature=0.5)
-    return Case(model, Batch(x, y), 0.4 * torch.randn(3, 38, generator=source).double())
 
 
 def test_climb_is_adam_with_a_rate_that_falls_exponentially() -> None:
@@ -78,41 +59,6 @@ def test_climb_goes_on_from_what_was_saved_and_changes_nothing_in_place() -> Non
     assert all(torch.equal(mine, whole) for mine, whole in zip(again, seen[-1], strict=True))
     assert torch.equal(seen[0].flat, torch.ones(2, 3))
     assert torch.equal(state["climb.mean"], seen[2].mean)
-
-
-@pytest.mark.parametrize("constrained", [False, True])
-def test_gradients_of_several_positions_are_those_of_each(noisy: Case, constrained: bool) -> None:
-    gradient = gradient_of(noisy.model, constrained=constrained)
-    slopes, heights = gradient(noisy.flat, noisy.batch, 1.3)
-    assert slopes.shape == (3, 38)
-    assert heights.shape == (3,)
-    assert not slopes.requires_grad
-    assert not heights.requires_grad
-    for row in range(3):
-        slope, height = gradient(noisy.flat[row : row + 1], noisy.batch, 1.3)
-        assert slope.shape == (1, 38)
-        torch.testing.assert_close(slope[0], slopes[row], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(height[0], heights[row], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("constrained", [False, True])
-def test_gradients_are_those_of_the_log_density_by_hand(noisy: Case, constrained: bool) -> None:
-    """T log density = N / B * weight * log likelihood + log prior + T * log Jacobian, with autograd's derivative."""
-    _, batch, flat = noisy
-    slopes, heights = gradient_of(noisy.model, constrained=constrained)(flat, batch, 0.8)
-    for row in range(3):
-        u = flat[row].clone().requires_grad_()
-        first, one, second, two, log_scale = u.split([20, 5, 10, 2, 1])
-        mean = torch.tanh(batch.x @ first.view(5, 4).T + one) @ second.view(2, 5).T + two
-        likelihood = torch.distributions.Normal(mean, log_scale.exp()).log_prob(batch.y).sum()
-        prior = torch.distributions.Normal(0.0, 0.7).log_prob(u[:-1]).sum()
-        prior = prior + torch.distributions.LogNormal(-0.3, 0.8).log_prob(log_scale.exp()).sum()
-        expected = (0.8 * 29 / 11 * likelihood + prior) / 0.5
-        expected = expected if constrained else expected + log_scale.sum()
-        expected.backward()
-        torch.testing.assert_close(heights[row], expected.detach(), rtol=1e-5, atol=1e-5)
-        assert u.grad is not None
-        torch.testing.assert_close(slopes[row], u.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["tensors", "dataset", "loader"])

@@ -19,6 +19,7 @@ from bnn.errors import ConfigError
 from bnn.fitting import fit
 from bnn.inference import Guide
 from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFamily, Point
+from bnn.inference.gradients import gradient_of
 from bnn.inference.guide import family_loss, make_family
 from bnn.model import BayesianModel
 from bnn.seeding import generator
@@ -250,10 +251,8 @@ def test_elbo_and_gradient_are_unbiased(name: str, reduction: str) -> None:
     value, slope = elbo(name, family, case)
 
     def loss(normals: Tensor) -> Tensor:
-        one = family_loss(family, case.model, batch, 1.0, normals, Guide(name))  # type: ignore[arg-type]
-        if reduction == "none":
-            return one
-        return 0.5 * (one + family_loss(family, case.model, batch, 1.0, -normals, Guide(name)))  # type: ignore[arg-type]
+        sides = [normals] if reduction == "none" else [normals, -normals]
+        return family_loss([family.draw(side) for side in sides], gradient_of(case.model), batch, 1.0, 0)
 
     values, slopes = estimates(family, case, loss, 500 if reduction == "none" else 250)
     assert float(off(values, torch.tensor(value).double())) < 4
@@ -275,7 +274,9 @@ def test_antithetic_steps_take_the_pair() -> None:
     )
     family = FAMILIES["mean-field"](both.parameters["loc"], torch.full((5,), 0.45))
     z = torch.randn(5, generator=generator(3, "step", 4))
-    pair = [float(family_loss(family, case.model, batch, 1.0, sign * z, Guide()).detach()) for sign in (1, -1)]
+    pair = [
+        float(family_loss([family.draw(sign * z)], gradient_of(case.model), batch, 1.0, 0).detach()) for sign in (1, -1)
+    ]
     assert float(both.loss(batch, 1.0, 4).detach()) == pytest.approx(sum(pair) / 2, rel=1e-5)
     assert float(plain.loss(batch, 1.0, 4).detach()) == pytest.approx(pair[0], rel=1e-5)
     first, second = ([fitted.loss(batch, 1.0, step).detach() for step in range(40)] for fitted in (both, plain))
@@ -403,7 +404,7 @@ def test_the_divergence_from_the_prior_is_summed_once_over_all_layers() -> None:
     batch = Batch(x[:4], y[:4])
     ones = torch.ones(model.layout.num_values)
     found = (
-        sum(float(family_loss(family, model, batch, 0.0, z, options).detach()) for z in (ones, -ones)) / 2
+        sum(float(family_loss([family.draw(z)], gradient_of(model), batch, 0.0, 0).detach()) for z in (ones, -ones)) / 2
     )  # no likelihood
     loc, scale = family.parameters["loc"].detach(), family.scale.detach()  # type: ignore[attr-defined]
     expected = kl_divergence(Normal(loc, scale), Normal(0.0, model.prior_scale()))
