@@ -125,6 +125,13 @@ def full_batch(data: Data) -> Batch:
     return check(_as_batch(data))
 
 
+class Share(NamedTuple):
+    """What one of several takes of a batch: neighbouring rows."""
+
+    batch: Batch | None  # of these rows; None where there are none
+    total: int  # rows of the whole batch
+
+
 def minibatches(data: Data, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
     """Batches without end, from batch number `start` on; epoch after epoch, each in an order of its own.
 
@@ -132,23 +139,44 @@ def minibatches(data: Data, batch_size: int, *, seed: int, start: int = 0) -> It
     draws from the global streams on (seed, epoch, batch). A `DataLoader` keeps its own batch size and
     order; where it shuffles, it does so from (seed, epoch) too.
     """
+    for share in shares(data, batch_size, seed=seed, start=start):
+        assert share.batch is not None, "the share of one alone is the batch"
+        yield share.batch
+
+
+def shares(
+    data: Data, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[Share]:
+    """The rows that number `rank` of `world_size` takes of `minibatches`, in as many parts that differ by one row at most.
+
+    Others' rows are not read, but for those of a `DataLoader`, which knows whole batches alone. Where a data set draws random
+    numbers, each share has its own.
+    """
     if isinstance(data, DataLoader):
-        yield from _from_loader(data, seed, start)
+        for whole in _from_loader(data, seed, start):
+            total = len(whole.y)
+            own = range(total * rank // world_size, total * (rank + 1) // world_size)
+            yield Share(rows_of(whole, own) if len(own) else None, total)
         return
     source = data.data if isinstance(data, Sampled) else data
     in_memory = not isinstance(source, Dataset)
     rows = TensorRows(tuple(check(_as_batch(source))[:2])) if in_memory else source
-    fetcher, requests = Fetcher(rows, None, seed), _requests(data, batch_size, seed)
+    fetcher = Fetcher(rows, None, seed)
+    requests = _requests(data, batch_size, seed, rank=rank, world_size=world_size)
     epoch, requests.start = divmod(start, len(requests))
     while True:
         requests.epoch = epoch
         for request in requests:
-            batch = _as_batch(fetcher.__getitems__(request).data)
+            fetched = fetcher.__getitems__(request)
+            if fetched.data is None:
+                yield Share(None, fetched.total)
+                continue
+            batch = _as_batch(fetched.data)
             if not in_memory:
                 check(batch)
             if isinstance(data, Sampled) and data.importance:
                 batch = batch._replace(weight=data.sampler.importance_weights(request.rows))
-            yield batch
+            yield Share(batch, fetched.total)
         epoch, requests.start = epoch + 1, 0
 
 
@@ -180,8 +208,6 @@ def moved(values: Any, device: torch.device) -> Any:
 
 def rows_of(batch: Batch, rows: range) -> Batch:
     """Neighbouring rows of a batch."""
-    if len(rows) == len(batch.y):
-        return batch
     return Batch(*pytree.tree_map(lambda t: t[rows.start : rows.stop] if isinstance(t, Tensor) else t, tuple(batch)))
 
 
@@ -228,10 +254,11 @@ def _as_batch(data: Any) -> Batch:
     )
 
 
-def _requests(data: Data, batch_size: int, seed: int) -> Requests:
+def _requests(data: Data, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> Requests:
     """The batches of an epoch: by the data's sampler, or each row once in a shuffled order."""
     sampler = data.sampler if isinstance(data, Sampled) else ShuffledSampler(num_rows(data), seed=seed)
-    return Requests(sampler, None if sampler.of_batches else min(batch_size, len(sampler)), drop_last=False, seed=seed)
+    size = None if sampler.of_batches else min(batch_size, len(sampler))
+    return Requests(sampler, size, drop_last=False, seed=seed, rank=rank, world_size=world_size)
 
 
 def _weighed(data: Sampled) -> Batch:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from bnn.batches import Sampled, changes, full_batch, mean_rows, minibatches, num_batches, num_rows, reweights, sampled
+from bnn.batches import (
+    Sampled,
+    changes,
+    full_batch,
+    mean_rows,
+    minibatches,
+    num_batches,
+    num_rows,
+    reweights,
+    sampled,
+    shares,
+)
 from bnn.errors import ConfigError, DataError
 from bnn.samplers import (
     ClassBalancedSampler,
@@ -275,6 +286,54 @@ def test_data_that_take_rows_alike_are_known(form: str) -> None:
 
 
 # Data sets that draw at random
+
+
+SHARED: dict[str, Any] = {
+    **FORMS,
+    **{name: Sampled((X, Y), sampler, True) for name, sampler in samplers().items()},
+}
+
+
+@pytest.mark.parametrize("form", SHARED)
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_shares_are_the_batch_together(form: str, world_size: int) -> None:
+    """In the order of ranks, with their importance weights; who has no rows hears of the batch all the same."""
+    data = SHARED[form]
+    whole = list(islice(minibatches(data, 4, seed=1, start=2), 7))
+    parts = [
+        list(islice(shares(data, 4, seed=1, start=2, rank=rank, world_size=world_size), 7))
+        for rank in range(world_size)
+    ]
+    for number, batch in enumerate(whole):
+        own = [part[number] for part in parts]
+        held = [share.batch for share in own if share.batch is not None]
+        assert all(share.total == len(batch.y) for share in own)
+        assert len(held) == min(world_size, len(batch.y))
+        assert torch.equal(torch.cat([each.x for each in held]), batch.x)
+        assert torch.equal(torch.cat([each.y for each in held]), batch.y)
+        if batch.weight is not None:
+            assert torch.equal(torch.cat([each.weight for each in held if each.weight is not None]), batch.weight)
+
+
+class Watched(Dataset):
+    """Notes which rows are asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        self.asked.append(row)
+        return X[row], Y[row]
+
+
+def test_a_share_reads_no_rows_of_others() -> None:
+    data = Watched()
+    found = [share.batch for share in islice(shares(data, 4, seed=1, rank=1, world_size=3), 3)]
+    assert data.asked == [int(row) for batch in found if batch is not None for row in batch.y]
+    assert len(data.asked) == 3  # of batches of 4, 4 and 3
 
 
 class Noisy(Dataset):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnn.batches import mean_rows, minibatches, moved
+from bnn.batches import Share, mean_rows, minibatches, moved, shares
 from bnn.errors import FitError
 from bnn.model import BayesianModel
 from bnn.seeding import isolated
@@ -69,10 +69,26 @@ def weighted_batches(
     An epoch visits its batches equally often, also a short last one, while the contract of `log_joint`
     weighs them by their rows: the weight is B_i / mean B.
     """
+    for share, weight in weighted_shares(model, data, batch_size, seed=seed, start=start):
+        assert share.batch is not None, "the share of one alone is the batch"
+        yield share.batch, weight
+
+
+def weighted_shares(
+    model: BayesianModel,
+    data: Data,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Share, float]]:
+    """What number `rank` of `world_size` takes of `weighted_batches`, each share with the weight of its batch."""
     rows = mean_rows(data, batch_size)
     model.check_rows(moved(next(minibatches(data, batch_size, seed=seed)), model.device))
-    for batch in minibatches(data, batch_size, seed=seed, start=start):
-        yield moved(batch, model.device), len(batch.y) / rows
+    for share in shares(data, batch_size, seed=seed, start=start, rank=rank, world_size=world_size):
+        yield Share(moved(share.batch, model.device), share.total), share.total / rows
 
 
 def starts(model: BayesianModel, start: Start, num: int, seed: int, *, first: int = 0, every: int = 1) -> Tensor:

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from bnn import adam
-from bnn.batches import minibatches, moved, rows_of
+from bnn.batches import Share, minibatches, moved
 from bnn.distributed import ranks
 from bnn.drawing import NORMAL_FAMILIES, VIRTUAL_DRAWS, GuideDraws, frozen
 from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
-from bnn.inference.climbing import weighted_batches
+from bnn.inference.climbing import weighted_shares
 from bnn.inference.families import Draw, Family, FlowFamily, FullRankFamily, NormalFamily, Point
 from bnn.inference.gradients import Gradient, gradient_of
 from bnn.inference.row_noise import RowNoise, eligible_rows, row_noise_loss
 from bnn.model import BayesianModel
 from bnn.seeding import derive, generator, isolated
-from bnn.types import Batch, Block, Data, Params, State, make_block
+from bnn.types import Block, Data, Params, State, make_block
 
 FamilyName: TypeAlias = Literal["mean-field", "low-rank", "full-rank", "flow", "map"]
 FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "full-rank", "flow", "map")
@@ -216,7 +216,7 @@ class Fitted(NamedTuple):
     """What is optimised, and how it is used."""
 
     parameters: dict[str, Tensor]  # leaves
-    loss: Callable[[Batch, float, int], Tensor]  # batch, weight of its likelihood, step -> -ELBO, a scalar
+    loss: Callable[[Share, float, int], Tensor]  # of a batch, weight of its likelihood, step -> -ELBO, a scalar
     draw: Callable[[range], Params]  # bank indices -> params [K, *shape]
     around: Callable[[int], AbstractContextManager[None]]  # of steps from this one on
 
@@ -235,7 +235,10 @@ def _run(
     info: dict[str, float] = {} if state is None else state["info"]
     trend = torch.zeros(WINDOWS, dtype=torch.float64) if state is None else state["trend"]
     if step < options.num_steps:
-        batches = weighted_batches(model, data, options.batch_size, seed=seed, start=step)
+        rank, world_size = ranks().rank, ranks().world_size
+        batches = weighted_shares(
+            model, data, options.batch_size, seed=seed, start=step, rank=rank, world_size=world_size
+        )
     while step < options.num_steps:
         steps = range(step, min(step + STEPS_PER_STATE, options.num_steps))
         with fitted.around(step):
@@ -280,12 +283,13 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
     def sides(normals: Tensor) -> list[Tensor]:
         return [normals, -normals] if options.variance_reduction == "antithetic" else [normals]
 
-    def loss(batch: Batch, weight: float, step: int) -> Tensor:
+    def loss(share: Share, weight: float, step: int) -> Tensor:
         source, normals = normals_of(step)
         if how is not None:
             assert isinstance(family, NormalFamily)
-            return row_noise_loss(family, model, batch, weight, normals, rows, how, source)
-        return family_loss([family.draw(side) for side in sides(normals)], gradient, batch, weight, step)
+            assert share.batch is not None, "noise belongs to the rows of whole batches"
+            return row_noise_loss(family, model, share.batch, weight, normals, rows, how, source)
+        return family_loss([family.draw(side) for side in sides(normals)], gradient, share, weight, step)
 
     def draw(indices: range) -> Params:
         return model.space.values(_draw(family, options, model, seed, indices).cpu().contiguous())  # [K, P]
@@ -307,7 +311,7 @@ def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
     return NormalFamily(start, scale, options.rank if options.family == "low-rank" else 0, source)
 
 
-def family_loss(draws: Sequence[Draw], gradient: Gradient, batch: Batch, weight: float, step: int) -> Tensor:
+def family_loss(draws: Sequence[Draw], gradient: Gradient, share: Share, weight: float, step: int) -> Tensor:
     """-ELBO of these draws of q, in nats; of ranks each takes its rows of the batch.
 
     loss(batch) = -mean_u (sum_r B_r / B height(u; rows of r) + surprise(u)): each log likelihood is scaled by N / B_r
@@ -318,19 +322,19 @@ def family_loss(draws: Sequence[Draw], gradient: Gradient, batch: Batch, weight:
     Args:
         draws: of the same family, each with its graph to the parameters.
         gradient: of the height, which is what q wants to be high.
-        batch: all rows of the step.
-        weight: of their likelihood.
+        share: this rank's rows of the batch.
+        weight: of the batch's likelihood.
         step: its number.
     """
     together, flats = ranks(), [draw.flat.detach() for draw in draws]
     announced = together.coming_total(flats[0].new_empty(sum(map(len, flats)) + 1))
-    own = together.share(len(batch.y))
-    height, slopes = flats[0].new_zeros(()), [torch.zeros_like(flat) for flat in flats]
-    if len(own):
-        rows, share = rows_of(batch, own), len(own) / len(batch.y) / len(draws)
-        found = [gradient(flat.unsqueeze(0), rows, weight, step) for flat in flats]
-        slopes = [share * slope[0] for slope, _ in found]
-        height = share * torch.cat([heights for _, heights in found]).sum()
+    if share.batch is not None:
+        part = len(share.batch.y) / share.total / len(draws)
+        found = [gradient(flat.unsqueeze(0), share.batch, weight, step) for flat in flats]
+        slopes = [slope[0] if part == 1 else part * slope[0] for slope, _ in found]
+        height = part * torch.cat([heights for _, heights in found]).sum()
+    else:
+        height, slopes = flats[0].new_zeros(()), [torch.zeros_like(flat) for flat in flats]
     if together.several:
         *slopes, height = announced(torch.cat([*slopes, height.reshape(1).to(slopes[0])])).split([*map(len, flats), 1])
     surprise = torch.stack([draw.surprise for draw in draws]).mean()
@@ -357,9 +361,10 @@ def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fi
     model.check_rows(batch)
     fit = svi.build(_pyro_family(options), options.sites, options.pyro_model, model, batch, seed)
 
-    def loss(batch: Batch, weight: float, step: int) -> Tensor:
+    def loss(share: Share, weight: float, step: int) -> Tensor:
+        assert share.batch is not None, "Pyro takes whole batches"
         try:
-            return svi.loss(fit, batch, weight)
+            return svi.loss(fit, share.batch, weight)
         except ValueError as error:
             if not svi.is_improper(error):
                 raise
@@ -389,7 +394,7 @@ def _optimise(
     options: Guide,
     fitted: Fitted,
     optimizer: torch.optim.Adam,
-    batches: Iterator[tuple[Batch, float]],
+    batches: Iterator[tuple[Share, float]],
     steps: range,
     last_good: float | None,
     num_data: int,
@@ -399,8 +404,8 @@ def _optimise(
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
         optimizer.zero_grad()
-        batch, weight = next(batches)
-        loss = fitted.loss(batch, weight, step)
+        share, weight = next(batches)
+        loss = fitted.loss(share, weight, step)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

@@ -14,7 +14,7 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, N
 from torch.nn.functional import softplus
 
 from bnn import likelihoods, priors
-from bnn.batches import full_batch
+from bnn.batches import Share, full_batch
 from bnn.errors import ConfigError
 from bnn.fitting import fit
 from bnn.inference import Guide
@@ -252,7 +252,9 @@ def test_elbo_and_gradient_are_unbiased(name: str, reduction: str) -> None:
 
     def loss(normals: Tensor) -> Tensor:
         sides = [normals] if reduction == "none" else [normals, -normals]
-        return family_loss([family.draw(side) for side in sides], gradient_of(case.model), batch, 1.0, 0)
+        return family_loss(
+            [family.draw(side) for side in sides], gradient_of(case.model), Share(batch, len(batch.y)), 1.0, 0
+        )
 
     values, slopes = estimates(family, case, loss, 500 if reduction == "none" else 250)
     assert float(off(values, torch.tensor(value).double())) < 4
@@ -267,7 +269,7 @@ def test_antithetic_steps_take_the_pair() -> None:
     from bnn.inference.guide import _family_fit
 
     case = linear_regression()
-    batch = full_batch(case.data)
+    share = Share(full_batch(case.data), len(case.data[1]))
     both, plain = (
         _family_fit(Guide(variance_reduction=how, batch_size=30, init_scale=0.3), case.model, case.data, 3)  # type: ignore[arg-type]
         for how in ("antithetic", "none")
@@ -275,11 +277,11 @@ def test_antithetic_steps_take_the_pair() -> None:
     family = FAMILIES["mean-field"](both.parameters["loc"], torch.full((5,), 0.45))
     z = torch.randn(5, generator=generator(3, "step", 4))
     pair = [
-        float(family_loss([family.draw(sign * z)], gradient_of(case.model), batch, 1.0, 0).detach()) for sign in (1, -1)
+        float(family_loss([family.draw(sign * z)], gradient_of(case.model), share, 1.0, 0).detach()) for sign in (1, -1)
     ]
-    assert float(both.loss(batch, 1.0, 4).detach()) == pytest.approx(sum(pair) / 2, rel=1e-5)
-    assert float(plain.loss(batch, 1.0, 4).detach()) == pytest.approx(pair[0], rel=1e-5)
-    first, second = ([fitted.loss(batch, 1.0, step).detach() for step in range(40)] for fitted in (both, plain))
+    assert float(both.loss(share, 1.0, 4).detach()) == pytest.approx(sum(pair) / 2, rel=1e-5)
+    assert float(plain.loss(share, 1.0, 4).detach()) == pytest.approx(pair[0], rel=1e-5)
+    first, second = ([fitted.loss(share, 1.0, step).detach() for step in range(40)] for fitted in (both, plain))
     assert float(torch.stack(first).std()) < float(torch.stack(second).std())
 
 
@@ -404,7 +406,11 @@ def test_the_divergence_from_the_prior_is_summed_once_over_all_layers() -> None:
     batch = Batch(x[:4], y[:4])
     ones = torch.ones(model.layout.num_values)
     found = (
-        sum(float(family_loss([family.draw(z)], gradient_of(model), batch, 0.0, 0).detach()) for z in (ones, -ones)) / 2
+        sum(
+            float(family_loss([family.draw(z)], gradient_of(model), Share(batch, len(batch.y)), 0.0, 0).detach())
+            for z in (ones, -ones)
+        )
+        / 2
     )  # no likelihood
     loc, scale = family.parameters["loc"].detach(), family.scale.detach()  # type: ignore[attr-defined]
     expected = kl_divergence(Normal(loc, scale), Normal(0.0, model.prior_scale()))
