@@ -154,6 +154,7 @@ class FlowFamily:
 
     def draw(self, normals: Tensor) -> Draw:
         here = self.parameters
+        normals = normals.clone()  # of the tensor that it saw last Pyro's spline hands out what it made of it then
         bent = self.spline(normals)
         log_slope = self.spline.log_abs_det_jacobian(normals, bent).sum()
         hidden = torch.tanh(

@@ -21,11 +21,11 @@ from bnn.errors import ConfigError, FitError, NotConverged, check_kinds, choose
 from bnn.inference import svi
 from bnn.inference.climbing import weighted_shares
 from bnn.inference.families import Draw, Family, FlowFamily, FullRankFamily, NormalFamily, Point
-from bnn.inference.gradients import Gradient, gradient_of
+from bnn.inference.gradients import Gradient, Height, Repeated, gradient_of, height_of
 from bnn.inference.row_noise import RowNoise, eligible_rows, row_noise_loss
 from bnn.model import BayesianModel
 from bnn.seeding import derive, generator, isolated
-from bnn.types import Block, Data, Params, State, make_block
+from bnn.types import Batch, Block, Data, Params, State, make_block
 
 FamilyName: TypeAlias = Literal["mean-field", "low-rank", "full-rank", "flow", "map"]
 FAMILIES: tuple[str, ...] = ("mean-field", "low-rank", "full-rank", "flow", "map")
@@ -212,11 +212,18 @@ class Guide:
         yield from _run(self, model, data, num_samples, seed, state)
 
 
+class Descent(NamedTuple):
+    """-ELBO, a scalar, and its gradient in each parameter; None where it does not depend on that."""
+
+    loss: Tensor
+    slopes: Sequence[Tensor | None]
+
+
 class Fitted(NamedTuple):
     """What is optimised, and how it is used."""
 
     parameters: dict[str, Tensor]  # leaves
-    loss: Callable[[Share, float, int], Tensor]  # of a batch, weight of its likelihood, step -> -ELBO, a scalar
+    descent: Callable[[Share, float, int], Descent]  # of a batch, weight of its likelihood, step
     draw: Callable[[range], Params]  # bank indices -> params [K, *shape]
     around: Callable[[int], AbstractContextManager[None]]  # of steps from this one on
 
@@ -278,23 +285,40 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
         return source, torch.randn(family.num_normals, generator=source, device=model.device, dtype=model.layout.dtype)
 
     # Of a mode the log joint: a point has no density to transform.
-    gradient = gradient_of(model, constrained=options.family == "map")
+    constrained = options.family == "map"
+    height, gradient = height_of(model, constrained=constrained), gradient_of(model, constrained=constrained)
+    parameters = list(family.parameters.values())
 
-    def sides(normals: Tensor) -> list[Tensor]:
-        return [normals, -normals] if options.variance_reduction == "antithetic" else [normals]
+    def draws(normals: Tensor) -> list[Draw]:
+        return [family.draw(side) for side in _sides(options, normals)]
 
-    def loss(share: Share, weight: float, step: int) -> Tensor:
+    def through_python(normals: Tensor, batch: Batch, weight: float) -> tuple[Tensor, ...]:
+        loss = family_loss(draws(normals), height, batch, weight)
+        return loss.detach().unsqueeze(0), *torch.autograd.grad(loss, parameters)
+
+    repeated = Repeated(through_python, model.device)
+
+    def descent(share: Share, weight: float, step: int) -> Descent:
         source, normals = normals_of(step)
-        if how is not None:
-            assert isinstance(family, NormalFamily)
-            assert share.batch is not None, "noise belongs to the rows of whole batches"
-            return row_noise_loss(family, model, share.batch, weight, normals, rows, how, source)
-        return family_loss([family.draw(side) for side in sides(normals)], gradient, share, weight, step)
+        if ranks().several:
+            loss, other = shared_loss(draws(normals), gradient, share, weight, step)
+            return Descent(loss, torch.autograd.grad(other, parameters))
+        assert share.batch is not None, "one process has whole batches"
+        if how is None:
+            losses, *slopes = repeated(normals, share.batch, weight, step)
+            return Descent(losses[0], slopes)
+        assert isinstance(family, NormalFamily)
+        loss = row_noise_loss(family, model, share.batch, weight, normals, rows, how, source)
+        return Descent(loss.detach(), torch.autograd.grad(loss, parameters))
 
     def draw(indices: range) -> Params:
         return model.space.values(_draw(family, options, model, seed, indices).cpu().contiguous())  # [K, P]
 
-    return Fitted(family.parameters, loss, draw, lambda step: nullcontext())
+    return Fitted(family.parameters, descent, draw, lambda step: nullcontext())
+
+
+def _sides(options: Guide, normals: Tensor) -> list[Tensor]:
+    return [normals, -normals] if options.variance_reduction == "antithetic" else [normals]
 
 
 def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
@@ -311,48 +335,35 @@ def make_family(options: Guide, model: BayesianModel, seed: int) -> Family:
     return NormalFamily(start, scale, options.rank if options.family == "low-rank" else 0, source)
 
 
-def family_loss(draws: Sequence[Draw], gradient: Gradient, share: Share, weight: float, step: int) -> Tensor:
-    """-ELBO of these draws of q, in nats; of ranks each takes its rows of the batch.
+def family_loss(draws: Sequence[Draw], height: Height, batch: Batch, weight: float) -> Tensor:
+    """-ELBO of these draws of q: -mean_u (height(u) + surprise(u)), in nats."""
+    return -torch.stack([height(draw.flat, batch, weight) + draw.surprise for draw in draws]).mean()
+
+
+def shared_loss(
+    draws: Sequence[Draw], gradient: Gradient, share: Share, weight: float, step: int
+) -> tuple[Tensor, Tensor]:
+    """`family_loss` where each rank has its rows of the batch, and a scalar with the same gradient.
 
     loss(batch) = -mean_u (sum_r B_r / B height(u; rows of r) + surprise(u)): each log likelihood is scaled by N / B_r
 
     What travels, as one flat tensor, are the heights' slopes at the draws, P numbers each, whatever the number of parameters:
     all ranks have the same draws, to rounding (`_align`), and lead the sum of the slopes back to the parameters.
-
-    Args:
-        draws: of the same family, each with its graph to the parameters.
-        gradient: of the height, which is what q wants to be high.
-        share: this rank's rows of the batch.
-        weight: of the batch's likelihood.
-        step: its number.
     """
-    together, flats = ranks(), [draw.flat.detach() for draw in draws]
-    announced = together.coming_total(flats[0].new_empty(sum(map(len, flats)) + 1))
-    if share.batch is not None:
-        part = len(share.batch.y) / share.total / len(draws)
-        found = [gradient(flat.unsqueeze(0), share.batch, weight, step) for flat in flats]
-        slopes = [slope[0] if part == 1 else part * slope[0] for slope, _ in found]
-        height = part * torch.cat([heights for _, heights in found]).sum()
+    flats = [draw.flat.detach() for draw in draws]
+    announced = ranks().coming_total(flats[0].new_empty(sum(map(len, flats)) + 1))
+    total, slopes = flats[0].new_zeros(1), flats
+    if share.batch is None:
+        slopes = [torch.zeros_like(flat) for flat in flats]
     else:
-        height, slopes = flats[0].new_zeros(()), [torch.zeros_like(flat) for flat in flats]
-    if together.several:
-        *slopes, height = announced(torch.cat([*slopes, height.reshape(1).to(slopes[0])])).split([*map(len, flats), 1])
+        found = [gradient(flat.unsqueeze(0), share.batch, weight, step) for flat in flats]
+        part = len(share.batch.y) / share.total / len(draws)
+        slopes = [part * slope[0] for slope, _ in found]
+        total = part * torch.cat([height for _, height in found]).sum().reshape(1).to(total)
+    *slopes, total = announced(torch.cat([*slopes, total])).split([*map(len, flats), 1])
     surprise = torch.stack([draw.surprise for draw in draws]).mean()
-    led_back: Tensor = _Height.apply(height.reshape(()), slopes, *(draw.flat for draw in draws))
-    return -(led_back + surprise)
-
-
-class _Height(torch.autograd.Function):
-    """A height whose slopes at some places are known."""
-
-    @staticmethod
-    def forward(ctx: Any, height: Tensor, slopes: Sequence[Tensor], *places: Tensor) -> Tensor:
-        ctx.slopes = slopes
-        return height.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grads[0] * slope for slope in ctx.slopes)
+    led_back = torch.stack([draw.flat @ slope for draw, slope in zip(draws, slopes, strict=True)]).sum()
+    return -(total[0] + surprise.detach()), -(led_back + surprise)
 
 
 def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fitted:
@@ -361,33 +372,34 @@ def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fi
     model.check_rows(batch)
     fit = svi.build(_pyro_family(options), options.sites, options.pyro_model, model, batch, seed)
 
-    def loss(share: Share, weight: float, step: int) -> Tensor:
+    known = svi.parameters(fit)
+
+    def descent(share: Share, weight: float, step: int) -> Descent:
         assert share.batch is not None, "Pyro takes whole batches"
         try:
-            return svi.loss(fit, share.batch, weight)
+            loss = svi.loss(fit, share.batch, weight)
         except ValueError as error:
             if not svi.is_improper(error):
                 raise
-            return torch.full((), math.nan, requires_grad=True)  # `_optimise` raises, with the step
+            return Descent(torch.full((), math.nan), [None] * len(known))  # `_optimise` raises, with the step
+        return Descent(loss.detach(), torch.autograd.grad(loss, list(known.values()), allow_unused=True))
 
     def draw(indices: range) -> Params:
         with svi.apart(fit.store):
             found = [svi.draw(fit, batch, seed, index) for index in indices]
         return {name: torch.stack([params[name] for params in found]) for name in model.layout.names}
 
-    known = svi.parameters(fit).keys()
-
     @contextmanager
     def around(step: int) -> Iterator[None]:
         with svi.apart(fit.store), isolated(seed, "svi", step), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # `_optimise` raises, with the step
             yield
-        if late := svi.parameters(fit).keys() - known:
+        if late := svi.parameters(fit).keys() - known.keys():
             raise ConfigError(
                 "Guide", want="all parameters at its first call", got=f"'{min(late)}' later", fix="make it there too"
             )
 
-    return Fitted(svi.parameters(fit), loss, draw, around)
+    return Fitted(known, descent, draw, around)
 
 
 def _optimise(
@@ -403,12 +415,11 @@ def _optimise(
     losses = []
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
-        optimizer.zero_grad()
-        share, weight = next(batches)
-        loss = fitted.loss(share, weight, step)
-        loss.backward()
+        found = fitted.descent(*next(batches), step)
+        for parameter, slope in zip(fitted.parameters.values(), found.slopes, strict=True):
+            parameter.grad = None if slope is None else slope.contiguous()  # as a fused optimiser takes it
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(found.loss)
     elbos = -torch.stack(losses).double().cpu() / num_data
     bad = (~elbos.isfinite()).nonzero()
     if len(bad) or not all(bool(p.isfinite().all()) for p in fitted.parameters.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from bnn import likelihoods, priors
 from bnn.batches import Share, full_batch
 from bnn.errors import ConfigError
 from bnn.fitting import fit
-from bnn.inference import Guide
+from bnn.inference import Guide, gradients
 from bnn.inference.families import Family, FlowFamily, FullRankFamily, NormalFamily, Point
-from bnn.inference.gradients import gradient_of
-from bnn.inference.guide import family_loss, make_family
+from bnn.inference.gradients import STEPS_BEFORE_TRACING, height_of
+from bnn.inference.guide import _family_fit, family_loss, make_family
 from bnn.model import BayesianModel
 from bnn.seeding import generator
+from bnn.tracing import trace
 from bnn.types import Batch
 
 FAMILIES: dict[str, Callable[[Tensor, Tensor], Family]] = {
@@ -252,9 +254,7 @@ def test_elbo_and_gradient_are_unbiased(name: str, reduction: str) -> None:
 
     def loss(normals: Tensor) -> Tensor:
         sides = [normals] if reduction == "none" else [normals, -normals]
-        return family_loss(
-            [family.draw(side) for side in sides], gradient_of(case.model), Share(batch, len(batch.y)), 1.0, 0
-        )
+        return family_loss([family.draw(side) for side in sides], height_of(case.model), batch, 1.0)
 
     values, slopes = estimates(family, case, loss, 500 if reduction == "none" else 250)
     assert float(off(values, torch.tensor(value).double())) < 4
@@ -266,23 +266,46 @@ def test_elbo_and_gradient_are_unbiased(name: str, reduction: str) -> None:
 
 def test_antithetic_steps_take_the_pair() -> None:
     """The loss of a step with them is the mean of those at its normals z and at -z, and varies less."""
-    from bnn.inference.guide import _family_fit
-
     case = linear_regression()
-    share = Share(full_batch(case.data), len(case.data[1]))
+    batch = full_batch(case.data)
+    share = Share(batch, len(batch.y))
     both, plain = (
         _family_fit(Guide(variance_reduction=how, batch_size=30, init_scale=0.3), case.model, case.data, 3)  # type: ignore[arg-type]
         for how in ("antithetic", "none")
     )
     family = FAMILIES["mean-field"](both.parameters["loc"], torch.full((5,), 0.45))
     z = torch.randn(5, generator=generator(3, "step", 4))
-    pair = [
-        float(family_loss([family.draw(sign * z)], gradient_of(case.model), share, 1.0, 0).detach()) for sign in (1, -1)
-    ]
-    assert float(both.loss(share, 1.0, 4).detach()) == pytest.approx(sum(pair) / 2, rel=1e-5)
-    assert float(plain.loss(share, 1.0, 4).detach()) == pytest.approx(pair[0], rel=1e-5)
-    first, second = ([fitted.loss(share, 1.0, step).detach() for step in range(40)] for fitted in (both, plain))
+    pair = [float(family_loss([family.draw(sign * z)], height_of(case.model), batch, 1.0).detach()) for sign in (1, -1)]
+    assert float(both.descent(share, 1.0, 4).loss) == pytest.approx(sum(pair) / 2, rel=1e-5)
+    assert float(plain.descent(share, 1.0, 4).loss) == pytest.approx(pair[0], rel=1e-5)
+    first, second = ([fitted.descent(share, 1.0, step).loss for step in range(40)] for fitted in (both, plain))
     assert float(torch.stack(first).std()) < float(torch.stack(second).std())
+
+
+@pytest.mark.parametrize(("name", "reduction"), [("map", "none"), *product(FAMILIES, ["none", "antithetic"])])
+def test_late_steps_by_a_trace_are_those_through_python(
+    name: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients, as batches change and parameters move: a trace has no values of its own."""
+    model, (x, y) = classifier()
+    options = Guide(name, variance_reduction=reduction, batch_size=7, init_scale=0.3)  # type: ignore[arg-type]
+    late, plain = (_family_fit(options, model, (x, y), 3) for _ in range(2))
+    traces = []
+    monkeypatch.setattr(gradients, "trace", lambda *given: traces.append(trace(*given)) or traces[-1])
+    for step in range(STEPS_BEFORE_TRACING, STEPS_BEFORE_TRACING + 6):
+        rows = (torch.arange(7) + step) % len(y)
+        share = Share(Batch(x[rows], y[rows]), 7)
+        found = late.descent(share, 0.9, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(gradients, "STEPS_BEFORE_TRACING", math.inf)
+            expected = plain.descent(share, 0.9, step)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-6)
+        for key, slope, other in zip(late.parameters, found.slopes, expected.slopes, strict=True):
+            torch.testing.assert_close(slope, other, rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                late.parameters[key] -= 1e-3 * other  # type: ignore[operator]
+                plain.parameters[key] -= 1e-3 * other  # type: ignore[operator]
+    assert len(traces) == (name != "flow")  # whose splines, of Pyro, choose by masks
 
 
 # Fits
@@ -406,11 +429,7 @@ def test_the_divergence_from_the_prior_is_summed_once_over_all_layers() -> None:
     batch = Batch(x[:4], y[:4])
     ones = torch.ones(model.layout.num_values)
     found = (
-        sum(
-            float(family_loss([family.draw(z)], gradient_of(model), Share(batch, len(batch.y)), 0.0, 0).detach())
-            for z in (ones, -ones)
-        )
-        / 2
+        sum(float(family_loss([family.draw(z)], height_of(model), batch, 0.0).detach()) for z in (ones, -ones)) / 2
     )  # no likelihood
     loc, scale = family.parameters["loc"].detach(), family.scale.detach()  # type: ignore[attr-defined]
     expected = kl_divergence(Normal(loc, scale), Normal(0.0, model.prior_scale()))

@@ -16,11 +16,11 @@ from torch.nn import functional
 from torch.nn.functional import softplus
 
 from bnn import likelihoods, priors
-from bnn.batches import Share, full_batch
+from bnn.batches import full_batch
 from bnn.errors import ConfigError
 from bnn.inference import Guide
 from bnn.inference.families import NormalFamily
-from bnn.inference.gradients import gradient_of
+from bnn.inference.gradients import height_of
 from bnn.inference.guide import family_loss
 from bnn.inference.row_noise import Noise, PerRow, RowNoise, Use, Watch, eligible, eligible_rows, row_noise_loss
 from bnn.model import BayesianModel
@@ -301,7 +301,7 @@ def loss_of(family: NormalFamily, model: BayesianModel, batch: Batch, how: str, 
     source = generator(5, how, step)
     normals = torch.randn(family.num_normals, generator=source)
     if how == "none":
-        return family_loss([family.draw(normals)], gradient_of(model), Share(batch, len(batch.y)), 1.0, 0)
+        return family_loss([family.draw(normals)], height_of(model), batch, 1.0)
     rows = frozenset(name for name in model.layout.names if not name.startswith("@"))
     options = Guide(variance_reduction=how)  # type: ignore[arg-type]
     return row_noise_loss(family, model, batch, 1.0, normals, rows, options.variance_reduction, source)
@@ -380,7 +380,7 @@ def test_without_noise_the_loss_is_that_of_the_shared_draw(how: str) -> None:
         found = row_noise_loss(
             family, model, batch, 0.7, normals, rows, options.variance_reduction, generator(9, how, step)
         )
-        expected = family_loss([family.draw(normals)], gradient_of(model), Share(batch, len(batch.y)), 0.7, 0)
+        expected = family_loss([family.draw(normals)], height_of(model), batch, 0.7)
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 

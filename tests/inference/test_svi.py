@@ -24,13 +24,13 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from bnn import likelihoods, priors
 from bnn.bank import Bank
-from bnn.batches import Share, full_batch, num_batches
+from bnn.batches import full_batch, num_batches
 from bnn.errors import ConfigError, FitError, NotConverged
 from bnn.fitting import fit
 from bnn.inference import Guide, svi
-from bnn.inference.climbing import weighted_shares
+from bnn.inference.climbing import weighted_batches
 from bnn.inference.families import NormalFamily
-from bnn.inference.gradients import gradient_of
+from bnn.inference.gradients import height_of
 from bnn.inference.guide import family_loss
 from bnn.model import BayesianModel
 from bnn.samplers import WeightedIndexSampler
@@ -346,9 +346,7 @@ def test_our_mean_field_has_the_loss_of_pyros() -> None:
         with svi.apart(fitted.store), isolated(0, kind):
             for _ in range(num):
                 if kind == "ours":
-                    loss = family_loss(
-                        [ours.draw(torch.randn(4))], gradient_of(case.model), Share(batch, len(batch.y)), 1.0, 0
-                    )
+                    loss = family_loss([ours.draw(torch.randn(4))], height_of(case.model), batch, 1.0)
                 else:
                     loss = svi.loss(fitted, batch, 1.0)
                 slope = torch.autograd.grad(loss, leaves)
@@ -361,15 +359,15 @@ def test_our_mean_field_has_the_loss_of_pyros() -> None:
 
 
 def test_losses_of_minibatches_average_to_that_of_all_rows() -> None:
-    """At the same draw, over an epoch whose last batch is short: rows with the weights of `weighted_shares`."""
+    """At the same draw, over an epoch whose last batch is short: rows with the weights of `weighted_batches`."""
     model, data = classifier()
     start = model.unconstrain(model.module_params())
     family = NormalFamily(start, torch.full_like(start, 0.2), 0, generator(0, "x"))
     normals = torch.randn(len(start), generator=generator(0, "z"))
-    whole = family_loss([family.draw(normals)], gradient_of(model), Share(full_batch(data), len(data[1])), 1.0, 0)
-    batches = weighted_shares(model, data, 7, seed=0)
+    whole = family_loss([family.draw(normals)], height_of(model), full_batch(data), 1.0)
+    batches = weighted_batches(model, data, 7, seed=0)
     count = num_batches(data, 7)
-    parts = [family_loss([family.draw(normals)], gradient_of(model), *next(batches), 0) for _ in range(count)]
+    parts = [family_loss([family.draw(normals)], height_of(model), *next(batches)) for _ in range(count)]
     assert float(torch.stack(parts).mean().detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     assert float(torch.stack(parts).std().detach()) > 0.1
 
