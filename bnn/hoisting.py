@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bnn.tracing import is_view, operation_of, value_of, writes
+from bnn.tracing import lies_in_another, operation_of, value_of, writes
 
 
 def hoist(graph: fx.GraphModule, most_bytes: int) -> fx.GraphModule:
@@ -72,7 +72,7 @@ def _of_data_alone(graph: fx.Graph, data: Iterable[fx.Node]) -> list[fx.Node]:
     """Calls whose results follow from these arguments and constants, in their order; but for random numbers, and what is handed out."""
     outward = set(next(node for node in graph.nodes if node.op == "output").all_input_nodes)
     for node in reversed(graph.nodes):
-        if node in outward and _lies_in_another(node):
+        if node in outward and lies_in_another(node):
             outward.update(node.all_input_nodes[:1])
     known = {*data, *graph.find_nodes(op="get_attr")}
     found = []
@@ -82,13 +82,6 @@ def _of_data_alone(graph: fx.Graph, data: Iterable[fx.Node]) -> list[fx.Node]:
             known.add(node)
             found.append(node)
     return found
-
-
-def _lies_in_another(node: fx.Node) -> bool:
-    """Whether a result is in the memory of the first thing that its call is given: a view, or one of several views."""
-    if node.op == "call_function" and operation_of(node) is operator.getitem:
-        return is_view(node.all_input_nodes[0])
-    return node.op == "call_function" and is_view(node)
 
 
 def _settled(node: fx.Node) -> bool:
@@ -107,7 +100,7 @@ def _edge(alone: list[fx.Node]) -> list[fx.Node]:
 
 def _memory(node: fx.Node) -> tuple[fx.Node, int]:
     """Which call has made the memory that a result lies in, and how many bytes: none of an argument's."""
-    while _lies_in_another(node):
+    while lies_in_another(node):
         node = node.all_input_nodes[0]
     value = value_of(node)
     return node, 0 if node.op != "call_function" or value is None else value.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -183,6 +184,13 @@ def is_view(node: fx.Node) -> bool:
     )
 
 
+def lies_in_another(node: fx.Node) -> bool:
+    """Whether a result is in the memory of the first thing that its call is given: a view, or one of several views."""
+    if node.op == "call_function" and operation_of(node) is operator.getitem:
+        return is_view(node.all_input_nodes[0])
+    return node.op == "call_function" and is_view(node)
+
+
 _OVER: dict[Any, Any] = {
     torch.ops.aten.tanh.default: torch.tanh_,
     torch.ops.aten.relu.default: torch.relu_,
@@ -213,6 +221,19 @@ def writes(node: fx.Node) -> bool:
     """Whether a call writes into what it is given."""
     called = operation_of(node)
     return isinstance(called, torch._ops.OpOverload) and called._schema.is_mutable
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """What a call writes into, of what it is given."""
+    if not writes(node):
+        return []
+    arguments = operation_of(node)._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
+    found: list[fx.Node] = []
+    for argument in arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            fx.map_arg(given.get(argument.name), found.append)
+    return found
 
 
 def operation_of(node: fx.Node) -> Any:

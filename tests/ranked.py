@@ -46,7 +46,7 @@ GUIDES: dict[str, tuple[Method, int]] = {
     "antithetic": (Guide("full-rank", num_steps=30, batch_size=12, variance_reduction="antithetic"), 11),
     "flow": (Guide("flow", num_steps=30, batch_size=10, hidden=5), 11),
     # 37 rows in batches of 12: the last has a single one, and one rank none.
-    "map": (Guide("map", num_steps=30, batch_size=12), 1),
+    "map": (Guide("map", num_steps=60, batch_size=12), 1),
 }
 
 

@@ -127,10 +127,10 @@ class Skeleton:
         if draws is False:
             return self.run(shell, values, x)
         with isolated(*draw_key):
-            before = None if draws else _streams(device)
+            before = None if draws else streams(device)
             outputs = self.run(shell, values, x)
             if before is not None:  # the first forward in these modes shows whether they draw
-                shell.draws[modes] = _may_draw(shell) or _streams(device) != before
+                shell.draws[modes] = _may_draw(shell) or streams(device) != before
         return outputs
 
     def shell(self) -> Shell:
@@ -287,7 +287,7 @@ def _may_draw(shell: Shell) -> bool:
     return any(shadow.training and _draws_in_training(shadow) for _, shadow in shell.parts)
 
 
-def _streams(device: torch.device | None) -> tuple[Any, ...]:
+def streams(device: torch.device | None) -> tuple[Any, ...]:
     """The states of the global random streams, to be compared."""
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 - compared, not used
     states = [torch.default_generator.get_state().numpy().tobytes(), random.getstate()]

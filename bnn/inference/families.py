@@ -113,8 +113,8 @@ class FullRankFamily:
 
     @staticmethod
     def num_bytes(size: int, itemsize: int) -> int:
-        """Of a fit: L, its triangle, the gradients of both, and two moments of the optimiser."""
-        return 6 * size * size * itemsize
+        """Of a fit: L, its triangle, gradients of both and one that a trace is held against, and two moments of the optimiser."""
+        return 7 * size * size * itemsize
 
 
 class FlowFamily:

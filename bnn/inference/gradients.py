@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from bnn.functional.calibration import close
+from bnn.functional.skeleton import streams
 from bnn.functional.ways import apart, is_plain, signature
 from bnn.model import BayesianModel
-from bnn.tracing import reuse_memory, simplify, trace, untrue
+from bnn.seeding import isolated
+from bnn.tracing import lies_in_another, reuse_memory, simplify, trace, untrue, written_by
 from bnn.types import Batch
 
 STEPS_BEFORE_TRACING = 50  # a trace takes as long as some hundred gradients of a small module
 CHECKS = (
     2  # batches on which a trace is held against Python: a number that it took from the first is another in the second
 )
-MOST_TRACES = 64  # that are kept: the last used, since a batch may be of any shape
+MOST_FORMS = 64  # of batches that are traced: where each had another length, every step would pay for a trace
 
 Height: TypeAlias = Callable[[Tensor, Batch, float], Tensor]
 """u [P], a batch and its weight -> a log density, a scalar."""
@@ -68,7 +69,7 @@ def _slope_of_one(height_at: Callable[[Tensor], Tensor], flat: Tensor) -> tuple[
     return slope.unsqueeze(0), height.detach().unsqueeze(0)
 
 
-class Traced(NamedTuple):
+class Kept(NamedTuple):
     """The operations of one form of batch; None where Python is to run them."""
 
     graph: fx.GraphModule | None
@@ -76,15 +77,15 @@ class Traced(NamedTuple):
 
 
 class Repeated:
-    """A function of a tensor, a batch and its weight that is called step after step, with batches of few forms.
+    """A function of values, a batch and its weight that is called step after step, with batches of few forms.
 
     From step number `STEPS_BEFORE_TRACING` on it is traced for each form of batch, since on few rows Python takes longer than
     the arithmetic. By the step's number a run that was resumed does as it would have done, and gets the same bits. A function that
-    cannot be traced, or does not give the same so, goes on through Python. Tensors that it takes from elsewhere
-    may change between calls, in place.
+    cannot be traced, or does not give the same so, goes on through Python. Parameters that it finds elsewhere may change between
+    calls, in place; what else it finds there is taken as it was.
 
     Args:
-        through_python: the function: tensors of one axis at least, which nobody differentiates.
+        through_python: the function, to tensors that nobody differentiates.
         device: of what it is given.
     """
 
@@ -92,52 +93,85 @@ class Repeated:
         self, through_python: Callable[[Tensor, Batch, float], tuple[Tensor, ...]], device: torch.device
     ) -> None:
         self._through_python, self._device = through_python, device
-        self._traces: dict[Any, Traced] = {}  # by the form of what they take, the last used last
+        self._kept: dict[Any, Kept] = {}  # by the form of what they take
 
-    def __call__(self, first: Tensor, batch: Batch, weight: float, step: int) -> tuple[Tensor, ...]:
+    def __call__(self, values: Tensor, batch: Batch, weight: float, step: int) -> tuple[Tensor, ...]:
         if step < STEPS_BEFORE_TRACING or torch._C._is_any_autocast_enabled():
-            return self._through_python(first, batch, weight)
+            return self._through_python(values, batch, weight)
         leaves, structure = apart(batch.x)
         leaves = [*leaves, batch.y, batch.weight]
-        form = first.shape, first.dtype, structure, signature(leaves), weight
-        traced = self._traces.pop(form, None) or self._traced(first, leaves, structure, weight)
-        self._traces[form] = traced
-        if traced.graph is None:
-            return self._through_python(first, batch, weight)
-        with torch.no_grad():
-            found: tuple[Tensor, ...] = traced.graph(first, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-        if traced.checks:
-            expected = self._through_python(first, batch, weight)
-            if not close(found, expected, self._device):
-                self._traces[form] = Traced(None)
-                return expected
-            self._traces[form] = traced._replace(checks=traced.checks - 1)
-        return found
+        form = structure, signature([values, *leaves]), weight
+        kept = self._kept.get(form)
+        if kept is None and len(self._kept) < MOST_FORMS:
+            kept = self._kept[form] = Kept(self._trace(values, leaves, structure, weight))
+        if kept is None or kept.graph is None:
+            return self._through_python(values, batch, weight)
+        tensors = [values, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
+        if not kept.checks:
+            return _run(kept.graph, tensors)
+        expected = self._through_python(values, batch, weight)
+        try:
+            found = _run(kept.graph, tensors)
+        except RuntimeError:  # a size that it took from the batch before
+            found = ()
+        same = alike(found, expected)
+        self._kept[form] = kept._replace(checks=kept.checks - 1) if same else Kept(None)
+        return found if same else expected
 
-    def _traced(self, first: Tensor, leaves: list[Any], structure: pytree.TreeSpec, weight: float) -> Traced:
+    def _trace(
+        self, values: Tensor, leaves: list[Any], structure: pytree.TreeSpec, weight: float
+    ) -> fx.GraphModule | None:
         """The trace of such batches, where there is one that is true of others."""
-        if len(self._traces) >= MOST_TRACES:
-            del self._traces[next(iter(self._traces))]
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not all(isinstance(leaf, Tensor) or is_plain(leaf) for leaf in leaves):
-            return Traced(None)  # an object among the inputs, whose state a trace does not see
+            return None  # an object among the inputs, whose state a trace does not see
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-        def function(first: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def function(values: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             whole = list(leaves)
             for place, tensor in zip(places, tensors, strict=True):
                 whole[place] = tensor
             *parts, y, row_weight = whole
-            return self._through_python(first, Batch(pytree.tree_unflatten(parts, structure), y, row_weight), weight)
+            return self._through_python(values, Batch(pytree.tree_unflatten(parts, structure), y, row_weight), weight)
 
-        try:
-            graph = trace(function, (first, *(leaves[place] for place in places)), _require_true)
-        except Exception:  # tracing runs anybody's code; so does Python, which says what is wrong
-            return Traced(None)
+        own = [values.clone(), *(leaves[place].clone() for place in places)]  # a forward may write into its inputs
+        with isolated(0, "trace", cuda=self._device.type == "cuda"):
+            before = streams(self._device)
+            try:
+                graph = trace(function, own, _require_true)
+            except Exception:  # tracing runs anybody's code; so does Python, which says what is wrong
+                return None
+            if streams(self._device) != before:  # numbers of Python or NumPy that it drew would be those of all steps
+                return None
         simplify(graph)
         reuse_memory(graph)
-        return Traced(graph)
+        return graph
+
+
+def _run(graph: fx.GraphModule, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        found: tuple[Tensor, ...] = graph(*tensors)
+    return found
+
+
+def alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether tensors agree as far as half the digits of their dtype of fewest go, of the largest number of each."""
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return False
+    share = max(torch.finfo(each.dtype).eps for each in expected) ** 0.5
+    for mine, theirs in zip(found, expected, strict=True):
+        largest = float(theirs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if theirs.numel() else 0.0
+        if not torch.allclose(mine, theirs, rtol=0.0, atol=share * largest, equal_nan=True):
+            return False
+    return True
 
 
 def _require_true(graph: fx.GraphModule) -> None:
+    """Raise ValueError where a trace would not be true of other values, or would change what others hold."""
     if why := untrue(graph):
         raise ValueError(why)
+    for node in graph.graph.nodes:
+        for written in written_by(node):
+            while lies_in_another(written):
+                written = written.all_input_nodes[0]
+            if written.op != "call_function":
+                raise ValueError(f"{node.target} writes into what the function is given")

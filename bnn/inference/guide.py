@@ -294,7 +294,7 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
 
     def through_python(normals: Tensor, batch: Batch, weight: float) -> tuple[Tensor, ...]:
         loss = family_loss(draws(normals), height, batch, weight)
-        return loss.detach().unsqueeze(0), *torch.autograd.grad(loss, parameters)
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     repeated = Repeated(through_python, model.device)
 
@@ -305,8 +305,8 @@ def _family_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> 
             return Descent(loss, torch.autograd.grad(other, parameters))
         assert share.batch is not None, "one process has whole batches"
         if how is None:
-            losses, *slopes = repeated(normals, share.batch, weight, step)
-            return Descent(losses[0], slopes)
+            loss, *slopes = repeated(normals, share.batch, weight, step)
+            return Descent(loss, slopes)
         assert isinstance(family, NormalFamily)
         loss = row_noise_loss(family, model, share.batch, weight, normals, rows, how, source)
         return Descent(loss.detach(), torch.autograd.grad(loss, parameters))
@@ -352,10 +352,8 @@ def shared_loss(
     """
     flats = [draw.flat.detach() for draw in draws]
     announced = ranks().coming_total(flats[0].new_empty(sum(map(len, flats)) + 1))
-    total, slopes = flats[0].new_zeros(1), flats
-    if share.batch is None:
-        slopes = [torch.zeros_like(flat) for flat in flats]
-    else:
+    total, slopes = flats[0].new_zeros(1), [torch.zeros_like(flat) for flat in flats]
+    if share.batch is not None:
         found = [gradient(flat.unsqueeze(0), share.batch, weight, step) for flat in flats]
         part = len(share.batch.y) / share.total / len(draws)
         slopes = [part * slope[0] for slope, _ in found]
@@ -382,7 +380,10 @@ def _pyro_fit(options: Guide, model: BayesianModel, data: Data, seed: int) -> Fi
             if not svi.is_improper(error):
                 raise
             return Descent(torch.full((), math.nan), [None] * len(known))  # `_optimise` raises, with the step
-        return Descent(loss.detach(), torch.autograd.grad(loss, list(known.values()), allow_unused=True))
+        moving = [name for name, parameter in known.items() if parameter.requires_grad]
+        slopes = torch.autograd.grad(loss, [known[name] for name in moving], allow_unused=True)
+        found = dict(zip(moving, slopes, strict=True))
+        return Descent(loss.detach(), [found.get(name) for name in known])
 
     def draw(indices: range) -> Params:
         with svi.apart(fit.store):
@@ -415,11 +416,7 @@ def _optimise(
     losses = []
     for step in steps:
         optimizer.param_groups[0]["lr"] = options.lr * 0.01 ** (step / options.num_steps)
-        found = fitted.descent(*next(batches), step)
-        for parameter, slope in zip(fitted.parameters.values(), found.slopes, strict=True):
-            parameter.grad = None if slope is None else slope.contiguous()  # as a fused optimiser takes it
-        optimizer.step()
-        losses.append(found.loss)
+        losses.append(_descend(fitted, optimizer, *next(batches), step))
     elbos = -torch.stack(losses).double().cpu() / num_data
     bad = (~elbos.isfinite()).nonzero()
     if len(bad) or not all(bool(p.isfinite().all()) for p in fitted.parameters.values()):
@@ -435,6 +432,16 @@ def _optimise(
             fix=f"lower lr (it is {options.lr:g}) or init_scale, or standardise the data",
         )
     return elbos
+
+
+def _descend(fitted: Fitted, optimizer: torch.optim.Adam, share: Share, weight: float, step: int) -> Tensor:
+    """Take a step, and leave no gradients: those of the next one need their memory. Returns -ELBO."""
+    loss, slopes = fitted.descent(share, weight, step)
+    for parameter, slope in zip(fitted.parameters.values(), slopes, strict=True):
+        parameter.grad = None if slope is None else slope.contiguous()  # as a fused optimiser takes it
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def _align(optimizer: torch.optim.Adam, parameters: Mapping[str, Tensor]) -> None:

@@ -237,7 +237,7 @@ FIT = "fit --data t.csv:y --model mlp:3 --out bank --num-samples 2"
         (f"{FIT} --likelihood poisson --noise-scale 1", "--noise-scale: want the likelihood gaussian or student-t"),
         (f"{FIT} --likelihood-option df=3", "likelihood Gaussian: want options among scale, got 'df'"),
         (f"{FIT} --method map --prior-scale half-cauchy:1 --num-samples 1", "Guide('map'): want a prior with fixed scales"),
-        (f"{FIT} --method full-rank --option memory=1000", "at least 27,744 bytes for 34 values, got 1,000"),
+        (f"{FIT} --method full-rank --option memory=1000", "at least 32,368 bytes for 34 values, got 1,000"),
         ("fit --data t.csv:y", "--out: want a folder for the bank, got none"),
     ],
 )  # fmt: skip

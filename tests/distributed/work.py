@@ -13,6 +13,7 @@ from typing import Any
 
 import ranked
 import torch
+from torch.utils.data import TensorDataset
 
 import bnn
 from bnn import distributed, pacing, together
@@ -28,13 +29,17 @@ def say(text: str) -> None:
 
 
 def fits(out: str, names: str) -> None:
-    """Methods that can be split, into folders of their names; then some again, with more samples, and one replaced."""
+    """Methods that can be split, into folders of their names; then some again, with more samples, and one replaced.
+
+    One has its rows from a data set, of which each rank reads its own.
+    """
     warnings.simplefilter("ignore")
     model, data, every = ranked.model(), ranked.rows(), ranked.CHAINS | ranked.ROWS | ranked.GUIDES
     with distributed.joined():
         for name in names.split(","):
             method, num_samples = every[name]
-            bnn.fit(model, data, method=method, num_samples=num_samples, out=Path(out) / name, seed=3)
+            source: Any = TensorDataset(*data) if name == "map" else data
+            bnn.fit(model, source, method=method, num_samples=num_samples, out=Path(out) / name, seed=3)
         for name in ("hmc", "prior", "mean-field"):
             method, num_samples = every[name]
             folder = Path(out) / name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 
 from bnn import likelihoods, priors
 from bnn.inference import gradients
-from bnn.inference.gradients import STEPS_BEFORE_TRACING, gradient_of
+from bnn.inference.gradients import STEPS_BEFORE_TRACING, alike, gradient_of
 from bnn.model import BayesianModel
 from bnn.seeding import generator
+from bnn.tracing import trace
 from bnn.types import Batch
 
 LATE = STEPS_BEFORE_TRACING
@@ -138,7 +141,19 @@ def positions(model: BayesianModel, num: int) -> Tensor:
 
 def num_traced(gradient: Any) -> int:
     """Forms of batches that are taken by a trace."""
-    return sum(traced.graph is not None for traced in gradient._traces.values())
+    return sum(kept.graph is not None for kept in gradient._kept.values())
+
+
+def traces_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is traced from now on."""
+    found: list[Any] = []
+
+    def noted(*given: Any) -> Any:
+        found.append(trace(*given))
+        return found[-1]
+
+    monkeypatch.setattr(gradients, "trace", noted)
+    return found
 
 
 def assert_same(gradient: Any, other: Callable[..., Any], flat: Tensor, batch: Batch, weight: float = 1.0) -> None:
@@ -161,7 +176,7 @@ def test_late_steps_are_traced_and_give_the_same(module: str, weighted: bool, nu
     for number in range(5):
         assert_same(gradient, other, flat + 0.1 * number, batch_of(number, *shape, weighted=weighted))
     assert num_traced(gradient) == 1
-    assert not other._traces  # type: ignore[attr-defined]
+    assert not other._kept  # type: ignore[attr-defined]
 
 
 def test_each_form_of_batch_has_a_trace_of_its_own() -> None:
@@ -228,14 +243,116 @@ def test_a_run_that_goes_on_gets_the_same_bits() -> None:
             assert torch.equal(heights, found[step][1])
 
 
-def test_the_trace_that_was_not_used_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "MOST_TRACES", 2)
+def test_no_more_forms_are_traced_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of any length would cost a trace a step; those that have one keep it."""
+    monkeypatch.setattr(gradients, "MOST_FORMS", 2)
+    traces = traces_of(monkeypatch)
     model, _ = classifier()
     gradient, other = gradient_of(model), gradient_of(model)
-    for rows in (3, 4, 3, 5, 3, 4):
+    for rows in (3, 4, 3, 5, 6, 3, 4, 5):
         assert_same(gradient, other, positions(model, 1), batch_of(rows, 4, rows=rows))
-        assert num_traced(gradient) <= 2
-    assert [form[3][0][0][0] for form in gradient._traces] == [3, 4]  # type: ignore[attr-defined]
+    assert len(traces) == num_traced(gradient) == 2
+
+
+class Counting(nn.Module):
+    """Writes into a buffer that its outputs hang on: a sample sees what the buffer was, plus one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shift[1:].add_(1e-3)
+        found: Tensor = self.layer(x) + self.shift
+        return found
+
+
+class InPlace(nn.Module):
+    """Writes into its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x.sub_(1.0).mul_(3.0))
+        return found
+
+
+class Dropping(nn.Module):
+    """Leaves a layer out by a number that Python draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found if random.random() < 2.0 else 0.0 * found
+
+
+@pytest.mark.parametrize("module", [InPlace, Dropping])
+def test_what_writes_or_draws_is_left_to_python(module: Callable[[], nn.Module]) -> None:
+    """And each batch is seen once: a trace that was tried has not changed it, nor drawn."""
+    model = model_with(module())
+    gradient, other = gradient_of(model), gradient_of(model)
+    for number in range(4):
+        batch, again = batch_of(number, 4), batch_of(number, 4)
+        stream = random.getstate()
+        found = gradient(positions(model, 1), batch, 1.0, LATE)
+        after = random.getstate()
+        random.setstate(stream)
+        expected = other(positions(model, 1), again, 1.0, 0)
+        assert random.getstate() == after
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(batch.x, again.x)
+    assert num_traced(gradient) == 0
+
+
+def test_a_buffer_that_is_written_is_new_at_each_call_of_a_trace() -> None:
+    model = model_with(Counting())
+    gradient, other = gradient_of(model), gradient_of(model)
+    for number in range(8):
+        assert_same(gradient, other, positions(model, 1), batch_of(number, 4))
+    assert num_traced(gradient) == 1
+    assert torch.equal(dict(model.module.named_buffers())["shift"], torch.zeros(3))
+
+
+class Sized(nn.Module):
+    """Cuts by numbers that it reads past the trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = int((x.numpy()[:, 0] > 0).sum())
+        parts = torch.split(x, [first, len(x) - first])
+        found: Tensor = torch.cat([self.layer(part) * (number + 1) for number, part in enumerate(parts)])
+        return found
+
+
+def test_a_size_past_the_trace_is_found_out() -> None:
+    model = model_with(Sized())
+    gradient, other = gradient_of(model), gradient_of(model)
+    for number in range(6):
+        assert_same(gradient, other, positions(model, 1), batch_of(number, 4))
+    assert num_traced(gradient) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tensors_are_alike_to_half_their_digits(dtype: torch.dtype) -> None:
+    """Each by its own largest number, so that small ones do not hide behind others."""
+    one = torch.tensor([100.0, -1.0], dtype=dtype), torch.tensor([1e-3, math.nan], dtype=dtype)
+    half = torch.finfo(dtype).eps ** 0.5
+    assert alike(one, one)
+    near = one[0], one[1] * (1 + 0.5 * half)
+    far = one[0], one[1] * (1 + 4.0 * half)
+    assert alike(near, one)
+    assert not alike(far, one)
+    assert not alike(one[:1], one)
+    assert not alike((one[0], torch.zeros(2, dtype=dtype)), one)
 
 
 def test_autocast_goes_through_python() -> None:
@@ -256,8 +373,9 @@ def test_a_height_that_nothing_moves_has_no_slope(num: int) -> None:
             return torch.tensor(3.0), torch.tensor(3.0)
 
     still = Still(model.module, prior=model.prior, likelihood=model.likelihood, num_data=40)
-    for step in (0, LATE, LATE):
-        slopes, heights = gradient_of(still)(positions(still, num), batch_of(0, 4), 1.0, step)
+    gradient = gradient_of(still)
+    for step in (0, LATE, LATE, LATE, LATE):
+        slopes, heights = gradient(positions(still, num), batch_of(0, 4), 1.0, step)
         assert torch.equal(slopes, torch.zeros(num, still.layout.num_values))
         assert torch.equal(heights, torch.full((num,), 3.0))
 

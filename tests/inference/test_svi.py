@@ -531,21 +531,24 @@ def test_what_an_own_model_would_leave_out_is_refused() -> None:
 
 
 def test_an_own_model_may_be_a_module() -> None:
-    """Whose own parameters are fitted too, in a copy."""
+    """Whose own parameters are fitted too, in a copy, but for frozen ones."""
 
     class Own(PyroModule):
         def __init__(self) -> None:
             super().__init__()
             self.shift = nn.Parameter(torch.tensor(0.0))
+            self.factor = nn.Parameter(torch.tensor(1.5), requires_grad=False)
 
         def forward(self, x: Tensor, y: Tensor) -> None:
-            own_model(x, y - self.shift)
+            own_model(x, y - self.factor * self.shift)
 
     case, module = linear_regression(), Own()
     guide = Guide("AutoNormal", num_steps=20, sites="parameter", pyro_model=module)
     *_, (_, state) = guide.run(case.model, case.data, num_samples=1, seed=0)
     assert float(module.shift.detach()) == 0.0
-    assert any(key.startswith("value.") and key.endswith("shift") for key in state)
+    (shift,) = (value for key, value in state.items() if key.startswith("value.") and key.endswith("shift"))
+    assert float(shift) != 0.0
+    assert all(float(value) == 1.5 for key, value in state.items() if key.startswith("value.") and "factor" in key)
 
 
 FLAT = "AutoNormal"
