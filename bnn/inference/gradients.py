@@ -17,9 +17,7 @@ from bnn.tracing import lies_in_another, reuse_memory, simplify, trace, untrue, 
 from bnn.types import Batch
 
 STEPS_BEFORE_TRACING = 50  # a trace takes as long as some hundred gradients of a small module
-CHECKS = (
-    2  # batches on which a trace is held against Python: a number that it took from the first is another in the second
-)
+CHECKS = 2  # batches on which a trace is held against Python: what it took from the first is another in the second
 MOST_FORMS = 64  # of batches that are traced: where each had another length, every step would pay for a trace
 
 Height: TypeAlias = Callable[[Tensor, Batch, float], Tensor]
@@ -80,9 +78,9 @@ class Repeated:
     """A function of values, a batch and its weight that is called step after step, with batches of few forms.
 
     From step number `STEPS_BEFORE_TRACING` on it is traced for each form of batch, since on few rows Python takes longer than
-    the arithmetic. By the step's number a run that was resumed does as it would have done, and gets the same bits. A function that
-    cannot be traced, or does not give the same so, goes on through Python. Parameters that it finds elsewhere may change between
-    calls, in place; what else it finds there is taken as it was.
+    the arithmetic. By the step's number a run that was resumed does as it would have done, and gets the same bits, but for rounding
+    where a trace was refused in it. A function that cannot be traced, or does not give the same so, goes on through Python.
+    Parameters that it finds elsewhere may change between calls, in place; what else it finds there is taken as it was.
 
     Args:
         through_python: the function, to tensors that nobody differentiates.
