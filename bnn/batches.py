@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from bnn.errors import ConfigError, DataError
+from bnn.ranks import Ranks
 from bnn.samplers import Constant, DynamicClassSampler, EpochSampler, ShuffledSampler, TensorRows
 from bnn.samplers.fetching import Fetcher, Request, Requests
 from bnn.samplers.pairing import check_order
@@ -155,7 +156,7 @@ def shares(
     if isinstance(data, DataLoader):
         for whole in _from_loader(data, seed, start):
             total = len(whole.y)
-            own = range(total * rank // world_size, total * (rank + 1) // world_size)
+            own = Ranks(rank, world_size).share(total)
             yield Share(rows_of(whole, own) if len(own) else None, total)
         return
     source = data.data if isinstance(data, Sampled) else data

@@ -16,7 +16,7 @@ from bnn.seeding import isolated
 from bnn.tracing import lies_in_another, reuse_memory, simplify, trace, untrue, written_by
 from bnn.types import Batch
 
-STEPS_BEFORE_TRACING = 50  # a trace takes as long as some hundred gradients of a small module
+STEPS_BEFORE_TRACING = 50  # a trace takes as long as many gradients of a small module
 CHECKS = 2  # batches on which a trace is held against Python: what it took from the first is another in the second
 MOST_FORMS = 64  # of batches that are traced: where each had another length, every step would pay for a trace
 
