@@ -11,9 +11,9 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from bnn.bank import disk
 from bnn.bank import format as fmt
+from bnn.beside import Threads
 from bnn.errors import BankError, BankLimit, BankLocked, BankMismatch, BankWriteError
 
 READ_STEP = 8 * 1024 * 1024
 TEMPORARY_NAME = re.compile(r"\.tmp-(.+)-[0-9]+")  # of the file that it becomes, and of the process
 WRITE_STEP = 8 * 1024 * 1024
+BESIDE_BYTES = 1024 * 1024  # from which on a piece is worth a thread that sums it
 
 
 class Written(NamedTuple):
@@ -69,19 +71,56 @@ def write_atomic(path: Path, chunks: Iterable[memoryview | bytes], *, direct: bo
     Raises:
         BankWriteError: the disk refused; the temporary file is gone.
     """
-    digest, size = hashlib.sha256(), 0
+    total, size = _Sum(), 0
     with _replacing(path) as descriptor:
         past_cache = direct and disk.bypass_cache(descriptor, True)
-        with ThreadPoolExecutor(1) as beside:  # the sum of a piece is taken while the disk takes it
+        try:
             for chunk in chunks:
                 for start in range(0, len(whole := memoryview(chunk)), WRITE_STEP):
                     view = whole[start : start + WRITE_STEP]
-                    summed = beside.submit(digest.update, view)
+                    total.add(view)
                     size += len(view)
                     past_cache = _write_all(descriptor, view, past_cache)
                     if not direct:  # a chunk made as it is asked for is let go before the next
-                        summed.result()
-    return size, digest.hexdigest()
+                        total.settle()
+        finally:
+            total.end()
+    return size, total.digest.hexdigest()
+
+
+class _Sum:
+    """The sha256 of pieces in their order; of large ones it is taken by a thread, while the disk takes them."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()  # of all pieces, once they are settled
+        self._threads: Threads | None = None
+        self._summed: SimpleQueue[None] = SimpleQueue()
+        self._waiting = 0
+
+    def add(self, piece: memoryview) -> None:
+        if len(piece) < BESIDE_BYTES:
+            self.settle()
+            self.digest.update(piece)
+            return
+        if self._threads is None:
+            self._threads = Threads()
+        self._waiting += 1
+        self._threads.give(lambda: self._take(piece))
+
+    def _take(self, piece: memoryview) -> None:
+        self.digest.update(piece)
+        self._summed.put(None)
+
+    def settle(self) -> None:
+        """Wait for the thread."""
+        while self._waiting:
+            self._summed.get()
+            self._waiting -= 1
+
+    def end(self) -> None:
+        """After this all pieces are settled, and the thread is gone."""
+        if self._threads is not None:
+            self._threads.end()
 
 
 def write_places(path: Path, pieces: Iterable[tuple[int, memoryview | bytes]]) -> None:

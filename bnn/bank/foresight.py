@@ -96,10 +96,11 @@ class Plan:
             if piece is None:
                 return
             first, shards = self._end, self._shards_of(piece)
-            self._indices += piece.tolist()
-            self._shards += shards.tolist()
             order = np.argsort(shards, kind="stable")
             wanted, starts = np.unique(shards[order], return_index=True)
+            indices_there, shards_there = piece.tolist(), shards.tolist()
+            self._indices += indices_there  # no call between the two, so that Ctrl-C finds them of one length
+            self._shards += shards_there
             for shard, places in zip(wanted.tolist(), np.split(order, starts[1:]), strict=True):
                 self._uses.setdefault(shard, deque()).extend((places + first).tolist())
 

@@ -530,6 +530,7 @@ class Bank(Sequence[Params]):
 
         Raises:
             IndexError: an index outside [-S, S).
+            BankError: at a later row, from an order whose `at` reads this bank.
         """
         if self._stream is None:
             return

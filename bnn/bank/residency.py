@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ from bnn.bank.reading import ShardFile, read_whole, streamable, tensors_of
 from bnn.bank.shards import MappedShard, Shard
 from bnn.bank.slots import CudaMemory, HostMemory, Memory
 from bnn.bank.streaming import LEAST_BUFFERS, THREADS, Ring, Stream, StreamedShard
+from bnn.beside import mapped
 from bnn.errors import BankLimit, ConfigError, choose
 
 Residency: TypeAlias = Literal["mapped", "host", "device", "streamed"]
@@ -132,13 +133,12 @@ def load(shards: Sequence[Shard]) -> None:
     from tqdm import tqdm
 
     held = [shard for shard in shards if isinstance(shard, HeldShard)]
+    total = sum(shard.file.size for shard in held)
     with (
-        tqdm(
-            total=sum(s.file.size for s in held), desc="load", unit="B", unit_scale=True, delay=1.0, disable=None
-        ) as bar,
-        ThreadPoolExecutor(THREADS, "bnn-bank-reader") as threads,
+        tqdm(total=total, desc="load", unit="B", unit_scale=True, delay=1.0, disable=None) as bar,
+        closing(mapped(HeldShard.loaded, held, THREADS)) as loaded,
     ):
-        for shard in threads.map(HeldShard.loaded, held):
+        for shard in loaded:
             bar.update(shard.file.size)
 
 

@@ -2,18 +2,20 @@
 
 A buffer is FREE, FILLING, READY, or IN_USE: ready and seen by views that somebody holds. It goes back to FREE when its
 shard is the one wanted last; never while it is being filled or in use.
+
+Ctrl-C may come in any line of whoever asks, who can ask again after it: what changes together is changed where no call is made.
 """
 
 from __future__ import annotations
 
-import atexit
 import mmap
 import os
-import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from bnn.bank import format as fmt
 from bnn.bank.foresight import Plan, ReadAhead
 from bnn.bank.reading import PIECE_BYTES, ShardFile, tensors_of
 from bnn.bank.slots import Memory
+from bnn.beside import Threads
+from bnn.errors import BankError
 
 THREADS = 4  # that read; disks are fast when several pieces are asked for at once
 AHEAD = 2  # shards that are read at once before anybody waits for them
@@ -45,7 +49,7 @@ class Buffer:
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.state = memory, State.FREE
         self.shard = -1
-        self.wanted = 0  # threads that wait for it
+        self.fill: _Fill | None = None  # while it is being filled
         self.asked = 0  # when it was asked for last, by the count of the ring
         self.lease: weakref.ref[Any] | None = None
         self.views: dict[str, Tensor] | None = None  # kept of the shard that was asked for last alone
@@ -60,14 +64,18 @@ class Buffer:
 class _Fill:
     """A shard on its way into a buffer, piece by piece."""
 
-    def __init__(self, file: ShardFile, buffer: Buffer, target: Tensor, after: list[Any], *, is_large: bool) -> None:
-        self.file, self.buffer, self.target, self.after = file, buffer, target, after
+    def __init__(self, file: ShardFile, buffer: Buffer, memory: Memory, after: list[Any], *, is_large: bool) -> None:
+        self.file, self.buffer, self._memory, self._after = file, buffer, memory, after
         self._is_large = is_large  # the bank: the page cache cannot keep it
-        self.view = fmt.tensor_bytes(target)
         self.left: int = -(-file.size // PIECE_BYTES)  # pieces
         self.lock = threading.Lock()
         self.descriptor: int | None = None
         self.error: BaseException | None = None
+
+    def begin(self) -> None:
+        """Take memory to read to."""
+        self._target = self._memory.target(self.buffer.memory)
+        self._view = fmt.tensor_bytes(self._target)
 
     def read(self, start: int) -> bool:
         """Read the piece that begins at `start`; whether it was the last that was missing."""
@@ -78,7 +86,7 @@ class _Fill:
                     self.file.spare_cache(self.descriptor, always=self._is_large)
             if self.error is None and self.descriptor is not None:
                 end = -(-self.file.size // mmap.PAGESIZE) * mmap.PAGESIZE  # for whole pages may go past the page cache
-                piece = self.view[start : min(start + PIECE_BYTES, end)]
+                piece = self._view[start : min(start + PIECE_BYTES, end)]
                 self.file.read(self.descriptor, piece, start)
         except BaseException as error:
             self.error = error
@@ -86,20 +94,20 @@ class _Fill:
             self.left -= 1
             return self.left == 0
 
-    def finish(self, memory: Memory) -> None:
+    def finish(self) -> None:
         """Close the file, compare checksums, and bring the bytes to their buffer; what went wrong is kept."""
         try:
             if self.descriptor is not None:
                 disk.close(self.descriptor)
             if self.error is None:
-                self.file.check(self.view)
+                self.file.check(self._view)
         except BaseException as error:
             self.error = error
         if self.error is not None:
-            memory.undo(self.target)
+            self._memory.undo(self._target)
             return
         try:
-            memory.deliver(self.target, self.buffer.memory, self.file.size, self.after)
+            self._memory.deliver(self._target, self.buffer.memory, self.file.size, self._after)
         except BaseException as error:
             self.error = error
 
@@ -132,19 +140,13 @@ class Ring:
         self._lendable = count if count >= len(files) else max(count - 2, 1)
         self._plan: Plan | ReadAhead = self._no_plan()
         self.is_starved = self.is_closed = False  # starved: a buffer was looked for, and those there are were held
+        self._is_noting = False  # an order that is followed is being asked, under the lock
         self.num_reads = self.num_waits = 0
-        self._lock = threading.Condition()
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # may be put to where an object dies
-        ring = weakref.ref(self)
-        self._returned = _Returned(ring, self._jobs)
-        self._threads = [
-            threading.Thread(target=_serve, args=(ring, self._jobs), name="bnn-bank-reader", daemon=True)
-            for _ in range(THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
-            _running[thread] = self._jobs
-        self._stop = weakref.finalize(self, _dismiss, self._jobs, THREADS)
+        self._lock = threading.RLock()
+        self._waiting: dict[SimpleQueue[None], Buffer | None] = {}  # who waits, and for which buffer; None for any
+        self._itself = weakref.ref(self)
+        self._threads = Threads(THREADS)
+        self._returned = self._threads.giving(partial(_looked_again, self._itself))
 
     @property
     def states(self) -> list[str]:
@@ -156,24 +158,44 @@ class Ring:
         """All tensors of a shard as views of its buffer, which stays as it is while they are held.
 
         Raises:
-            BankError: it could not be read.
+            BankError: it could not be read, or is asked for where an order that is followed is made.
         """
         with self._lock:
-            buffer = self._ready(shard)
-            if self._current is not buffer:
-                if self._current is not None:
-                    self._current.views = None
-                self._current = buffer
-            if buffer.views is None:
-                lease = None if buffer.lease is None else buffer.lease()  # of who holds views of it still
-                if lease is None:
-                    lease = self._memory.lease(buffer.memory)
-                    buffer.lease = weakref.ref(lease, self._returned)  # which does not keep the ring
-                buffer.views = tensors_of(self._memory.seen(lease), self._files[shard].places, self._names)
-            stream = self._memory.stream()
-            if stream is not None:
-                buffer.streams.add(stream)
-            return buffer.views
+            if self._is_noting:
+                raise BankError(
+                    f"follow, {self._files[shard].shard.path}",
+                    want="an order that is known without this bank",
+                    got="one that reads it where it is asked",
+                    fix="make the indices before, or open the bank once more for them",
+                )
+            self._plan.reach(shard)
+            views = self._views(shard)
+        return self._awaited(shard) if views is None else views
+
+    def _awaited(self, shard: int) -> dict[str, Tensor]:
+        """All tensors of a shard, once it is read. The lock is free meanwhile, and Ctrl-C leaves nothing of the waiting."""
+        wake: SimpleQueue[None] = SimpleQueue()
+        has_waited = False  # for a buffer, all of which are held
+        try:
+            while True:
+                with self._lock:
+                    self._waiting[wake] = None
+                    views = self._views(shard, has_waited=has_waited)
+                    if views is not None:
+                        return views
+                    buffer = self._waiting[wake] = self._where.get(shard)
+                    is_idle = not any(each.state is State.FILLING or self._is_wanted(each) for each in self._buffers)
+                    self.num_waits += buffer is not None
+                if buffer is not None:
+                    wake.get()
+                    continue
+                try:  # what is being filled comes, and what another thread saw for a moment is let go
+                    wake.get(timeout=PATIENCE)
+                    has_waited = False
+                except Empty:
+                    has_waited = is_idle
+        finally:
+            self._waiting.pop(wake, None)
 
     def handed(self, shard: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views of a shard as a caller may keep them: copies, where as many buffers as may be are held already."""
@@ -186,7 +208,11 @@ class Ring:
     def note(self, indices: Sequence[int], shard: int) -> None:
         """Bank indices that were asked for, the last of them in `shard`: what comes after them is read ahead."""
         with self._lock:
-            self._plan.note(indices, shard)
+            self._is_noting = True
+            try:
+                self._plan.note(indices, shard)
+            finally:
+                self._is_noting = False
             if self._plan.is_lost:
                 self._plan = self._no_plan()
                 self._plan.reach(shard)
@@ -208,56 +234,74 @@ class Ring:
         """Let the threads finish what they began and end; buffers that somebody sees stay until they are let go."""
         with self._lock:
             self.is_closed = True
-            self._stop()
-        for thread in self._threads:
-            thread.join()
+            self._wake_all()
+        self._threads.end()
         with self._lock:
             self._current = None
             self._buffers, self._where = [], {}
-            self._lock.notify_all()
 
     def _no_plan(self) -> ReadAhead:
         return ReadAhead(len(self._files), AHEAD)
 
     # Under the lock
 
-    def _ready(self, shard: int) -> Buffer:
-        """The buffer that holds a shard, read now if it must be."""
-        self._plan.reach(shard)
-        has_waited = False  # for a buffer, all of which are held
-        while True:
-            if self.is_closed:
-                raise Closed
-            error = self._failed.pop(shard, None)
-            if error is not None:
-                raise error
-            buffer = self._where.get(shard)
+    def _views(self, shard: int, *, has_waited: bool = False) -> dict[str, Tensor] | None:
+        """All tensors of a shard; None while it is on its way, or all buffers are held."""
+        buffer = self._ready(shard, has_waited=has_waited)
+        if buffer is None:
+            return None
+        if self._current is not buffer:
+            if self._current is not None:
+                self._current.views = None
+            self._current = buffer
+        if buffer.views is None:
+            lease = None if buffer.lease is None else buffer.lease()  # of who holds views of it still
+            if lease is None:
+                lease = self._memory.lease(buffer.memory)
+                buffer.lease = weakref.ref(lease, self._returned)
+            buffer.views = tensors_of(self._memory.seen(lease), self._files[shard].places, self._names)
+        stream = self._memory.stream()
+        if stream is not None:
+            buffer.streams.add(stream)
+        return buffer.views
+
+    def _ready(self, shard: int, *, has_waited: bool) -> Buffer | None:
+        """The buffer that holds a shard, or None; it is read now if it must be, and a buffer can be had."""
+        if self.is_closed:
+            raise Closed
+        error = self._failed.pop(shard, None)
+        if error is not None:
+            raise error
+        buffer = self._where.get(shard)
+        if buffer is None:
+            buffer = self._chosen(-1.0) or (self._left_to_its_holder() if has_waited else None)
             if buffer is None:
-                buffer = self._chosen(-1.0) or (self._left_to_its_holder() if has_waited else None)
-                if buffer is None:  # what is being filled comes, and what another thread saw for a moment is let go
-                    is_idle = not any(each.state is State.FILLING or each.wanted for each in self._buffers)
-                    has_waited = not self._lock.wait(PATIENCE) and is_idle
-                    continue
-                self._fill(buffer, shard)
-                self._schedule()
-            if buffer.state is State.READY:
-                self._asked += 1
-                buffer.asked = self._asked
-                return buffer
-            buffer.wanted += 1
-            self.num_waits += 1
-            try:
-                self._lock.wait()
-            finally:
-                buffer.wanted -= 1
+                return None
+            self._fill(buffer, shard)
+            self._schedule()
+        if buffer.state is not State.READY:
+            return None
+        self._asked += 1
+        buffer.asked = self._asked
+        return buffer
+
+    def _is_wanted(self, buffer: Buffer) -> bool:
+        """Whether somebody waits for what it holds."""
+        return any(each is buffer for each in self._waiting.values())
+
+    def _wake_all(self) -> None:
+        for wake in list(self._waiting):  # who waits leaves without the lock
+            wake.put(None)
 
     def _left_to_its_holder(self) -> Buffer | None:
         """A buffer with new memory, where somebody holds all there are after all: views keep what they look into."""
-        held = [each for each in self._buffers if each.state is State.READY and not each.wanted]
+        held = [each for each in self._buffers if each.state is State.READY and not self._is_wanted(each)]
         if len(held) < len(self._buffers):
             return None
-        buffer = min(held, key=lambda each: each.asked)
-        buffer.memory, buffer.lease, buffer.views = self._memory.blank(), None, None
+        buffer, memory, free = min(held, key=lambda each: each.asked), self._memory.blank(), State.FREE
+        # No call from here on: a buffer that has other memory holds no shard.
+        del self._where[buffer.shard]
+        buffer.state, buffer.shard, buffer.memory, buffer.lease, buffer.views = free, -1, memory, None, None
         return buffer
 
     def _schedule(self) -> None:
@@ -283,7 +327,7 @@ class Ring:
         self.is_starved = False
         ready = []
         for buffer in self._buffers:
-            if buffer.state is State.READY and not buffer.wanted:
+            if buffer.state is State.READY and not self._is_wanted(buffer):
                 ready.append((-self._plan.next_use(buffer.shard), buffer.asked, buffer))
             elif buffer.state is State.FREE and not buffer.is_in_use:
                 return buffer
@@ -299,86 +343,75 @@ class Ring:
 
     def _fill(self, buffer: Buffer, shard: int) -> None:
         """Begin to read a shard into a buffer that nobody sees."""
-        if buffer.state is State.READY:
+        marks, streams, was, becomes = self._memory.used(buffer.streams), set[Any](), buffer.state, State.FILLING
+        fill = _Fill(self._files[shard], buffer, self._memory, marks, is_large=self._is_large)
+        self._threads.give(partial(_begun, self._itself, fill))
+        # No call from here on: the thread, which waits for the lock, finds all of this or nothing.
+        if was is State.READY:
             del self._where[buffer.shard]
-        after = self._memory.used(buffer.streams)
-        buffer.state, buffer.shard, buffer.streams = State.FILLING, shard, set()
+        buffer.state, buffer.shard, buffer.streams, buffer.fill = becomes, shard, streams, fill
         self._where[shard] = buffer
         self.num_reads += 1
-        target = self._memory.target(buffer.memory)
-        fill = _Fill(self._files[shard], buffer, target, after, is_large=self._is_large)
-        for start in range(0, fill.file.size, PIECE_BYTES):
-            self._jobs.put((fill, start))
 
     # In the threads
 
-    def _read(self, fill: _Fill, start: int) -> None:
-        if not fill.read(start):
-            return
-        fill.finish(self._memory)
+    def _begin(self, fill: _Fill) -> None:
+        with self._lock:
+            if self.is_closed or fill.buffer.fill is not fill:  # Ctrl-C fell before it counted
+                return
+            fill.begin()
+            for start in range(PIECE_BYTES, fill.file.size, PIECE_BYTES):  # before the end that `close` tells threads
+                self._threads.give(partial(_read, self._itself, fill, start))
+        _read(self._itself, fill, 0)
+
+    def _end(self, fill: _Fill) -> None:
         buffer = fill.buffer
         with self._lock:
-            buffer.state = State.READY
+            buffer.state, buffer.fill = State.READY, None
             if fill.error is not None:
                 buffer.state, self._failed[buffer.shard] = State.FREE, fill.error
                 del self._where[buffer.shard]
                 buffer.shard = -1
+            self._wake_all()
             self._schedule()
-            self._lock.notify_all()
 
     def _look_again(self) -> None:
+        """A buffer that somebody held was let go."""
         with self._lock:
-            self._schedule()
-            self._lock.notify_all()
+            if self.is_starved:
+                self.is_starved = False
+                self._schedule()
+                self._wake_all()
 
 
-class _Returned:
-    """Called when the last view of a buffer is gone: anything may be locked where that is, so a thread sees to it."""
+# What threads do. Their jobs do not keep the ring, so that a bank that nobody has ends its threads.
 
-    def __init__(self, ring: weakref.ref[Ring], jobs: queue.SimpleQueue[Any]) -> None:
-        self._ring, self._jobs = ring, jobs
 
-    def __call__(self, lease: object) -> None:
-        del lease
-        ring = self._ring()
-        if ring is not None and ring.is_starved and not ring.is_closed:
-            ring.is_starved = False
-            self._jobs.put(())
+def _begun(ring: weakref.ref[Ring], fill: _Fill) -> None:
+    own = ring()
+    if own is not None:
+        own._begin(fill)
+
+
+def _read(ring: weakref.ref[Ring], fill: _Fill, start: int) -> None:
+    if ring() is None:
+        fill.error = Closed()  # nobody asks for the rest
+    if not fill.read(start):
+        return
+    fill.finish()
+    own = ring()
+    if own is not None:
+        own._end(fill)
+
+
+def _looked_again(ring: weakref.ref[Ring]) -> None:
+    own = ring()
+    if own is not None:
+        own._look_again()
 
 
 class Closed(Exception):
     """A ring that another thread closed meanwhile: take a new one."""
-
-
-def _serve(ring: weakref.ref[Ring], jobs: queue.SimpleQueue[Any]) -> None:
-    """What a thread does; it does not keep the ring, so that a bank that nobody has ends its threads."""
-    while (job := jobs.get()) is not None:
-        own = ring()
-        if own is None:
-            return
-        if job:
-            own._read(*job)
-        else:
-            own._look_again()
-        del own, job
-
-
-def _dismiss(jobs: queue.SimpleQueue[Any], count: int) -> None:
-    for _ in range(count):
-        jobs.put(None)
-
-
-_running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Any]] = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _end_all() -> None:
-    """Wait for every thread before Python ends: one that it stops inside of torch takes the process down."""
-    running = list(_running.items())
-    for _, jobs in running:
-        jobs.put(None)
-    for thread, _ in running:
-        thread.join()
 
 
 class Stream:

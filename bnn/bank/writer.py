@@ -6,7 +6,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -16,6 +15,7 @@ from bnn.bank import files
 from bnn.bank import format as fmt
 from bnn.bank.codecs import Codec
 from bnn.bank.part import Part, num_rows, shard_metadata
+from bnn.beside import Threads
 from bnn.errors import BankMismatch, BankWriteError
 from bnn.layout import Layout
 from bnn.types import Block, State
@@ -130,7 +130,7 @@ class BankWriter:
         self._ready = _Ready(self._part.shards, 0, self._part.state)
         self._capacity = rows_per_shard(self.layout.num_bytes) if shard_rows is None else shard_rows
         self._beside = beside
-        self._thread: ThreadPoolExecutor | None = None  # that commits full shards
+        self._thread: Threads | None = None  # one, that commits full shards
         self._first_row_at = time.monotonic()
 
     @property
@@ -236,11 +236,11 @@ class BankWriter:
         self._land()
         self._part.begin()
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "bnn-bank-writer")
+            self._thread = Threads()
         ready = self._ready
         beside = _Beside(ready, image, crc32)
         self._ready = ready._replace(buffered=0, image=ready.spare, beside=beside, spare=None)
-        self._thread.submit(self._commit_beside, beside)
+        self._thread.give(functools.partial(self._commit_beside, beside))
 
     def _commit_beside(self, beside: _Beside) -> None:
         with beside.lock:
@@ -263,7 +263,10 @@ class BankWriter:
             shards = (*beside.before, beside.fact)
             self._ready = self._ready._replace(shards=shards, beside=None, spare=beside.image)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # which has this frame in its traceback, and would keep all that it saw
 
     def _commit_gathered(self, *, complete: bool) -> None:
         self._land()
@@ -303,8 +306,8 @@ class BankWriter:
 
     def _stop_thread(self) -> None:
         """Wait for the commit beside, whatever becomes of it; a fork has no such thread."""
-        if self._thread is not None and self._part.is_ours:
-            self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.end()
         self._thread = None
 
     def _check_block(self, block: Block) -> None:

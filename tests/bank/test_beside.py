@@ -167,7 +167,7 @@ def test_ctrl_c_before_the_thread_has_begun_loses_nothing(tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.ThreadPoolExecutor, "submit", interrupted)
+        patch.setattr(writer.Threads, "give", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fill(bank_writer, [10])
     fill(bank_writer, [2], first=10)

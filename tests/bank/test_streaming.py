@@ -28,6 +28,7 @@ import bnn
 from bnn.bank import Bank, BankWriter, disk, streaming
 from bnn.bank.foresight import Plan
 from bnn.bank.residency import Placement, num_bytes
+from bnn.beside import num_running
 from bnn.errors import BankCorrupt, BankError, BankLimit, BankMismatch, ConfigError
 from bnn.layout import layout_of
 from bnn.likelihoods import Categorical
@@ -76,7 +77,8 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 def readers() -> int:
-    return sum(thread.name == "bnn-bank-reader" for thread in threading.enumerate())
+    gc.collect()  # those of banks that nobody has any more
+    return num_running()
 
 
 # What is asked for
@@ -131,7 +133,7 @@ def test_a_device_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_budget_below_two_shards_is_refused_with_what_it_takes(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path, before = write(tmp_path), readers()
     largest = max(file.stat().st_size for file in path.glob("main-*.safetensors"))
     size = -(-largest // 4096) * 4096
     with pytest.raises(
@@ -149,7 +151,7 @@ def test_a_budget_below_two_shards_is_refused_with_what_it_takes(tmp_path: Path)
     assert len(Bank.open(path, host_budget=largest)) == S
     with pytest.raises(BankLimit, match="device_budget of at least"):
         Bank.open(path, residency="device", device="cpu", device_budget="1kB")
-    assert readers() == 0  # and nothing was begun for it
+    assert readers() == before  # and nothing was begun for it
 
 
 def test_an_empty_bank_streams(tmp_path: Path) -> None:
@@ -606,20 +608,67 @@ def test_several_indices_a_batch_and_one_a_row_are_foretold(tmp_path: Path, monk
 
 
 def test_threads_end_with_their_bank(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    assert readers() == 0
+    path, before = write(tmp_path), readers()
     bank = stream(path, 3)
-    assert readers() == 0  # none before a row is asked for
+    assert readers() == before  # none before a row is asked for
     row = bank[3]
-    assert readers() == streaming.THREADS
+    assert readers() == before + streaming.THREADS
     bank.release()
-    assert readers() == 0
+    assert readers() == before
     again = bank[3]
     assert all(bool((bits(again[name]) == bits(row[name])).all()) for name in row)
     del bank
-    gc.collect()
-    eventually(lambda: readers() == 0)
+    eventually(lambda: readers() == before)
     assert same_params(again, row)  # what was handed out outlives its bank
+
+
+def test_release_closes_the_files_that_are_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 512)
+    path, order = write(tmp_path), [index % S for index in range(0, 3 * S, 7)]
+
+    def opened() -> list[str]:
+        places = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [target for target in map(link, places) if target.startswith(str(path))]
+
+    def link(place: str) -> str:
+        try:
+            return os.readlink(place)
+        except FileNotFoundError:  # the descriptor by which the folder was read
+            return ""
+
+    for _ in range(40):
+        bank = stream(path, 3)
+        bank.follow(order)
+        bank[0]
+        bank.release()
+        assert opened() == []
+
+
+def test_an_order_that_reads_the_bank_is_refused(tmp_path: Path) -> None:
+    bank = stream(write(tmp_path), 3)
+
+    class Reading:
+        """An order that follows what rows say."""
+
+        position = 0
+
+        def detached(self) -> Reading:
+            return self
+
+        def at(self, positions: range) -> torch.Tensor:
+            if positions.start > 0:  # not while it is told of
+                bank[positions.start % S]
+            return torch.tensor([index % S for index in positions])
+
+    def run() -> None:
+        bank.follow(Reading(), window=S)
+        for index in range(10 * S):
+            bank[index % S]
+
+    with pytest.raises(BankError, match="want an order that is known without this bank, got one that reads it"):
+        within(60, run)
+    assert same_params(bank[3], bank[3])
+    bank.release()
 
 
 def test_no_file_of_the_bank_is_touched(tmp_path: Path) -> None:

@@ -857,8 +857,10 @@ def test_a_real_ctrl_c_keeps_what_was_committed(tmp_path: Path) -> None:
             if (tmp_path / "bank" / "manifest-main.json").exists() or process.poll() is not None:
                 break
         process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        err = process.stderr.read()
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert "go on with the same command and --resume" in err
     assert "Traceback" not in err
