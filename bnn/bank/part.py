@@ -176,6 +176,7 @@ class Part:
             raise BankExists(place, want="a folder or nothing", got="a file", fix="choose another name")
         is_bank = disk.exists(self.path / "bank.json")
         there = disk.names(self.path) if disk.is_folder(self.path) else []
+        is_bank = is_bank or disk.exists(self.path / "bank.json")  # which another writer may have begun just now
         goes = self._overwrite or is_bank or REMOVED in there
         foreign = not all(_is_own(name) if goes else _is_left_over(name, there) for name in there)
         if self._resume and self._overwrite:

@@ -24,7 +24,7 @@ from bank.test_bank import LAYOUT, check, rows, write
 from forging import edit_fact, edit_json, replace_tensors
 from memory import PEAK
 
-from bnn.bank import Bank, BankWriter, files, mean, thin, verify_files, write_state_dict, wrong_sizes
+from bnn.bank import Bank, BankWriter, disk, files, mean, thin, verify_files, write_state_dict, wrong_sizes
 from bnn.bank import format as fmt
 from bnn.errors import BankCorrupt, BankError, BankExists, BankLimit, BankLocked, BankMismatch, BankNotFound
 from bnn.layout import layout_of
@@ -144,6 +144,29 @@ def test_writers_that_begin_at_once_fill_one_bank(tmp_path: Path) -> None:
     bank = Bank.open(tmp_path / "bank", verify="full")
     assert bank.block(slice(None)).log_joint.tolist() == [-float(row) for row in range(24)]
     assert sorted(bank.chain.tolist()) == list(range(24))
+
+
+def test_a_bank_that_another_writer_begins_while_one_looks_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for `bank.json` and the look at what else is there."""
+    real, looks = disk.names, list[Path]()
+
+    def names(folder: Path) -> list[str]:
+        looks.append(folder)
+        if len(looks) == 1:
+            other = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="w1")
+            other.append(rows(3, 3))
+            other.close()
+        return real(folder)
+
+    (tmp_path / "bank").mkdir()
+    monkeypatch.setattr(disk, "names", names)
+    bank_writer = BankWriter(tmp_path / "bank", layout=LAYOUT, config={"seed": 0}, writer="w0")
+    bank_writer.append(rows(0, 3))
+    bank_writer.close()
+    assert looks
+    assert Bank.open(tmp_path / "bank").block(slice(None)).log_joint.tolist() == [-float(row) for row in range(6)]
 
 
 def test_joining_wants_the_same_configuration(tmp_path: Path) -> None:
