@@ -1,4 +1,4 @@
-"""Ctrl-C at every place where Python takes notice of it: before the first line of a function, and after a call of C.
+"""Ctrl-C where Python takes notice of it: before the first line of a function, and after a call of C.
 
 Python also does so where loops go back, and inside of calls that wait, which are not tried here.
 """
